@@ -1,0 +1,355 @@
+"""Every setting of a run: typed, frozen, documented, and refusing nonsense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bridgetower.errors import ConfigError
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name}={value} is not in [0, 1): it is a share, so 10 % is written 0.1.")
+
+
+def _check_positive(**values: int | float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{name.replace('__', '.')}={value} must be greater than 0.")
+
+
+def _check_heads(name: str, width: int, num_heads: int) -> None:
+    if num_heads < 1 or width % num_heads:
+        fitting = [heads for heads in range(1, width + 1) if width % heads == 0 and width // heads in (32, 48, 64, 96)]
+        raise ConfigError(
+            f"{name}.width={width} does not divide into {name}.num_heads={num_heads}. "
+            f"Heads of 32 to 96 channels: num_heads={' or '.join(map(str, fitting[::-1])) or 1}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTowerConfig:
+    """The vision tower: an open_clip ViT."""
+
+    clip_name: str = "ViT-B-16-quickgelu"
+    """open_clip's name of the model whose weights are loaded; read only when weights are."""
+    weights: str = "none"
+    """none = random; openai or another tag that open_clip lists for clip_name (needs the hub or its cache)."""
+    patch_size_px: int = 16
+    """Side of a patch; must divide model.image_size_px."""
+    width: int = 768
+    """Channels of the states."""
+    num_layers: int = 12
+    """Transformer blocks; the last model.fusion.num_layers of them are bridged."""
+    num_heads: int = 12
+    """Attention heads."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """quick_gelu in OpenAI's CLIP, gelu in most of open_clip's own."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            model__vision__patch_size_px=self.patch_size_px,
+            model__vision__width=self.width,
+            model__vision__num_layers=self.num_layers,
+        )
+        _check_heads("model.vision", self.width, self.num_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """The text tower: a RoBERTa."""
+
+    tokenizer: str = "roberta"
+    """roberta (its exact vocabulary, shipped), emoji (the demo's), or a folder with vocab.json and merges.txt."""
+    weights: str = "none"
+    """none = random; a transformers model name or local folder, e.g. roberta-base."""
+    vocabulary_size: int = 50265
+    """Ids of the tokenizer."""
+    max_tokens: int = 50
+    """Longer captions lose their end; <s> and </s> count."""
+    width: int = 768
+    """Channels of the states."""
+    num_layers: int = 12
+    """Transformer layers; the last model.fusion.num_layers of them are bridged."""
+    num_heads: int = 12
+    """Attention heads."""
+    num_positions: int = 514
+    """Rows of the position table; RoBERTa's first token takes row 2, so it reads num_positions - 2 tokens."""
+    dropout: float = 0.1
+    """On hidden states and attention probabilities."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            model__text__vocabulary_size=self.vocabulary_size,
+            model__text__width=self.width,
+            model__text__num_layers=self.num_layers,
+        )
+        _check_heads("model.text", self.width, self.num_heads)
+        _check_fraction("model.text.dropout", self.dropout)
+        if not 3 <= self.max_tokens <= self.num_positions - 2:
+            raise ConfigError(
+                f"model.text.max_tokens={self.max_tokens} must be from 3 (<s>, a word, </s>) to "
+                f"model.text.num_positions - 2 = {self.num_positions - 2}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """The cross-modal encoder and its bridges."""
+
+    width: int = 768
+    """Channels of the cross-modal states."""
+    num_layers: int = 6
+    """Cross-modal layers of each modality, and so the number of bridged layers of each tower."""
+    num_heads: int = 12
+    """Attention heads."""
+    dropout: float = 0.1
+    """On attention probabilities, attention outputs and feed-forward output."""
+    layer_norm_eps: float = 1e-12
+    """Of the cross-modal layers and the MLM head. 1e-12 as published; 1e-5 in Hugging Face's port."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            model__fusion__width=self.width,
+            model__fusion__num_layers=self.num_layers,
+            model__fusion__layer_norm_eps=self.layer_norm_eps,
+        )
+        _check_heads("model.fusion", self.width, self.num_heads)
+        _check_fraction("model.fusion.dropout", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """BridgeTower: two towers, bridges and a cross-modal encoder."""
+
+    image_size_px: int = 288
+    """Side of the square image the model reads."""
+    vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+
+    def __post_init__(self) -> None:
+        patch = self.vision.patch_size_px
+        if self.image_size_px < patch or self.image_size_px % patch:
+            lower = max(1, self.image_size_px // patch) * patch
+            raise ConfigError(
+                f"model.image_size_px={self.image_size_px} is not a multiple of model.vision.patch_size_px={patch}. "
+                f"Use {lower} or {lower + patch}."
+            )
+        for name, tower in (("vision", self.vision), ("text", self.text)):
+            if self.fusion.num_layers > tower.num_layers:
+                raise ConfigError(
+                    f"model.fusion.num_layers={self.fusion.num_layers} bridges more layers than the {name} tower has "
+                    f"({tower.num_layers}). Use --model.fusion.num_layers={tower.num_layers} or fewer."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """The pretraining losses; those switched on are summed with weight 1, as published."""
+
+    mlm: bool = True
+    """Masked language modelling on the true image."""
+    itm: bool = True
+    """Image-text matching: half of the captions are shown with another pair's image."""
+    itc: bool = False
+    """Image-text contrast of the towers' class tokens over all ranks' micro-batches."""
+    mlm_probability: float = 0.15
+    """Share of tokens to predict."""
+    itc_width: int = 256
+    """Channels of the contrastive embeddings."""
+    itc_initial_temperature: float = 0.07
+    """Learned from there, within [0.001, 0.5]."""
+
+    def __post_init__(self) -> None:
+        if not (self.mlm or self.itm):
+            raise ConfigError(
+                "objectives.mlm and objectives.itm are both off, so nothing trains the cross-modal layers. "
+                "Switch at least one on; for contrast alone train the towers with open_clip."
+            )
+        if not 0.0 < self.mlm_probability < 1.0:
+            raise ConfigError(f"objectives.mlm_probability={self.mlm_probability} is not in (0, 1); the paper has 0.15.")
+        _check_positive(objectives__itc_width=self.itc_width)
+        if not 0.001 <= self.itc_initial_temperature <= 0.5:
+            raise ConfigError(
+                f"objectives.itc_initial_temperature={self.itc_initial_temperature} is not in [0.001, 0.5]; "
+                "the paper has 0.07."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it is cut into batches."""
+
+    train_shards: tuple[str, ...]
+    """Corpus folders (each with a shards.json), comma-separated on the command line."""
+    eval_shards: tuple[str, ...] = ()
+    """Held-out corpus folders; the first one gives the headline scores."""
+    global_batch_size: int = 4096
+    """Pairs of one optimiser step, over all ranks and micro-steps."""
+    micro_batch_size: int = 32
+    """Pairs on one rank in one forward pass."""
+    negative_group_size: int = 32
+    """ITM negatives are drawn within this many consecutive pairs, whatever the number of ranks."""
+    shards_per_window: int = 64
+    """Pairs are shuffled within windows of this many shards."""
+    workers: int = 8
+    """Processes per rank that prepare batches; 0 prepares them in the training process."""
+    prefetch_batches: int = 4
+    """Micro-batches each worker keeps ready."""
+
+    def __post_init__(self) -> None:
+        if not self.train_shards:
+            raise ConfigError("data.train_shards is empty. Give at least one corpus folder: --data.train_shards=DIR.")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must be 0 or more.")
+        _check_positive(data__prefetch_batches=self.prefetch_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its parameter groups and its schedule."""
+
+    base_lr: float
+    """Peak learning rate of both towers."""
+    total_steps: int
+    """Optimiser steps, not micro-steps."""
+    warmup_fraction: float = 0.1
+    """Share of total_steps spent rising linearly from zero; then it falls linearly to zero."""
+    fusion_lr_scale: float = 5.0
+    """The rate of transforms, bridges, cross-modal layers and poolers is base_lr times this."""
+    head_lr_scale: float = 5.0
+    """The rate of the MLM, ITM and ITC heads is base_lr times this."""
+    weight_decay: float = 0.01
+    """Decoupled; on matrices and embeddings, not on biases, norms and other vectors."""
+    decay_like_reference: bool = False
+    """True also decays the vision tower's norms and class embedding and the temperature, as the published code does."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.98
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    max_grad_norm: float = 0.0
+    """Gradients of a larger global norm are scaled down to it; 0 never clips, as published."""
+    implementation: Literal["auto", "fused", "torch"] = "auto"
+    """fused = DeepSpeed's FusedAdam, torch = torch's AdamW; auto is fused on CUDA and torch on the CPU."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            optim__base_lr=self.base_lr,
+            optim__total_steps=self.total_steps,
+            optim__fusion_lr_scale=self.fusion_lr_scale,
+            optim__head_lr_scale=self.head_lr_scale,
+            optim__eps=self.eps,
+        )
+        _check_fraction("optim.beta1", self.beta1)
+        _check_fraction("optim.beta2", self.beta2)
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ConfigError(
+                f"optim.warmup_fraction={self.warmup_fraction} is not in [0, 1). It is a share of "
+                f"optim.total_steps={self.total_steps}; for {min(1000, self.total_steps // 10)} steps write "
+                f"{min(1000, self.total_steps // 10) / self.total_steps:g}."
+            )
+        if self.max_grad_norm < 0 or self.weight_decay < 0:
+            raise ConfigError(
+                f"optim.max_grad_norm={self.max_grad_norm} and optim.weight_decay={self.weight_decay} "
+                "must be 0 (off) or more."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs it."""
+
+    deepspeed: str = "auto"
+    """A file of ds_configs/ without .json, or a path; auto is zero2_bf16 where the device computes in bfloat16 by
+    itself (GPUs, CPUs with avx512_bf16 or AMX), otherwise zero2_fp32."""
+    threads_per_rank: int = 0
+    """CPU threads of each rank's computation; 0 shares the cores among the ranks of the node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Scores on held-out data."""
+
+    every_steps: int = 0
+    """Evaluate during training every so many steps; 0 only at its end."""
+    batch_size: int = 64
+    """Images, captions or pairs of one forward pass."""
+    max_images: int = 1000
+    """Of each split, its first images with all their captions; 0 takes all."""
+    rerank_top_k: int = 16
+    """Candidates per query that the cross-modal encoder scores again, with ITC on."""
+    num_samples: int = 24
+    """Pictures kept in predictions.json for the report, for each split."""
+
+    def __post_init__(self) -> None:
+        _check_positive(evaluation__batch_size=self.batch_size, evaluation__rerank_top_k=self.rerank_top_k)
+        if min(self.every_steps, self.max_images, self.num_samples) < 0:
+            raise ConfigError(
+                f"evaluation.every_steps={self.every_steps}, evaluation.max_images={self.max_images} and "
+                f"evaluation.num_samples={self.num_samples} must be 0 or more."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run is saved."""
+
+    every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 3
+    """Older ones are deleted; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        _check_positive(checkpoint__every_steps=self.every_steps)
+        if self.keep_last < 0:
+            raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be 0 (keep all) or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go, beside metrics.jsonl."""
+
+    every_steps: int = 50
+    """Steps between two lines of metrics."""
+    wandb: Literal["off", "auto", "online", "offline"] = "off"
+    """auto is online where a key is set, otherwise offline (files in the run folder, for `wandb sync`)."""
+    wandb_project: str = "bridgetower"
+    """Project of the dashboard."""
+    wandb_entity: str = ""
+    """Team of the dashboard; empty is the account's own."""
+
+    def __post_init__(self) -> None:
+        _check_positive(tracker__every_steps=self.every_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A pretraining run, whole."""
+
+    name: str
+    """Folder of the run below run_root."""
+    run_root: str = "runs"
+    """Folder that holds the runs."""
+    resume: str = "auto"
+    """auto goes on from the newest good checkpoint if there is one, never refuses a folder that has one,
+    PATH starts from that run folder or checkpoint."""
+    seed: int = 0
+    """Of everything random: order, masks, negatives, initial weights and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    data: DataConfig
+    optim: OptimConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ConfigError(f"name={self.name!r} must be a folder name without '/'. The folder above is run_root.")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be 0 or more.")

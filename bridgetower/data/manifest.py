@@ -1,0 +1,127 @@
+"""The manifest of a corpus folder (``shards.json``): the checked list of its shards. Never imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridgetower.data.index import index_path
+from bridgetower.errors import DataError
+from bridgetower.files import write_atomically
+
+MANIFEST_NAME = "shards.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard as the manifest lists it."""
+
+    name: str
+    samples: int
+    pairs: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """The row of the corpus in a table like the paper's Table 9, and where every input row went."""
+
+    rows: int
+    """Input records: rows = images + the sum of rejects."""
+    images: int
+    captions: int
+    bytes: int
+    caption_words: int
+    """Words of all captions, white-space separated; divided by captions this is the mean caption length."""
+    rejects: dict[str, int]
+    """Records that did not become a sample, by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a corpus folder holds."""
+
+    source: str
+    split: str
+    settings: dict[str, Any]
+    """What the shards were built with: the same settings on the same input give the same bytes."""
+    attribution: str
+    totals: Totals
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """Captions of all shards."""
+        return sum(shard.pairs for shard in self.shards)
+
+    def digest(self) -> str:
+        """SHA-256 of the shards' names, sizes and checksums: two corpora with the same digest hold the same pairs."""
+        lines = [f"{s.name} {s.samples} {s.pairs} {s.bytes} {s.sha256}\n" for s in self.shards]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish a manifest: it appears whole or not at all."""
+    content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read and check the manifest of a corpus folder, and that its files are there with their right sizes.
+
+    Raises:
+        DataError: no such folder, no manifest, an unknown version, or a shard that is missing or of another size.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(
+            f"The shard folder {folder} does not exist. Build it with "
+            f"`python data_prep/build_shards.py SOURCE --raw=DIR --out={folder}`, or correct data.train_shards "
+            "or data.eval_shards."
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        inner = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST_NAME}"))
+        hint = (
+            f"Its splits are folders of their own: {', '.join(str(folder / name) for name in inner)}."
+            if inner
+            else "A build that was interrupted leaves none: run the same build_shards.py command again, it goes on."
+        )
+        raise DataError(f"{folder} has no {MANIFEST_NAME}. {hint}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). Run the build_shards.py command again.") from error
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}. Build it again.")
+    try:
+        manifest = Manifest(
+            **{
+                **content,
+                "totals": Totals(**content["totals"]),
+                "shards": tuple(ShardEntry(**shard) for shard in content["shards"]),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest of version {FORMAT_VERSION} ({error}). Build it again.") from error
+    for shard in manifest.shards:
+        _check_files(folder / shard.name, shard.bytes)
+    return manifest
+
+
+def _check_files(shard: Path, num_bytes: int) -> None:
+    cure = "Copy it again, or run the build_shards.py command again: it rebuilds what is missing."
+    if not shard.is_file():
+        raise DataError(f"The shard {shard} is in the manifest but not on disk. {cure}")
+    found = shard.stat().st_size
+    if found != num_bytes:
+        raise DataError(f"The shard {shard} has {found:,} bytes, its manifest says {num_bytes:,}. {cure}")
+    if not index_path(shard).is_file():
+        raise DataError(f"The shard {shard} has no row index {index_path(shard).name}. {cure}")

@@ -1,0 +1,178 @@
+"""The order of training: which pair stands at which position of the stream, as a pure function.
+
+The stream is endless: epoch e takes the positions [e*N, (e+1)*N) of a run over N pairs, and holds each pair exactly
+once. Global batch b is the positions [b*G, (b+1)*G), so that a batch may end one epoch and begin the next; no pair is
+dropped or repeated to fill a batch. Resuming at step s is the arithmetic b = s.
+
+Shuffling is in windows of shards: an epoch permutes the shards, cuts them into windows and permutes the pairs inside
+each window. Reads stay within one window's shards at a time, and a remote shard is fetched once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bridgetower import draws
+from bridgetower.errors import ConfigError, DataError
+
+I64 = npt.NDArray[np.int64]
+
+
+class Located(NamedTuple):
+    """Where the pairs of some positions lie. All arrays have the shape of the positions."""
+
+    shard: I64
+    """Number of the shard, counted over all corpora."""
+    pair: I64
+    """Number of the pair inside the shard."""
+
+
+class _EpochPlan(NamedTuple):
+    shard_order: I64  # shard numbers in the order of this epoch
+    pair_end: I64  # pairs up to and including each shard of that order
+    window_pair_start: I64  # pairs before each window, and all pairs at the end
+
+
+class Order:
+    """Maps positions of the stream to pairs. Uniform over pairs, as the paper's concatenation of corpora.
+
+    Holds a few numbers per shard and nothing per pair, so any position is found at once.
+    """
+
+    def __init__(
+        self, pairs_per_shard: Sequence[int], corpus_of_shard: Sequence[int], *, seed: int, shards_per_window: int
+    ) -> None:
+        """Describe the corpora.
+
+        Args:
+            pairs_per_shard: pairs of each shard, all corpora one after another.
+            corpus_of_shard: which corpus each shard belongs to; the shards of every corpus are spread evenly over
+                an epoch, so that each window holds the corpora in the same proportion.
+            shards_per_window: pairs are shuffled within windows of about this many shards.
+        """
+        if shards_per_window < 1:
+            raise ConfigError(f"data.shards_per_window={shards_per_window} must be at least 1; the default is 64.")
+        self._pairs_per_shard = np.asarray(pairs_per_shard, np.int64)
+        self._corpus_of_shard = np.asarray(corpus_of_shard, np.int64)
+        if self._pairs_per_shard.size == 0 or (self._pairs_per_shard < 1).any():
+            raise DataError(f"Each shard needs at least one pair; they hold {self._pairs_per_shard.tolist()[:20]}.")
+        self._seed = seed
+        num_shards = self._pairs_per_shard.size
+        num_windows = -(-num_shards // shards_per_window)
+        # Even cuts: 65 shards in windows of 64 are 33 + 32, not 64 + a lone shard that is not mixed with anything.
+        self._window_cuts = np.linspace(0, num_shards, num_windows + 1).round().astype(np.int64)
+        self.num_pairs = int(self._pairs_per_shard.sum())
+        self._plan = lru_cache(maxsize=4)(self._make_plan)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the cache behind when a worker process is started."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._plan = lru_cache(maxsize=4)(self._make_plan)
+
+    def locate(self, positions: npt.ArrayLike) -> Located:
+        """Find the pairs at positions of the stream, which may be of several epochs and in any order."""
+        asked = np.asarray(positions, np.int64)
+        epochs, inside = asked // self.num_pairs, asked % self.num_pairs
+        shards, pairs = np.empty_like(asked), np.empty_like(asked)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            shards[here], pairs[here] = self._locate_in_epoch(int(epoch), inside[here])
+        return Located(shards, pairs)
+
+    def _locate_in_epoch(self, epoch: int, positions: I64) -> Located:
+        plan = self._plan(epoch)
+        window = np.searchsorted(plan.window_pair_start, positions, side="right") - 1
+        start = plan.window_pair_start[window]
+        size = plan.window_pair_start[window + 1] - start
+        window_keys = draws.bits(draws.key(self._seed, "order of pairs", epoch), window)
+        shuffled = start + draws.permute(window_keys, positions - start, size)
+        slot = np.searchsorted(plan.pair_end, shuffled, side="right")
+        shard = plan.shard_order[slot]
+        return Located(shard, shuffled - (plan.pair_end[slot] - self._pairs_per_shard[shard]))
+
+    def _make_plan(self, epoch: int) -> _EpochPlan:
+        num_shards = self._pairs_per_shard.size
+        place = np.empty(num_shards, np.float64)
+        for corpus in np.unique(self._corpus_of_shard):
+            own = np.flatnonzero(self._corpus_of_shard == corpus)
+            stream = draws.key(self._seed, "order of shards", epoch, int(corpus))
+            # A random permutation, spread evenly over [0, 1) with a random jitter inside each slot.
+            slots = draws.shuffled(stream, own.size)
+            place[own] = (slots + draws.uniform(stream, own.size + np.arange(own.size))) / own.size
+        shard_order = np.argsort(place, kind="stable").astype(np.int64)
+        pair_end = np.cumsum(self._pairs_per_shard[shard_order])
+        window_pair_start = np.concatenate([[0], pair_end])[self._window_cuts]
+        return _EpochPlan(shard_order, pair_end, window_pair_start)
+
+
+class Cut(NamedTuple):
+    """How a global batch is cut into micro-batches."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-steps of a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def positions(self, micro_step: int, rank: int) -> I64:
+        """Positions of one rank's micro-batch; micro-steps count from the start of the run.
+
+        The micro-batches of all ranks at one micro-step are consecutive: together they are the same pairs in the same
+        order as the one micro-batch of a single process with ``world_size`` times the size.
+        """
+        first = micro_step * self.micro_batch_size * self.world_size + rank * self.micro_batch_size
+        return first + np.arange(self.micro_batch_size, dtype=np.int64)
+
+
+def cut_global_batch(global_batch_size: int, micro_batch_size: int, world_size: int, negative_group_size: int) -> Cut:
+    """Check that a global batch divides into micro-batches and groups, and say how it does.
+
+    Raises:
+        ConfigError: it does not; the message names sizes that do.
+    """
+    if min(global_batch_size, micro_batch_size) < 1:
+        raise ConfigError(
+            f"data.global_batch_size={global_batch_size} and data.micro_batch_size={micro_batch_size} must be positive."
+        )
+    if negative_group_size < 2:
+        raise ConfigError(
+            f"data.negative_group_size={negative_group_size} must be at least 2: a pair's negative is another pair of "
+            "its group. The default is 32."
+        )
+    if micro_batch_size % negative_group_size:
+        lower = max(negative_group_size, micro_batch_size // negative_group_size * negative_group_size)
+        raise ConfigError(
+            f"data.micro_batch_size={micro_batch_size} is not a multiple of data.negative_group_size="
+            f"{negative_group_size}, within which ITM negatives are drawn. Use "
+            f"--data.micro_batch_size={lower}, or a group that divides it, e.g. "
+            f"--data.negative_group_size={micro_batch_size if micro_batch_size > 1 else 2} "
+            "(another group size draws other negatives)."
+        )
+    together = micro_batch_size * world_size
+    if global_batch_size % together:
+        fitting = [
+            size
+            for size in range(negative_group_size, global_batch_size // world_size + 1, negative_group_size)
+            if global_batch_size % (size * world_size) == 0
+        ]
+        cure = (
+            f"Micro-batch sizes that divide it: {', '.join(map(str, fitting[-4:]))}."
+            if fitting
+            else f"The next global batch that divides is {-(-global_batch_size // together) * together}."
+        )
+        raise ConfigError(
+            f"data.global_batch_size={global_batch_size} does not divide into micro-batches of "
+            f"{micro_batch_size} on {world_size} rank(s): {micro_batch_size} x {world_size} = {together}. {cure}"
+        )
+    return Cut(global_batch_size, micro_batch_size, world_size)

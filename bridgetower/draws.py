@@ -1,0 +1,111 @@
+"""Random numbers that are a pure function of a key and a counter.
+
+Order, masks and negatives must not depend on the number of ranks or workers, so nothing here has a state: the number
+that belongs to (seed, purpose, position) is computed, not drawn. The generator is SplitMix64's finaliser (Steele, Lea,
+Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), written in NumPy so that the values can never
+change with a library version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MUL_2 = np.uint64(0x94D049BB133111EB)
+_FEISTEL_ROUNDS = 6
+
+
+def _mix(values: U64) -> U64:
+    """SplitMix64's finaliser: a bijection of 64-bit integers."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * _MUL_1
+        values = (values ^ (values >> np.uint64(27))) * _MUL_2
+        return values ^ (values >> np.uint64(31))
+
+
+def hash64(data: str | bytes) -> int:
+    """64-bit hash of a text; the same on every machine, unlike ``hash``."""
+    raw = data.encode() if isinstance(data, str) else data
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def key(*parts: int | str) -> int:
+    """Join a seed, a purpose and whatever else names a stream of numbers into one 64-bit key."""
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            number = hash64(part) if isinstance(part, str) else int(part) & 0xFFFFFFFFFFFFFFFF
+            state = _mix((state + _GOLDEN) ^ _mix(np.array([number], np.uint64)))
+    return int(state[0])
+
+
+def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:
+    """The 64 random bits of each counter; as they differ, each can serve as the key of a stream of its own.
+
+    Args:
+        stream: one key, or an array of keys that broadcasts against ``counters``.
+    """
+    counts = np.asarray(counters).astype(np.uint64)
+    stream_key = np.asarray(stream, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        return _mix(_mix(counts * _GOLDEN + stream_key) ^ stream_key)
+
+
+def uniform(stream: int | U64, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The number in [0, 1) of each counter, with 53 random bits."""
+    return (bits(stream, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def below(stream: int | U64, counters: npt.ArrayLike, bound: npt.ArrayLike) -> I64:
+    """The integer in [0, bound) of each counter. Its bias is below bound / 2**53."""
+    return (uniform(stream, counters) * np.asarray(bound, np.float64)).astype(np.int64)
+
+
+def shuffled(stream: int, count: int) -> I64:
+    """A permutation of ``range(count)``, in O(count log count) time and O(count) memory: for short lists."""
+    return np.argsort(bits(stream, np.arange(count)), kind="stable").astype(np.int64)
+
+
+def permute(stream: int | U64, numbers: npt.ArrayLike, count: int | I64) -> I64:
+    """Where a fixed pseudo-random permutation of ``range(count)`` sends each number, in O(1) memory.
+
+    A Feistel network over the next even power of two, with cycle walking back into the range: a number that lands
+    outside is sent on until it lands inside, which keeps the map a bijection.
+
+    Args:
+        stream: one key for all numbers, or one per number.
+        numbers: each in [0, count).
+        count: size of the permutation, one for all numbers, or one per number.
+    """
+    values = np.asarray(numbers).astype(np.uint64)
+    shape = values.shape
+    values = values.ravel()
+    limits = np.broadcast_to(np.asarray(count, np.uint64), shape).ravel()
+    stream_keys = np.broadcast_to(np.asarray(stream, np.uint64), shape).ravel()
+    sizes, size_of = np.unique(limits, return_inverse=True)
+    # The smallest h with 4**h >= size: two halves of h bits each.
+    half_bits = np.array([max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in sizes], np.uint64)[size_of]
+    result = np.empty_like(values)
+    pending = np.arange(values.size)
+    while pending.size:
+        values_now = _feistel(values[pending], half_bits[pending], stream_keys[pending])
+        is_inside = values_now < limits[pending]
+        result[pending[is_inside]] = values_now[is_inside]
+        values[pending] = values_now
+        pending = pending[~is_inside]
+    return result.astype(np.int64).reshape(shape)
+
+
+def _feistel(values: U64, half_bits: U64, stream_keys: U64) -> U64:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for round_number in range(_FEISTEL_ROUNDS):
+        left, right = right, left ^ (bits(stream_keys, right * np.uint64(16) + np.uint64(round_number)) & mask)
+    return (left << half_bits) | right

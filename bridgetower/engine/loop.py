@@ -1,0 +1,122 @@
+"""The training loop of the project: there is no other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridgetower import draws
+from bridgetower.engine.checkpoint import Checkpoints, TrainState
+from bridgetower.engine.preemption import StopRequests
+from bridgetower.engine.throughput import Throughput
+from bridgetower.engine.tracker import Means, Tracker
+from bridgetower.errors import TrainingError
+
+# Asking all ranks costs a device sync, which a GPU step should not wait for.
+_STOP_CHECK_STEPS = {"cuda": 10, "cpu": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the loop does when."""
+
+    total_steps: int
+    accumulation_steps: int
+    global_batch_size: int
+    log_every_steps: int
+    checkpoint_every_steps: int
+    evaluate_every_steps: int
+    """0 only at the end."""
+    seed: int
+
+
+def is_due(step: int, every_steps: int, total_steps: int) -> bool:
+    """True at multiples and at the end."""
+    return step == total_steps or (every_steps > 0 and step % every_steps == 0)
+
+
+def train(
+    engine: Any,
+    batches: Iterator[NamedTuple],
+    plan: Plan,
+    state: TrainState,
+    *,
+    rank: int,
+    world_size: int,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    stop: StopRequests,
+    evaluate: Callable[[int], dict[str, float]],
+) -> bool:
+    """Train from ``state`` to the end, or until asked to stop; then a checkpoint is saved.
+
+    Args:
+        engine: DeepSpeed's, around a module that takes a batch and returns (loss, metrics).
+        batches: micro-batches of this rank from ``state`` on.
+        evaluate: scores on held-out data after a step; called on all ranks.
+
+    Returns: True if it came to the end.
+
+    Raises:
+        TrainingError: the loss is not a finite number.
+    """
+    means, throughput = Means(), Throughput()
+    batches = throughput.watch(batches)
+    engine.train()
+    while state.step < plan.total_steps:
+        rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
+        for micro_step in range(plan.accumulation_steps):
+            batch = to_device(next(batches), engine.device)
+            # Dropout is a function of the step and the rank, so that there is no random state to lose.
+            torch.manual_seed(draws.key(plan.seed, "dropout", state.step, micro_step, rank) >> 1)
+            loss, metrics = engine(batch)
+            engine.backward(loss)  # DeepSpeed divides by the accumulation steps
+            engine.step()  # changes weights on the last micro-step only
+            means.add({**metrics, "loss/total": torch.stack([loss.detach().float(), torch.ones_like(loss)])})
+        state.step += 1
+        state.pairs_seen += plan.global_batch_size
+        throughput.step_done(plan.global_batch_size)
+        tracker.show_step(state.step)
+        is_asked_to_stop = is_due(state.step, _STOP_CHECK_STEPS[engine.device.type], 0) and stop.agreed(engine.device)
+        saves = is_asked_to_stop or is_due(state.step, plan.checkpoint_every_steps, plan.total_steps)
+        # Never a checkpoint without a look at the losses: it must not be one of a run that has diverged.
+        if saves or is_due(state.step, plan.log_every_steps, plan.total_steps):
+            figures = {f"train/{name}": value for name, value in means.take().items()}  # the only host sync
+            _stop_if_not_finite(state.step, figures)
+            figures |= {f"optim/lr/{name}": rate for name, rate in rates.items()}
+            tracker.write(state.step, {**figures, **_grad_norm(engine), **throughput.report(world_size)})
+        if saves:
+            with throughput.paused():
+                checkpoints.save(engine, state)
+        if is_asked_to_stop and state.step < plan.total_steps:
+            return False
+        if is_due(state.step, plan.evaluate_every_steps, plan.total_steps):
+            with throughput.paused():
+                tracker.write(state.step, evaluate(state.step))
+            engine.train()
+    return True
+
+
+def to_device(batch: NamedTuple, device: torch.device) -> Any:
+    """Move a batch without waiting for the copy."""
+    return type(batch)(*(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch))
+
+
+def _grad_norm(engine: Any) -> dict[str, float]:
+    """Global norm of the gradient before clipping."""
+    norm = engine.get_global_grad_norm()
+    return {} if norm is None else {"optim/grad_norm": float(norm)}
+
+
+def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+    for name, value in figures.items():
+        if name.startswith("train/loss/") and not math.isfinite(value):
+            raise TrainingError(
+                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it; resume from "
+                "it with a lower optim.base_lr (in a run of another --name) or with optim.max_grad_norm=1."
+            )

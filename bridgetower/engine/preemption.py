@@ -1,0 +1,51 @@
+"""Requests to stop, and how all ranks agree on the step at which they do."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+
+from bridgetower import dist
+
+_STAY_SECONDS = 24 * 3600
+
+
+class StopRequests:
+    """Remembers SIGUSR1, SIGINT and SIGTERM until the loop asks.
+
+    USR1 (a batch script before its time limit) and INT (Ctrl-C): save, end with exit code 75. TERM (Slurm's
+    preemption and scancel): save; whether to end is the caller's choice, as Slurm wants the job to stay until it is
+    killed. A second Ctrl-C ends at once.
+    """
+
+    def __init__(self) -> None:
+        """Take over the three signals."""
+        self._received: int | None = None
+        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._received = number
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on all ranks if one of them was asked to stop. Every rank must call it at the same step."""
+        return dist.any_rank(self._received is not None, device)
+
+    @property
+    def was_terminated(self) -> bool:
+        """True if the request was SIGTERM."""
+        return self._received == signal.SIGTERM
+
+
+def stay_until_killed() -> None:
+    """Wait for the SIGKILL that follows SIGTERM under Slurm.
+
+    A trainer that exits 0 in the grace period counts as completed and is not requeued, and one whose batch script
+    requeues on any stop cannot be cancelled; staying leaves the choice to Slurm.
+    """
+    time.sleep(_STAY_SECONDS)

@@ -1,0 +1,58 @@
+"""How fast training goes, and how much of it is waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+Batch = TypeVar("Batch")
+
+
+class Throughput:
+    """Measures the time between two reports."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = time.perf_counter()
+        self._pairs, self._steps = 0, 0
+        self._wait_seconds, self._paused_seconds = 0.0, 0.0
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches through and count the time it takes to get them."""
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._wait_seconds += time.perf_counter() - before
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside: evaluation, a checkpoint."""
+        before = time.perf_counter()
+        yield
+        self._paused_seconds += time.perf_counter() - before
+
+    def step_done(self, pairs: int) -> None:
+        """Count one optimiser step."""
+        self._pairs += pairs
+        self._steps += 1
+
+    def report(self, world_size: int) -> dict[str, float]:
+        """Figures since the last report, and begin anew. Call it when the device has finished its work."""
+        seconds = max(time.perf_counter() - self._start - self._paused_seconds, 1e-9)
+        figures = {
+            "speed/pairs_per_second": self._pairs / seconds,
+            "speed/pairs_per_second_per_rank": self._pairs / seconds / world_size,
+            "speed/step_seconds": seconds / max(self._steps, 1),
+            "data/wait_fraction": self._wait_seconds / seconds,
+        }
+        self._begin()
+        return figures

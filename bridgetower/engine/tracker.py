@@ -1,0 +1,186 @@
+"""Where metrics go: ``metrics.jsonl`` always, a line for people, and W&B when asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from bridgetower import dist
+from bridgetower.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Means:
+    """Adds up (sum, count) metrics on the device, without reading them."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the metrics of one micro-step."""
+        for name, value in metrics.items():
+            self._totals[name] = self._totals[name] + value if name in self._totals else value.clone()
+
+    def take(self) -> dict[str, float]:
+        """The means over all ranks and micro-steps since the last call. All ranks must call it; it waits for them."""
+        names = sorted(self._totals)
+        if not names:
+            return {}
+        totals = dist.sum_over_ranks(torch.stack([self._totals[name] for name in names])).tolist()
+        self._totals = {}
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+
+
+class Tracker:
+    """Writes the metrics of rank 0."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        wandb_mode: Literal["off", "auto", "online", "offline"],
+        wandb_project: str,
+        wandb_entity: str,
+        run_config: dict[str, Any],
+    ) -> None:
+        """Open the outputs.
+
+        Args:
+            first_step: steps done before; metrics of later steps, of an earlier life of this run, are dropped.
+            run_config: shown with the run in W&B.
+        """
+        self._total_steps = total_steps
+        self._path = run_folder / METRICS_NAME
+        self._file = self._wandb = self._progress = None
+        if dist.rank() != 0:
+            return
+        _drop_after(self._path, first_step)
+        self._file = self._path.open("a")
+        if wandb_mode != "off":
+            self._wandb = _start_wandb(run_folder, wandb_mode, wandb_project, wandb_entity, run_config)
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task(run_folder.name, total=total_steps, completed=first_step, figures="")
+            self._progress.start()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+        if "train/loss/total" in metrics:
+            figures = _figures(metrics)
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step, figures=figures)
+            else:
+                logger.info("step %d/%d  %s", step, self._total_steps, figures)
+
+    def show_step(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    losses = "  ".join(
+        f"{name.removeprefix('train/loss/')} {value:.3f}"
+        for name, value in metrics.items()
+        if name.startswith("train/loss/") and name != "train/loss/total"
+    )
+    return (
+        f"loss {metrics['train/loss/total']:.3f} ({losses})  {metrics['speed/pairs_per_second']:.0f} pairs/s  "
+        f"waits for data {metrics['data/wait_fraction']:.0%}"
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove lines of later steps, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``; a last line that is being written is left out."""
+    lines = []
+    path = run_folder / METRICS_NAME
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _start_wandb(run_folder: Path, mode: str, project: str, entity: str, run_config: dict[str, Any]) -> Any:
+    """Begin or go on with the dashboard's run. An outage there must not stop training, so it only warns."""
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        mode = os.environ.get("WANDB_MODE", mode)
+    id_file = run_folder / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    write_atomically(id_file, run_id.encode())
+    try:
+        return wandb.init(
+            dir=str(run_folder),
+            project=project,
+            entity=entity or None,
+            name=run_folder.name,
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            config=run_config,
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.errors.Error as error:
+        logger.warning("W&B is not used: %s Metrics are in %s all the same.", error, run_folder / METRICS_NAME)
+        return None

@@ -1,0 +1,42 @@
+"""Recall at k from a matrix of scores. NumPy only.
+
+Shapes: Q queries, N candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def recall_at(
+    scores_QN: npt.NDArray[np.floating], is_match_QN: npt.NDArray[np.bool_], ks: Sequence[int]
+) -> dict[int, float]:
+    """Share of queries whose best right answer is among the k best candidates.
+
+    A wrong candidate with the same score counts as better: a model that scores everything alike gets 0, not 1.
+
+    Args:
+        scores_QN: higher is better; -inf where a candidate is out of the race.
+        is_match_QN: True for right answers; every row needs one.
+        ks: the cut-offs.
+    """
+    assert is_match_QN.any(axis=1).all(), "each query needs a right answer"
+    best_match_Q1 = np.where(is_match_QN, scores_QN, -np.inf).max(axis=1, keepdims=True)
+    num_better_Q = ((scores_QN >= best_match_Q1) & ~is_match_QN).sum(axis=1)
+    return {k: float((num_better_Q < k).mean()) for k in ks}
+
+
+def chance_recall_at(is_match_QN: npt.NDArray[np.bool_], ks: Sequence[int]) -> dict[int, float]:
+    """The expected recall of a random ranking: 1 - C(N - m, k) / C(N, k) for m right answers of N."""
+    num_candidates = is_match_QN.shape[1]
+    num_matches_Q = is_match_QN.sum(axis=1).astype(np.float64)
+    chances = {}
+    for k in ks:
+        miss_Q = np.ones(len(num_matches_Q))
+        for drawn in range(min(k, num_candidates)):
+            miss_Q *= np.clip(num_candidates - num_matches_Q - drawn, 0, None) / (num_candidates - drawn)
+        chances[k] = float(1 - miss_Q.mean())
+    return chances

@@ -1,0 +1,23 @@
+"""What every objective returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Result(NamedTuple):
+    """A loss and what is reported about it."""
+
+    loss: Tensor
+    """Scalar, float32, with gradient."""
+    metrics: dict[str, Tensor]
+    """Each a tensor (sum, count) without gradient, so that means over ranks and micro-steps are exact."""
+
+
+def mean_metric(total: Tensor, count: int | Tensor) -> Tensor:
+    """The pair (sum, count) of a metric; no host sync."""
+    counted = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+    return torch.stack([total.detach().float(), counted])

@@ -1,0 +1,57 @@
+"""Train a small byte-level BPE on the captions of a corpus folder, for models without RoBERTa's weights.
+
+    python data_prep/build_tokenizer.py shards/emoji/train --vocabulary_size=1000 --out=tokenizers/emoji
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fire
+from fire.decorators import SetParseFn
+from tokenizers import ByteLevelBPETokenizer
+
+from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.data.index import ShardReader
+from bridgetower.data.manifest import load_manifest
+from bridgetower.errors import ConfigError, DataError
+
+USAGE = "Usage: python data_prep/build_tokenizer.py SHARDS --vocabulary_size=N --out=DIR"
+
+# In this order they get RoBERTa's ids 0 to 3, of which the padding id 1 is the one its positions count from.
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+_NUM_BYTES = 256
+
+
+@SetParseFn(str)
+def main(shards: str = "", *unexpected: str, vocabulary_size: str = "", out: str = "", **unknown: str) -> None:
+    """Write vocab.json and merges.txt."""
+    refuse_unknown(unexpected, unknown, ["vocabulary_size", "out"], USAGE)
+    if not shards or not out or not vocabulary_size:
+        raise ConfigError(f"SHARDS, --vocabulary_size and --out are all needed. {USAGE}")
+    size = parse_whole("vocabulary_size", vocabulary_size, _NUM_BYTES + len(SPECIAL_TOKENS))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        _captions(Path(shards)), vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False
+    )
+    if tokenizer.get_vocab_size() != size:
+        raise DataError(
+            f"The captions of {shards} give no more than {tokenizer.get_vocab_size()} ids. Use "
+            f"--vocabulary_size={tokenizer.get_vocab_size()}."
+        )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_model(str(folder))
+    print(f"{size} ids in {folder}. Use --model.text.tokenizer={folder} --model.text.vocabulary_size={size}.")
+
+
+def _captions(folder: Path) -> Iterator[str]:
+    for shard in load_manifest(folder).shards:
+        reader = ShardReader(folder / shard.name)
+        for row in range(len(reader)):
+            yield from reader.read(row).record["captions"]
+
+
+if __name__ == "__main__":
+    run_command(lambda: fire.Fire(main))

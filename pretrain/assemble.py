@@ -1,0 +1,139 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bridgetower import draws
+from bridgetower.config.deepspeed import is_bf16, read_memory_config
+from bridgetower.config.schema import RunConfig
+from bridgetower.data.corpora import Corpora
+from bridgetower.data.held_out import HeldOutSplit
+from bridgetower.data.loader import PretrainStream
+from bridgetower.data.manifest import load_manifest
+from bridgetower.data.order import Cut, Order
+from bridgetower.data.text import Tokenizer
+from bridgetower.engine.evaluate import SplitScores, evaluate_split
+from bridgetower.engine.launch import computes_bf16
+from bridgetower.errors import ConfigError
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.pretrained import load_tower_weights
+from bridgetower.task import PretrainTask
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def find_memory_config(config: RunConfig, device: torch.device) -> dict[str, object]:
+    """The file of ``ds_configs/`` that ``engine.deepspeed`` names, read and checked."""
+    name = config.engine.deepspeed
+    if name == "auto":
+        name = "zero2_bf16" if computes_bf16(device) else "zero2_fp32"
+    path = Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    return read_memory_config(path)
+
+
+def precision_of(memory: dict[str, object]) -> str:
+    """What weights are held in for computing: bf16 or fp32."""
+    return "bf16" if is_bf16(memory) else "fp32"
+
+
+def build_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer, checked against the model.
+
+    Raises:
+        ConfigError: another vocabulary size than the model's, or another padding id than RoBERTa's.
+    """
+    tokenizer = Tokenizer(config.model.text.tokenizer)
+    if tokenizer.vocabulary_size != config.model.text.vocabulary_size:
+        raise ConfigError(
+            f"model.text.tokenizer={tokenizer.name} has {tokenizer.vocabulary_size} ids, but "
+            f"model.text.vocabulary_size={config.model.text.vocabulary_size}. "
+            f"Use --model.text.vocabulary_size={tokenizer.vocabulary_size}."
+        )
+    if tokenizer.pad_id != 1:
+        raise ConfigError(
+            f"model.text.tokenizer={tokenizer.name} has <pad> = {tokenizer.pad_id}; RoBERTa counts positions from pad "
+            "id 1. Order the special tokens <s>, <pad>, </s>, <unk>."
+        )
+    return tokenizer
+
+
+def build_stream(config: RunConfig, corpora: Corpora, cut: Cut, rank: int, tokenizer: Tokenizer) -> PretrainStream:
+    """The training pairs of one rank."""
+    order = Order(
+        corpora.pairs_per_shard,
+        corpora.corpus_of_shard,
+        seed=config.seed,
+        shards_per_window=config.data.shards_per_window,
+    )
+    return PretrainStream(
+        corpora,
+        order,
+        cut,
+        rank=rank,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        image_size_px=config.model.image_size_px,
+        max_text_tokens=config.model.text.max_tokens,
+        mlm_probability=config.objectives.mlm_probability,
+        negative_group_size=config.data.negative_group_size,
+    )
+
+
+def check_held_out(folders: Sequence[str]) -> None:
+    """Stop before anything starts if a held-out folder is not there or two have the same name.
+
+    Raises:
+        ConfigError: two folders have the same last name, which would name their scores.
+    """
+    names = [Path(folder).name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one.")
+    for folder in folders:
+        load_manifest(folder)
+
+
+def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
+    """The held-out splits."""
+    return [
+        HeldOutSplit(
+            folder,
+            tokenizer=tokenizer,
+            image_size_px=config.model.image_size_px,
+            max_text_tokens=config.model.text.max_tokens,
+            mlm_probability=config.objectives.mlm_probability,
+            max_images=config.evaluation.max_images,
+        )
+        for folder in config.data.eval_shards
+    ]
+
+
+def build_task(config: RunConfig) -> PretrainTask:
+    """Model and objectives with their initial weights, a function of the seed and the towers' weights."""
+    torch.manual_seed(draws.key(config.seed, "weights") >> 1)
+    model = BridgeTower(config.model)
+    load_tower_weights(model, config.model)
+    return PretrainTask(model, config.model, config.objectives)
+
+
+def evaluate_splits(
+    task: PretrainTask, splits: Sequence[HeldOutSplit], config: RunConfig, device: torch.device
+) -> dict[str, SplitScores]:
+    """Scores of all splits, by name; called on all ranks."""
+    task.eval()
+    return {
+        split.name: evaluate_split(
+            task,
+            split,
+            batch_size=config.evaluation.batch_size,
+            rerank_top_k=config.evaluation.rerank_top_k,
+            num_samples=config.evaluation.num_samples,
+            seed=config.seed,
+            device=device,
+        )
+        for split in splits
+    }
