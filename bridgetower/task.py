@@ -106,6 +106,11 @@ class PretrainTask(nn.Module):
         assert self.itm is not None
         return self.itm.log_odds(self.model.fuse(text_KRLD, image_KRPD, mask_RL).pooled)
 
+    def contrast_temperature(self) -> float:
+        """ITC's temperature. Needs objectives.itc."""
+        assert self.itc is not None
+        return float(self.itc.head.clamped_temperature())
+
     def masked_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor, index_M: Tensor) -> Tensor:
         """MLM's logits at masked positions of encoded pairs, float32, shape (M, V). Needs objectives.mlm."""
         assert self.mlm is not None

@@ -1,7 +1,7 @@
 """From raw pictures and captions to checked webdataset shards.
 
-    python data_prep/build_shards.py emoji --out=shards/emoji
-    python data_prep/build_shards.py folder --raw=photos --captions=photos.csv --out=shards/photos
+python data_prep/build_shards.py emoji --out=shards/emoji
+python data_prep/build_shards.py folder --raw=photos --captions=photos.csv --out=shards/photos
 """
 
 from __future__ import annotations

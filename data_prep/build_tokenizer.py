@@ -1,6 +1,6 @@
 """Train a small byte-level BPE on the captions of a corpus folder, for models without RoBERTa's weights.
 
-    python data_prep/build_tokenizer.py shards/emoji/train --vocabulary_size=1000 --out=tokenizers/emoji
+python data_prep/build_tokenizer.py shards/emoji/train --vocabulary_size=1000 --out=tokenizers/emoji
 """
 
 from __future__ import annotations

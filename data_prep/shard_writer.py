@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,7 +43,7 @@ _WRITER_VERSION = 1
 
 
 class Rejected(Exception):
-    """This record cannot become a sample; the text is the reason, counted in the manifest."""
+    """A record cannot become a sample; the text is the reason, counted in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,7 @@ class _Job:
     def digest(self) -> str:
         """Changes when the shard's content would."""
         content = [_WRITER_VERSION, self.source, dataclasses.asdict(self.images)]
-        content += [
-            [r.key, str(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records
-        ]
+        content += [[r.key, str(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -165,7 +164,7 @@ def _plan(records: list[Record], seed: int) -> list[Record]:
     """The records in an order that depends on the seed and their keys alone."""
     stream = draws.key(seed, "order of records")
     placed = sorted(records, key=lambda record: (draws.key(stream, record.key), record.key))
-    for first, second in zip(placed, placed[1:], strict=False):
+    for first, second in itertools.pairwise(placed):
         if first.key == second.key:
             raise DataError(
                 f"Two images have the key {first.key!r}: {first.image} and {second.image}. Keys are made from file "
@@ -195,9 +194,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> int:
     return lock
 
 
-def _run(
-    jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, int], None]
-) -> dict[Path, _Outcome]:
+def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, int], None]) -> dict[Path, _Outcome]:
     outcomes = {job.shard: outcome for job in jobs if (outcome := _finished(job)) is not None}
     missing = [job for job in jobs if job.shard not in outcomes]
     images_written = 0

@@ -10,15 +10,17 @@ import torch
 from bridgetower import draws
 from bridgetower.config.deepspeed import is_bf16, read_memory_config
 from bridgetower.config.schema import RunConfig
+from bridgetower.config.snapshot import RUN_FILE, read_run_config, read_run_file
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.loader import PretrainStream
 from bridgetower.data.manifest import load_manifest
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.text import Tokenizer
+from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.launch import computes_bf16
-from bridgetower.errors import ConfigError
+from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.pretrained import load_tower_weights
 from bridgetower.task import PretrainTask
@@ -92,7 +94,9 @@ def check_held_out(folders: Sequence[str]) -> None:
     names = [Path(folder).name for folder in folders]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one.")
+            raise ConfigError(
+                f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one."
+            )
     for folder in folders:
         load_manifest(folder)
 
@@ -120,20 +124,36 @@ def build_task(config: RunConfig) -> PretrainTask:
     return PretrainTask(model, config.model, config.objectives)
 
 
+def read_run(folder: Path) -> tuple[RunConfig, str]:
+    """The configuration of a run folder, and the precision its weights are held in."""
+    path = folder / RUN_FILE
+    return read_run_config(path), str(read_run_file(path)["precision"])
+
+
+def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTask:
+    """The task of a run with the weights of a checkpoint, every one of them.
+
+    Args:
+        precision: of ``read_run``.
+
+    Raises:
+        CheckpointError: the weights are not those of this model.
+    """
+    task = PretrainTask(BridgeTower(config.model), config.model, config.objectives)
+    if precision == "bf16":
+        task.bfloat16()
+    try:
+        task.load_state_dict(load_weights(checkpoint), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint} does not hold this model: {error}") from error
+    return task
+
+
 def evaluate_splits(
     task: PretrainTask, splits: Sequence[HeldOutSplit], config: RunConfig, device: torch.device
 ) -> dict[str, SplitScores]:
     """Scores of all splits, by name; called on all ranks."""
     task.eval()
     return {
-        split.name: evaluate_split(
-            task,
-            split,
-            batch_size=config.evaluation.batch_size,
-            rerank_top_k=config.evaluation.rerank_top_k,
-            num_samples=config.evaluation.num_samples,
-            seed=config.seed,
-            device=device,
-        )
-        for split in splits
+        split.name: evaluate_split(task, split, config.evaluation, seed=config.seed, device=device) for split in splits
     }

@@ -67,9 +67,17 @@ def describe_settings(config: RunConfig, usage: str) -> str:
         if owner is not section:
             section = owner
             lines += ["", f"{name.rpartition('.')[0] or 'run'}: {(owner.__doc__ or '').strip().splitlines()[0]}"]
-        shown = ",".join(value) if isinstance(value, tuple) else str(value).lower() if value in (True, False) and isinstance(value, bool) else value
+        shown = (
+            ",".join(value)
+            if isinstance(value, tuple)
+            else str(value).lower()
+            if value in (True, False) and isinstance(value, bool)
+            else value
+        )
         lines.append(f"  --{name}={shown}  ({type_name(annotation)})")
-        lines += textwrap.wrap(docs[owner].get(name.rpartition(".")[2], ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            docs[owner].get(name.rpartition(".")[2], ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     return "\n".join(lines)
 
 
@@ -116,7 +124,9 @@ def parse_bool(name: str, text: str) -> bool:
 def start_logging(rank: int) -> None:
     """Lines for people on stderr: progress from rank 0, warnings from all."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s", "%H:%M:%S")
+    )
     root = logging.getLogger("bridgetower")
     root.handlers = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)

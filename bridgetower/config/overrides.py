@@ -117,7 +117,9 @@ def _wrong_type(name: str, value: Any, annotation: Any) -> ConfigError:
         near = difflib.get_close_matches(str(value), map(str, get_args(annotation)), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return ConfigError(f"{name}={value} is not one of {', '.join(map(str, get_args(annotation)))}.{hint}")
-    return ConfigError(f"{name}={value} is not of the type {type_name(annotation)}, e.g. {_EXAMPLES[annotation](name)}.")
+    return ConfigError(
+        f"{name}={value} is not of the type {type_name(annotation)}, e.g. {_EXAMPLES[annotation](name)}."
+    )
 
 
 _EXAMPLES: dict[Any, typing.Callable[[str], str]] = {

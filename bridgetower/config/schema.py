@@ -169,7 +169,9 @@ class ObjectivesConfig:
                 "Switch at least one on; for contrast alone train the towers with open_clip."
             )
         if not 0.0 < self.mlm_probability < 1.0:
-            raise ConfigError(f"objectives.mlm_probability={self.mlm_probability} is not in (0, 1); the paper has 0.15.")
+            raise ConfigError(
+                f"objectives.mlm_probability={self.mlm_probability} is not in (0, 1); the paper has 0.15."
+            )
         _check_positive(objectives__itc_width=self.itc_width)
         if not 0.001 <= self.itc_initial_temperature <= 0.5:
             raise ConfigError(
@@ -282,6 +284,9 @@ class EvaluationConfig:
     """Of each split, its first images with all their captions; 0 takes all."""
     rerank_top_k: int = 16
     """Candidates per query that the cross-modal encoder scores again, with ITC on."""
+    rerank_score: Literal["itm_and_itc", "itm"] = "itm_and_itc"
+    """itm ranks them by ITM alone, as published for fine-tuned models; itm_and_itc adds ITC's logit, as pretraining's
+    ITM has only seen random negatives and ITC tells close ones apart."""
     num_samples: int = 24
     """Pictures kept in predictions.json for the report, for each split."""
 

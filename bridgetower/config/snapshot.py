@@ -19,7 +19,16 @@ from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.files import write_atomically
 
 RUN_FILE = "run.json"
-_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "transformers", "open_clip_torch", "numpy", "bridgetower")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "webdataset",
+    "transformers",
+    "open_clip_torch",
+    "numpy",
+    "bridgetower",
+)
 
 # What decides which numbers a run computes. Everything else (workers, micro-batch, logging) may change on resume.
 _FIXED_SECTIONS = ("model", "objectives", "optim", "seed")
@@ -91,15 +100,17 @@ def check_same_run(folder: Path, config: RunConfig, identity: Identity) -> None:
     before = read_run_file(folder / RUN_FILE)
     old, new = before["config"], to_dict(config)
     changed = [
-        f"{name}: {_at(old, name)} -> {_at(new, name)}" for name in _fixed_names(new) if _at(old, name) != _at(new, name)
+        f"{name}: {_at(old, name)} -> {_at(new, name)}"
+        for name in _fixed_names(new)
+        if _at(old, name) != _at(new, name)
     ]
     for name in ("optimizer", "precision"):
         if before[name] != getattr(identity, name):
             changed.append(f"{name}: {before[name]} -> {getattr(identity, name)}")
     if list(before["data_digests"].values()) != list(identity.data_digests.values()):
         changed.append(
-            f"training data: {', '.join(before['data_digests'])} -> {', '.join(identity.data_digests)} (other shards, or "
-            "another content of the same folders)"
+            f"training data: {', '.join(before['data_digests'])} -> {', '.join(identity.data_digests)} "
+            "(other shards, or another content of the same folders)"
         )
     if changed:
         raise CheckpointError(

@@ -30,9 +30,7 @@ class MaskedTokens(NamedTuple):
     """Its clean id."""
 
 
-def mask_tokens(
-    ids_BL: I64, counters_B: I64, tokenizer: Tokenizer, *, stream: int, probability: float
-) -> MaskedTokens:
+def mask_tokens(ids_BL: I64, counters_B: I64, tokenizer: Tokenizer, *, stream: int, probability: float) -> MaskedTokens:
     """Choose each ordinary token with ``probability`` and hide most of the chosen ones.
 
     Token-level, not whole words, as the published code does for RoBERTa. A caption may get no masked token.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +60,6 @@ class HeldOutSplit:
         """The image file as it lies in the shard."""
         shard, row = self._rows[number]
         return self._corpora.reader(shard).read(row).image
-
-    def image_batches(self, size: int) -> Iterator[ImageBatch]:
-        """Cut the images into batches; batch k starts at image k * size."""
-        for first in range(0, self.num_images, size):
-            yield self.image_batch(first, size)
 
     def image_batch(self, first: int, size: int) -> ImageBatch:
         """Decode ``size`` consecutive images."""

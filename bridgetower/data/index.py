@@ -115,6 +115,11 @@ class ShardReader:
     """Reads samples of one shard in any order, one ``pread`` each. Safe to use after a fork."""
 
     def __init__(self, shard: Path) -> None:
+        """Open a shard and its row index.
+
+        Raises:
+            DataError: the index is missing, damaged or of another version.
+        """
         self.shard = shard
         sidecar = index_path(shard)
         try:

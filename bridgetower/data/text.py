@@ -56,9 +56,7 @@ class Tokenizer:
     def encode(self, captions: Sequence[str], max_tokens: int) -> list[I64]:
         """Token ids of each caption, with ``<s>`` and ``</s>``; longer ones lose their end."""
         encoded = self._bpe.encode_batch(list(captions))
-        return [
-            np.array([self.start_id, *one.ids[: max_tokens - 2], self.end_id], dtype=np.int64) for one in encoded
-        ]
+        return [np.array([self.start_id, *one.ids[: max_tokens - 2], self.end_id], dtype=np.int64) for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""

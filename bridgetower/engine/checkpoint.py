@@ -63,8 +63,8 @@ def load_file(path: Path) -> dict[str, Any]:
             return content
     except Exception as error:  # torch raises many kinds: pickle, zip, runtime, OS
         raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}. If it is from elsewhere, it may carry code, which is "
-            "never run here; otherwise it is damaged: resume from an earlier checkpoint."
+            f"{path} cannot be read: {str(error).splitlines()[0]}. If it is from elsewhere, it may carry code, "
+            "which is never run here; otherwise it is damaged: resume from an earlier checkpoint."
         ) from error
 
 
@@ -83,7 +83,7 @@ class CheckpointFiles(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed
         """Write one file. An error is kept for later: raising here would leave the other ranks waiting."""
         try:
             torch.save(state_dict, path)
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 os.fsync(file.fileno())
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:
@@ -113,7 +113,9 @@ def _reshard(path: Path, rank: int, saved_world_size: int, world_size: int) -> d
         for number in range(saved_world_size)
     ]
     result = dict(parts[0])
-    masters = [[part["single_partition_of_fp32_groups"][g] for part in parts] for g in range(len(parts[0]["group_paddings"]))]
+    masters = [
+        [part["single_partition_of_fp32_groups"][g] for part in parts] for g in range(len(parts[0]["group_paddings"]))
+    ]
     result["single_partition_of_fp32_groups"] = [_own_part(group, rank, world_size, pad=False) for group in masters]
     states: dict[int, dict[str, Any]] = {}
     for number, first in parts[0]["base_optimizer_state"]["state"].items():
@@ -201,7 +203,9 @@ class Checkpoints:
         """Folders that claim to be complete, newest first."""
         if not self.folder.is_dir():
             return
-        found = [(path, int(match[1])) for path in self.folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+        found = [
+            (path, int(match[1])) for path in self.folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))
+        ]
         yield from sorted(found, key=lambda pair: -pair[1])
 
     def newest_good(self) -> Path | None:
@@ -255,8 +259,8 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
         raise CheckpointError(
-            f"The checkpoint could not be saved: {'; '.join(errors[:3])}. {free / 2**30:.1f} GiB are free there. Earlier "
-            "checkpoints are intact: make room (or lower checkpoint.keep_last) and run the same command again."
+            f"The checkpoint could not be saved: {'; '.join(errors[:3])}. {free / 2**30:.1f} GiB are free there. "
+            "Earlier checkpoints are intact: make room (or lower checkpoint.keep_last) and run the same command again."
         )
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from bridgetower import dist, draws
 from bridgetower.batch import ImageBatch, TextBatch
+from bridgetower.config.schema import EvaluationConfig
 from bridgetower.errors import DataError
 from bridgetower.files import write_atomically
 from bridgetower.metrics.recall import chance_recall_at, recall_at
@@ -40,9 +41,12 @@ class Encoded(Protocol):
     """Encoded images or captions."""
 
     @property
-    def states_KBND(self) -> Tensor: ...
+    def states_KBND(self) -> Tensor:
+        """Bridged layers, ready for the cross-modal encoder."""
+
     @property
-    def embedding_BC(self) -> Tensor | None: ...
+    def embedding_BC(self) -> Tensor | None:
+        """Unit vectors for retrieval by ITC, if there is ITC."""
 
 
 class Scorer(Protocol):
@@ -52,10 +56,20 @@ class Scorer(Protocol):
     itm: Any
     itc: Any
 
-    def image_features(self, pixels_N3SS: Tensor) -> Encoded: ...
-    def text_features(self, ids_TL: Tensor, attention_mask_TL: Tensor) -> Encoded: ...
-    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor: ...
-    def masked_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor, index_M: Tensor) -> Tensor: ...
+    def image_features(self, pixels_N3SS: Tensor) -> Encoded:
+        """Encode uint8 images."""
+
+    def text_features(self, ids_TL: Tensor, attention_mask_TL: Tensor) -> Encoded:
+        """Encode captions."""
+
+    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor:
+        """Score encoded pairs by ITM, shape (R,)."""
+
+    def contrast_temperature(self) -> float:
+        """ITC's temperature."""
+
+    def masked_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor, index_M: Tensor) -> Tensor:
+        """Predict masked words of encoded pairs, shape (M, V)."""
 
 
 class Split(Protocol):
@@ -69,9 +83,14 @@ class Split(Protocol):
     image_id_N: Tensor
     tokenizer: Any
 
-    def image_batch(self, first: int, size: int) -> ImageBatch: ...
-    def text_batch(self, first: int, size: int, *, seed: int) -> TextBatch: ...
-    def image_bytes(self, number: int) -> bytes: ...
+    def image_batch(self, first: int, size: int) -> ImageBatch:
+        """Give consecutive images."""
+
+    def text_batch(self, first: int, size: int, *, seed: int) -> TextBatch:
+        """Give consecutive captions, clean and masked."""
+
+    def image_bytes(self, number: int) -> bytes:
+        """Give the file of an image, for the report."""
 
 
 class SplitScores(NamedTuple):
@@ -104,16 +123,12 @@ class _MaskedWords(NamedTuple):
 
 @torch.no_grad()
 def evaluate_split(
-    scorer: Scorer, split: Split, *, batch_size: int, rerank_top_k: int, num_samples: int, seed: int, device: torch.device
+    scorer: Scorer, split: Split, config: EvaluationConfig, *, seed: int, device: torch.device
 ) -> SplitScores:
     """Score one split on all ranks.
 
     Args:
         scorer: in evaluation mode, on ``device``.
-        batch_size: images, captions or pairs of one pass; also the size of the blocks.
-        rerank_top_k: of each query, this many of ITC's best candidates are scored again by ITM. A pair wanted in both
-            directions is scored once.
-        num_samples: captions shown in the report.
         seed: of masks and random negatives.
 
     Raises:
@@ -123,6 +138,7 @@ def evaluate_split(
     if len(np.unique(image_id_N)) < 2:
         raise DataError(f"The held-out split {split.name} has {split.num_images} image(s); matching needs two or more.")
     image_of_T = split.image_of_caption_T.numpy()
+    batch_size = config.batch_size
     blocks = range(0, split.num_images, batch_size)
     own_blocks = [first for number, first in enumerate(blocks) if number % dist.world_size() == dist.rank()]
     captions = _encode_captions(scorer, split, batch_size, seed, device)
@@ -133,15 +149,19 @@ def evaluate_split(
         states_by_block[first] = encoded.states_KBND
         if encoded.embedding_BC is not None:
             own_embeddings[first] = encoded.embedding_BC.float().cpu().numpy()
-    shown = _spread(split.num_captions, num_samples)
+    shown = _spread(split.num_captions, config.num_samples)
     scores: dict[str, float] = {}
     chance: dict[str, float] = {}
     words: dict[int, list[dict[str, Any]]] = {}
     if scorer.mlm is not None:
         masked = _score_masked_words(scorer, split, states_by_block, batch_size, seed, device, set(shown))
-        scores |= {"mlm_loss": masked.loss_sum / masked.num_tokens, "mlm_accuracy": masked.num_right / masked.num_tokens}
+        scores |= {
+            "mlm_loss": masked.loss_sum / masked.num_tokens,
+            "mlm_accuracy": masked.num_right / masked.num_tokens,
+        }
         words = masked.shown
     similarity_TN: F32 | None = None
+    ranking_TN: F32 | None = None
     candidates_TN = np.zeros((split.num_captions, split.num_images), bool)
     is_match_TN = image_id_N[image_of_T][:, None] == image_id_N[None, :]
     if captions.embedding_TC is not None:
@@ -149,7 +169,8 @@ def evaluate_split(
         similarity_TN = captions.embedding_TC @ np.concatenate([embeddings[first] for first in blocks]).T
         scores |= _recalls("itc_", similarity_TN, is_match_TN)
         chance |= _chance("itc_", is_match_TN)
-        candidates_TN = _top_candidates(similarity_TN, rerank_top_k)
+        candidates_TN = _top_candidates(similarity_TN, config.rerank_top_k)
+        ranking_TN = similarity_TN
     log_odds_TN: F32 | None = None
     if scorer.itm is not None:
         negative_T = _random_other_image(image_id_N, image_of_T, seed)
@@ -162,14 +183,12 @@ def evaluate_split(
         scores["itm_balanced_accuracy"] = float(((own_T > 0).mean() + (other_T <= 0).mean()) / 2)
         chance["itm_balanced_accuracy"] = 0.5
         if similarity_TN is not None:
-            reranked_TN = np.where(candidates_TN, log_odds_TN, -np.inf)
-            scores |= _recalls("", reranked_TN, is_match_TN)
+            both_TN = log_odds_TN + (similarity_TN / scorer.contrast_temperature() if config.rerank_score == "itm_and_itc" else 0)
+            ranking_TN = np.where(candidates_TN, both_TN, -np.inf)
+            scores |= _recalls("", ranking_TN, is_match_TN)
             chance |= _chance("", is_match_TN)
     samples = {}
     if dist.rank() == 0:
-        ranking_TN = None
-        if similarity_TN is not None:
-            ranking_TN = similarity_TN if log_odds_TN is None else np.where(candidates_TN, log_odds_TN, -np.inf)
         samples = _describe_samples(split, shown, words, ranking_TN, log_odds_TN, is_match_TN)
     return SplitScores(scores, chance, samples)
 

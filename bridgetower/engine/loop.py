@@ -117,6 +117,6 @@ def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
     for name, value in figures.items():
         if name.startswith("train/loss/") and not math.isfinite(value):
             raise TrainingError(
-                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it; resume from "
-                "it with a lower optim.base_lr (in a run of another --name) or with optim.max_grad_norm=1."
+                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it. Start a run "
+                "of another --name with a lower optim.base_lr, or with optim.max_grad_norm=1."
             )

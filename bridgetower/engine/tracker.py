@@ -91,7 +91,9 @@ class Tracker:
         """Write one line of metrics."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n")
+        self._file.write(
+            json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n"
+        )
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)

@@ -78,9 +78,7 @@ class CrossModalLayer(nn.Module):
         self.cross_attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self, own_BND: Tensor, own_mask: Tensor | None, other_BND: Tensor, other_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, own_BND: Tensor, own_mask: Tensor | None, other_BND: Tensor, other_mask: Tensor | None) -> Tensor:
         """Update one stream. The other is read as it entered the layer, not after its own self-attention."""
         states = self.self_attention(own_BND, own_BND, own_mask)
         states = self.cross_attention(states, other_BND, other_mask)

@@ -1,4 +1,4 @@
-"""Image-text matching: does this caption belong to this image?
+"""Image-text matching: whether a caption belongs to an image.
 
 Shapes: B pairs, D width.
 """

