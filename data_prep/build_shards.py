@@ -55,7 +55,6 @@ def _usage() -> str:
     return f"Usage: python data_prep/build_shards.py SOURCE --out=DIR [flags]\n\nSources:\n{sources}\n\nFlags:\n{flags}"
 
 
-@SetParseFn(str)
 def main(
     source: str = "",
     *unexpected: str,
@@ -167,4 +166,4 @@ def _print_table(out: Path, manifests: dict[str, Manifest]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: fire.Fire(main))
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

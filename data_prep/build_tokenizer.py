@@ -24,7 +24,6 @@ SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 _NUM_BYTES = 256
 
 
-@SetParseFn(str)
 def main(shards: str = "", *unexpected: str, vocabulary_size: str = "", out: str = "", **unknown: str) -> None:
     """Write vocab.json and merges.txt."""
     refuse_unknown(unexpected, unknown, ["vocabulary_size", "out"], USAGE)
@@ -54,4 +53,4 @@ def _captions(folder: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: fire.Fire(main))
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -43,7 +43,6 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
 _HELD_OUT_CURVES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
 
-@SetParseFn(str)
 def main(run: str = "", *unexpected: str, out: str = "", **unknown: str) -> None:
     """Write the report of a run."""
     refuse_unknown(unexpected, unknown, ["out"], USAGE)
@@ -270,4 +269,4 @@ def _thumbnail(data: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(lambda: fire.Fire(main))
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -31,7 +31,6 @@ USAGE = "Usage: python pretrain/train.py PRESET|RUN.json [--section.field=value 
 logger = logging.getLogger("bridgetower.train")
 
 
-@SetParseFn(str)  # fire would read the run name 2024_11_22 as the integer 20241122
 def main(preset: str = "", *unexpected: str, local_rank: str = "0", **overrides: str) -> None:
     """Train ``preset`` with dotted overrides. The deepspeed launcher adds ``local_rank``."""
     config = config_from_cli(PRESETS, preset, unexpected, overrides, USAGE)
@@ -194,4 +193,4 @@ def _check_resume(config: RunConfig, folder: Path, identity: Identity) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: fire.Fire(main))
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -56,12 +56,36 @@ def config_from_cli(
     return apply_overrides(base, overrides)
 
 
-def describe_settings(config: RunConfig, usage: str) -> str:
-    """Every setting with its value, type and meaning."""
+def narrow_overrides(
+    config: RunConfig, sections: Sequence[str], unexpected: Sequence[str], overrides: Mapping[str, str], usage: str
+) -> RunConfig:
+    """The configuration of a run with some settings changed, for commands that only some settings mean something to.
+
+    Args:
+        sections: what the names of those settings begin with.
+
+    Raises:
+        ConfigError: any other setting, or anything else that is not exactly right.
+    """
+    if "help" in overrides:
+        _print_and_exit(describe_settings(config, usage, sections))
+    if unexpected:
+        raise ConfigError(f"Unexpected word(s) {' '.join(map(str, unexpected))!r}. {usage.splitlines()[0]}")
+    known = [name for name, *_ in walk_fields(config) if name.startswith(tuple(sections))]
+    for name in overrides:
+        if name not in known:
+            raise ConfigError(unknown_name("setting", f"--{name}", known))
+    return apply_overrides(config, overrides)
+
+
+def describe_settings(config: RunConfig, usage: str, sections: Sequence[str] = ("",)) -> str:
+    """Every setting with its value, type and meaning, or those whose names begin with one of ``sections``."""
     docs: dict[type, dict[str, str]] = {}
-    lines = [usage, "", f"Settings and their values in the preset {config.name}:"]
+    lines = [usage, "", f"Settings and their values in {config.name}:"]
     section = None
     for name, annotation, value, owner in walk_fields(config):
+        if not name.startswith(tuple(sections)):
+            continue
         if owner not in docs:
             docs[owner] = _field_docs(owner)
         if owner is not section:
@@ -87,12 +111,25 @@ def refuse_unknown(unexpected: Sequence[str], overrides: Mapping[str, Any], know
     Raises:
         ConfigError: with the nearest valid flag.
     """
+    if "help" in overrides:
+        _print_and_exit(usage)
     if unexpected:
-        raise ConfigError(f"Unexpected word(s) {' '.join(map(str, unexpected))!r}. {usage}")
+        raise ConfigError(
+            f"Unexpected word(s) {' '.join(map(str, unexpected))!r}. {usage.splitlines()[0]} (--help says more)"
+        )
     for name in overrides:
-        if name in ("help", "h"):
-            _print_and_exit(usage)
-        raise ConfigError(f"{unknown_name('flag', f'--{name}', known)} {usage}")
+        raise ConfigError(unknown_name("flag", f"--{name}", known))
+
+
+def show_usage_or_stop(missing: str, overrides: Mapping[str, Any], usage: str) -> None:
+    """For a command that was called without its argument.
+
+    Raises:
+        ConfigError: unless help was asked for, which is printed and ends the program.
+    """
+    if "help" in overrides:
+        _print_and_exit(usage)
+    raise ConfigError(f"Which {missing}? {usage.splitlines()[0]} (--help says more)")
 
 
 def parse_whole(name: str, text: str, minimum: int) -> int:

@@ -36,10 +36,12 @@ def _decode(raw: bytes, where: str) -> Tensor:
     if raw[:2] == b"\xff\xd8":
         try:
             data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-            return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            decoded: Tensor = decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return decoded
         except RuntimeError:
             pass  # CMYK, arithmetic coding and other rarities: Pillow reads more of them, or says what is wrong
-    return F.pil_to_tensor(open_picture(raw, where))
+    drawn: Tensor = F.pil_to_tensor(open_picture(raw, where))
+    return drawn
 
 
 def _fit(image: Tensor, side_px: int) -> Tensor:

@@ -82,7 +82,9 @@ def parse_record(raw: bytes, where: str) -> dict[str, Any]:
         record = json.loads(raw)
     except ValueError as error:
         raise DataError(f"{where}.json is not JSON ({error}). Rebuild the shard.") from error
-    captions = record.get("captions") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}.json holds a {type(record).__name__}, not an object. Rebuild the shard.")
+    captions = record.get("captions")
     if (
         not isinstance(captions, list)
         or not captions

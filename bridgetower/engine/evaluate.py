@@ -183,8 +183,10 @@ def evaluate_split(
         scores["itm_balanced_accuracy"] = float(((own_T > 0).mean() + (other_T <= 0).mean()) / 2)
         chance["itm_balanced_accuracy"] = 0.5
         if similarity_TN is not None:
-            both_TN = log_odds_TN + (similarity_TN / scorer.contrast_temperature() if config.rerank_score == "itm_and_itc" else 0)
-            ranking_TN = np.where(candidates_TN, both_TN, -np.inf)
+            reranked_TN = log_odds_TN
+            if config.rerank_score == "itm_and_itc":
+                reranked_TN = log_odds_TN + similarity_TN / scorer.contrast_temperature()
+            ranking_TN = np.where(candidates_TN, reranked_TN, -np.inf)
             scores |= _recalls("", ranking_TN, is_match_TN)
             chance |= _chance("", is_match_TN)
     samples = {}

@@ -109,7 +109,7 @@ def _free_port() -> int:
 def computes_bf16(device: torch.device) -> bool:
     """True where bfloat16 is faster than float32: GPUs since Ampere, CPUs with avx512_bf16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

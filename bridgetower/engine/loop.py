@@ -104,7 +104,8 @@ def train(
 
 def to_device(batch: NamedTuple, device: torch.device) -> Any:
     """Move a batch without waiting for the copy."""
-    return type(batch)(*(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch))
+    parts = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)
+    return type(batch)._make(parts)
 
 
 def _grad_norm(engine: Any) -> dict[str, float]:
@@ -117,6 +118,6 @@ def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
     for name, value in figures.items():
         if name.startswith("train/loss/") and not math.isfinite(value):
             raise TrainingError(
-                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it. Start a run "
-                "of another --name with a lower optim.base_lr, or with optim.max_grad_norm=1."
+                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it. "
+                "Start a run of another --name with a lower optim.base_lr, or with optim.max_grad_norm=1."
             )

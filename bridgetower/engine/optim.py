@@ -33,7 +33,7 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
         "head": optim.base_lr * optim.head_lr_scale,
         "fusion": optim.base_lr * optim.fusion_lr_scale,
     }
-    groups = {
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
         (kind, is_decayed): {
             "name": f"{kind}{'' if is_decayed else '_no_decay'}",
             "params": [],

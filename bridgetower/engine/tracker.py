@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -164,12 +165,12 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
 def _start_wandb(run_folder: Path, mode: str, project: str, entity: str, run_config: dict[str, Any]) -> Any:
     """Begin or go on with the dashboard's run. An outage there must not stop training, so it only warns."""
     import wandb
+    from wandb.errors import Error
 
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
-        mode = os.environ.get("WANDB_MODE", mode)
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     id_file = run_folder / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     write_atomically(id_file, run_id.encode())
     try:
         return wandb.init(
@@ -179,10 +180,10 @@ def _start_wandb(run_folder: Path, mode: str, project: str, entity: str, run_con
             name=run_folder.name,
             id=run_id,
             resume="allow",
-            mode=mode,
+            mode=cast(Literal["online", "offline", "disabled"], mode),
             config=run_config,
             settings=wandb.Settings(console="off"),
         )
-    except wandb.errors.Error as error:
+    except Error as error:
         logger.warning("W&B is not used: %s Metrics are in %s all the same.", error, run_folder / METRICS_NAME)
         return None
