@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -159,6 +160,8 @@ def evaluate_split(
             "mlm_loss": masked.loss_sum / masked.num_tokens,
             "mlm_accuracy": masked.num_right / masked.num_tokens,
         }
+        num_ids = split.tokenizer.vocabulary_size
+        chance |= {"mlm_loss": math.log(num_ids), "mlm_accuracy": 1 / num_ids}
         words = masked.shown
     similarity_TN: F32 | None = None
     ranking_TN: F32 | None = None

@@ -9,8 +9,10 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -128,6 +130,9 @@ def start(launch: Launch, threads_per_rank: int) -> None:
     else:
         # The CPU's flash attention has a slow bfloat16 backward: the tiny preset trains twice as fast without it.
         torch.backends.cuda.enable_flash_sdp(False)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself too, but warns of it
+    # Where DeepSpeed looks for ninja when it builds an optimiser; a venv need not be activated to be used.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -1,0 +1,57 @@
+# Two commands, and nothing before them: `make demo` and `make test`.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := runs/demo
+# Ranks that wait for each other give their core free instead of spinning.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-fast check format clean
+
+help:
+	@echo 'make demo       install into $(VENV), pretrain a small BridgeTower on emoji, evaluate it, write $(DEMO)/report.html'
+	@echo 'make test       install into $(VENV), run the whole test suite'
+	@echo 'make test-fast  the tests that take less than a minute each'
+	@echo 'make check      ruff and mypy'
+	@echo 'make format     let ruff lay the code out'
+	@echo 'make clean      remove $(VENV), runs and shards of the demo'
+
+$(INSTALLED): setup.py requirements-demo.txt bridgetower/__init__.py
+	@set -e; \
+	python=$$(sh .ci/check_machine.sh); \
+	echo "Installing into $(VENV) (one to three minutes) ..."; \
+	"$$python" -m venv $(VENV); \
+	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements-demo.txt; \
+	$(BIN)/pip install --quiet -e '.[demo,dev]'; \
+	touch $@
+
+demo: $(INSTALLED)
+	@set -e; \
+	ranks=$$($(BIN)/python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)'); \
+	port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu; \
+	$(BIN)/python data_prep/build_shards.py emoji --out=shards/emoji; \
+	$(BIN)/deepspeed --log_level warning --num_gpus "$$ranks" --master_port "$$port" \
+	    pretrain/train.py tiny --name=$(notdir $(DEMO)) --run_root=$(dir $(DEMO)); \
+	$(BIN)/python pretrain/report.py $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) shards/emoji
