@@ -132,7 +132,7 @@ def _train(
     def evaluate(step: int) -> dict[str, float]:
         results = assemble.evaluate_splits(task, splits, config, place.device)
         write_scores(folder, step, results)
-        if step == plan.total_steps and place.rank == 0:
+        if results and step == plan.total_steps and place.rank == 0:
             print_scores(step, results)
         return {f"eval/{split}/{name}": value for split, r in results.items() for name, value in r.scores.items()}
 

@@ -89,8 +89,8 @@ class Tracker:
             self._progress.start()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics."""
-        if self._file is None:
+        """Write one line of metrics, if there are any."""
+        if self._file is None or not metrics:
             return
         self._file.write(
             json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n"

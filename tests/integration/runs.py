@@ -1,0 +1,105 @@
+"""Short real runs of pretrain/train.py, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridgetower.engine.checkpoint import load_file, load_weights
+from tests.conftest import run_script
+
+# A model that trains in seconds and has every part: two bridged layers, three objectives, two parameter rates.
+SMALL_MODEL = (
+    "--model.vision.patch_size_px=24",
+    "--model.vision.width=32",
+    "--model.vision.num_layers=2",
+    "--model.vision.num_heads=2",
+    "--model.text.width=32",
+    "--model.text.num_layers=2",
+    "--model.text.num_heads=2",
+    "--model.fusion.width=32",
+    "--model.fusion.num_layers=2",
+    "--model.fusion.num_heads=2",
+    "--optim.fusion_lr_scale=5",
+)
+FLOAT32 = ("--engine.deepspeed=zero2_fp32",)
+NO_DROPOUT = ("--model.text.dropout=0", "--model.fusion.dropout=0")
+
+
+def settings(run_root: Path, shards: Path, name: str, steps: int, *more: str) -> list[str]:
+    """Arguments of a short run on the emoji shards: 64 pairs a step, every step logged."""
+    return [
+        "tiny",
+        f"--run_root={run_root}",
+        f"--name={name}",
+        f"--data.train_shards={shards / 'train'}",
+        "--data.eval_shards=",
+        "--data.global_batch_size=64",
+        "--data.micro_batch_size=32",
+        f"--optim.total_steps={steps}",
+        "--checkpoint.every_steps=1000",
+        "--evaluation.every_steps=0",
+        "--tracker.every_steps=1",
+        *SMALL_MODEL,
+        *more,
+    ]
+
+
+def train(
+    run_root: Path, shards: Path, name: str, steps: int, *more: str, ranks: int = 0, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    return run_script("pretrain/train.py", *settings(run_root, shards, name, steps, *more), ranks=ranks, code=code)
+
+
+def metrics(run_root: Path, name: str, prefixes: Sequence[str] = ("train/", "optim/")) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_root / name / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k == "step" or k.startswith(tuple(prefixes))} for line in lines]
+
+
+def last_checkpoint(run_root: Path, name: str) -> Path:
+    """The newest checkpoint of a run."""
+    folder = run_root / name / "checkpoints"
+    return folder / (folder / "latest").read_text()
+
+
+def weights(run_root: Path, name: str) -> dict[str, Tensor]:
+    """The weights it ended with."""
+    return load_weights(last_checkpoint(run_root, name))
+
+
+def optimizer_tensors(run_root: Path, name: str) -> list[Tensor]:
+    """Every tensor of the optimiser's files, by rank and in a fixed order."""
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                collect(value[key])
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                collect(part)
+
+    for path in sorted(last_checkpoint(run_root, name).glob("*optim_states.pt")):
+        collect(load_file(path)["optimizer_state_dict"])
+    return found
+
+
+def relative_difference(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12))
+
+
+def assert_same_tensors(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """Bit for bit."""
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

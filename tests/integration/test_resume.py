@@ -1,0 +1,154 @@
+"""Stop anywhere, go on anywhere: the result is bit for bit the one of a run that was never stopped."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPO, command_line, script_environment
+from tests.integration.runs import (
+    assert_same_tensors,
+    metrics,
+    optimizer_tensors,
+    relative_difference,
+    settings,
+    train,
+    weights,
+)
+
+STEPS = 8
+# Dropout on, so that its random numbers count too; worker processes, so that the position in the data does.
+LIVELY = ["--model.text.dropout=0.1", "--model.fusion.dropout=0.1", "--data.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def root(emoji_shards, tmp_path_factory) -> Path:
+    """Holds the run "whole", at two ranks, that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, emoji_shards, "whole", STEPS, *LIVELY, "--checkpoint.every_steps=3", ranks=2)
+    return folder
+
+
+def assert_same_run(root, name):
+    assert metrics(root, name) == metrics(root, "whole")
+    ours, whole = weights(root, name), weights(root, "whole")
+    assert ours.keys() == whole.keys()
+    assert_same_tensors(list(ours.values()), list(whole.values()))
+    assert_same_tensors(optimizer_tensors(root, name), optimizer_tensors(root, "whole"))
+
+
+def start(root, shards, name, *more):
+    """Start a run of two ranks and wait until it has done some steps."""
+    arguments = settings(root, shards, name, STEPS, *LIVELY, "--checkpoint.every_steps=3", *more)
+    process = subprocess.Popen(
+        command_line("pretrain/train.py", arguments, ranks=2),
+        cwd=REPO,
+        env=script_environment({}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    lines = root / name / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and len(lines.read_text().splitlines()) >= 4):
+        assert process.poll() is None, "it ended before it was stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def ranks_of(process):
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(word.startswith("--local_rank=") for word in child.cmdline())
+        and child.parent().cmdline()[:3] != child.cmdline()[:3]  # not the ranks' own data workers
+    ]
+
+
+def test_stopped_by_usr1_on_one_rank_saves_exits_75_and_goes_on(root, emoji_shards):
+    process = start(root, emoji_shards, "stopped")
+    ranks_of(process)[0].send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 75
+    stopped_at = len(metrics(root, "stopped"))
+    assert 4 <= stopped_at < STEPS
+    train(root, emoji_shards, "stopped", STEPS, *LIVELY, "--checkpoint.every_steps=3", ranks=2)
+    assert_same_run(root, "stopped")
+
+
+def test_killed_without_warning_goes_on_from_its_last_checkpoint(root, emoji_shards):
+    process = start(root, emoji_shards, "killed")
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in tree:
+        one.kill()
+    process.wait(timeout=60)
+    output = train(root, emoji_shards, "killed", STEPS, *LIVELY, "--checkpoint.every_steps=3", ranks=2)
+    assert "resuming from" in output.stderr and "step 3" in output.stderr
+    assert_same_run(root, "killed")
+
+
+def test_half_written_and_damaged_checkpoints_are_passed_over(root, emoji_shards):
+    copy_run(root, "damaged", keep=["step0000003", "step0000006", "step0000008"])
+    folder = root / "damaged/checkpoints"
+    # What a kill leaves that comes while step 8 is written, and a disk that does not keep step 6.
+    (folder / "step0000008").rename(folder / "unfinished-step0000008")
+    (folder / "unfinished-step0000008/COMPLETE.json").unlink()
+    victim = next((folder / "step0000006").glob("*optim_states.pt"))
+    with victim.open("r+b") as file:  # the size stays; only the checksum tells
+        file.seek(victim.stat().st_size // 2)
+        file.write(b"\0\1\2\3\4\5\6\7" * 4)
+    output = train(root, emoji_shards, "damaged", STEPS, *LIVELY, "--checkpoint.every_steps=3", ranks=2)
+    assert "Falling back" in output.stderr and "step 3, " in output.stderr
+    assert_same_run(root, "damaged")
+    assert not list(folder.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(0, 64), (1, 32)], ids=["joined", "accumulated"])
+def test_goes_on_at_another_world_size(root, emoji_shards, ranks, micro_batch_size):
+    # Dropout differs between ranks, so here only closeness can be asked for: of runs without it.
+    name = f"resized_{micro_batch_size}"
+    calm = ["--engine.deepspeed=zero2_fp32", "--objectives.itc=false", "--optim.eps=1e-3", "--checkpoint.every_steps=3"]
+    if not (root / "calm").exists():
+        train(root, emoji_shards, "calm", 6, *calm, ranks=2)
+    copy_run(root, name, keep=["step0000003"], source="calm")
+    train(root, emoji_shards, name, 6, *calm, f"--data.micro_batch_size={micro_batch_size}", ranks=ranks)
+    ours, whole = weights(root, name), weights(root, "calm")
+    assert max(relative_difference(ours[n], whole[n]) for n in whole if n.endswith("weight")) < 1e-6
+    # And back to two ranks.
+    shutil.rmtree(root / name / "checkpoints/step0000006")
+    train(root, emoji_shards, name, 6, *calm, ranks=2)
+    assert max(relative_difference(weights(root, name)[n], whole[n]) for n in whole if n.endswith("weight")) < 1e-6
+
+
+def test_other_settings_are_refused(root, emoji_shards):
+    output = train(root, emoji_shards, "whole", STEPS, *LIVELY, "--optim.base_lr=0.5", ranks=0, code=2)
+    assert "optim.base_lr: 0.001 -> 0.5" in output.stderr and "--name" in output.stderr
+
+
+def test_two_at_once_are_refused(root, emoji_shards):
+    process = start(root, emoji_shards, "once")
+    tree = psutil.Process(process.pid).children(recursive=True)
+    try:
+        for one in tree:
+            one.suspend()  # so that it does not end meanwhile
+        output = train(root, emoji_shards, "once", STEPS, *LIVELY, "--checkpoint.every_steps=3", code=2)
+        assert "Another program is writing to" in output.stderr
+    finally:
+        for one in tree:
+            one.kill()
+        process.wait(timeout=60)
+
+
+def copy_run(root, name, *, keep, source="whole"):
+    """A run as it was when the checkpoints ``keep`` were its only ones."""
+    shutil.copytree(root / source, root / name)
+    for folder in (root / name / "checkpoints").glob("step*"):
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+    run = root / name / "run.json"
+    run.write_text(run.read_text().replace(f'"name": "{source}"', f'"name": "{name}"'))
