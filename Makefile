@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
 	$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu; \
 	$(BIN)/python data_prep/build_shards.py emoji --out=shards/emoji; \
-	$(BIN)/deepspeed --log_level warning --num_gpus "$$ranks" --master_port "$$port" \
+	$(BIN)/deepspeed --log_level error --num_gpus "$$ranks" --master_port "$$port" \
 	    pretrain/train.py tiny --name=$(notdir $(DEMO)) --run_root=$(dir $(DEMO)); \
 	$(BIN)/python pretrain/report.py $(DEMO)
 

@@ -56,7 +56,7 @@ def command_line(script: str, arguments: Sequence[str], ranks: int) -> list[str]
     path = str(REPO / script)
     if not ranks:
         return [sys.executable, path, *arguments]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error"]
     return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), path, *arguments]
 
 
