@@ -26,6 +26,10 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     if not run:
         show_usage_or_stop("run", overrides, USAGE)
     from bridgetower.engine import launch as launching
+
+    place = launching.read_launch()
+    start_logging(place.rank)
+    # These import DeepSpeed, which reads what read_launch has completed.
     from bridgetower.engine.checkpoint import find_checkpoint, read_description
     from bridgetower.engine.evaluate import write_scores
     from pretrain import assemble
@@ -37,8 +41,6 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     config = narrow_overrides(config, _SETTINGS, unexpected, overrides, USAGE)
     if not config.data.eval_shards:
         raise ConfigError(f"The run {config.name} has no data.eval_shards. Give --data.eval_shards=DIR.")
-    place = launching.read_launch()
-    start_logging(place.rank)
     assemble.check_held_out(config.data.eval_shards)
     tokenizer = assemble.build_tokenizer(config)
     launching.start(place, config.engine.threads_per_rank)

@@ -48,10 +48,11 @@ def run(config: RunConfig) -> bool:
     # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.engine import launch as launching
     from bridgetower.engine.optim import chosen_implementation
-    from pretrain import assemble
 
     place = launching.read_launch()
     start_logging(place.rank)
+    from pretrain import assemble  # imports DeepSpeed, which reads what read_launch has completed
+
     data = config.data
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
     memory = assemble.find_memory_config(config, place.device)

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,8 @@ def read_launch(environment: MutableMapping[str, str] | None = None) -> Launch:
         ConfigError: the launcher's variables are incomplete.
     """
     env = os.environ if environment is None else environment
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself too, but warns of it when imported
     if "RANK" not in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         _translate_slurm(env)
     if "RANK" not in env:
@@ -130,9 +133,10 @@ def start(launch: Launch, threads_per_rank: int) -> None:
     else:
         # The CPU's flash attention has a slow bfloat16 backward: the tiny preset trains twice as fast without it.
         torch.backends.cuda.enable_flash_sdp(False)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself too, but warns of it
     # Where DeepSpeed looks for ninja when it builds an optimiser; a venv need not be activated to be used.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # DeepSpeed 0.19.8 calls it by its old name at every step, for which torch 2.14 warns every user.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

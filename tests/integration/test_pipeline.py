@@ -1,0 +1,143 @@
+"""From shards to a report, each command as a user gives it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, free_port, run_script, script_environment
+from tests.integration.runs import metrics, settings, train
+
+EVALUATED = ["--evaluation.every_steps=4", "--evaluation.num_samples=6"]
+
+
+@pytest.fixture(scope="module")
+def root(emoji_shards, tmp_path_factory) -> Path:
+    """Holds the run "whole": two ranks, evaluated during training, with W&B as it is without a key."""
+    folder = tmp_path_factory.mktemp("runs")
+    splits = f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'concept'}"
+    output = train(folder, emoji_shards, "whole", 6, *EVALUATED, splits, "--tracker.wandb=auto", ranks=2)
+    (folder / "output").write_text(output.stdout + output.stderr)
+    run_script("pretrain/report.py", str(folder / "whole"))
+    return folder
+
+
+def scores(root):
+    return json.loads((root / "whole/eval.json").read_text())
+
+
+def test_run_folder_holds_what_the_design_names(root):
+    names = {path.name for path in (root / "whole").iterdir()}
+    assert {"run.json", "deepspeed.json", "metrics.jsonl", "eval.json", "checkpoints", "report.html"} <= names
+
+
+def test_held_out_scores_stand_beside_chance(root):
+    content = scores(root)
+    assert content["headline_split"] == "combination" and content["step"] == 6
+    names = {"itm_balanced_accuracy", "mlm_loss", "mlm_accuracy"}
+    names |= {f"{prefix}{way}_r{k}" for prefix in ("", "itc_") for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    for split in ("combination", "concept"):
+        part = content["splits"][split]
+        assert set(part["scores"]) == set(part["chance"]) == names
+        assert all(math.isfinite(value) for value in part["scores"].values())
+    assert {name: content[name] for name in names} == content["splits"]["combination"]["scores"]
+    # One caption for each of 330 pictures.
+    assert content["splits"]["combination"]["chance"]["t2i_r1"] == pytest.approx(1 / 330)
+
+
+def test_scores_during_training_are_in_the_metrics(root):
+    lines = {line["step"]: line for line in metrics(root, "whole", ["eval/"]) if len(line) > 1}
+    assert sorted(lines) == [4, 6]
+    for name, value in scores(root)["splits"]["concept"]["scores"].items():
+        assert lines[6][f"eval/concept/{name}"] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_evaluating_again_gives_the_same_scores_at_any_number_of_ranks(root, ranks):
+    before = scores(root)
+    (root / "whole/eval.json").unlink()
+    output = run_script("pretrain/evaluate_run.py", str(root / "whole"), ranks=ranks)
+    assert scores(root) == before
+    assert "ITM balanced accuracy" in output.stdout and "concept" in output.stdout
+
+
+def test_other_settings_of_the_evaluation_can_be_given(root):
+    saved = (root / "whole/eval.json").read_bytes()
+    run_script("pretrain/evaluate_run.py", str(root / "whole"), "--evaluation.max_images=50")
+    assert scores(root)["splits"]["combination"]["chance"]["t2i_r1"] == pytest.approx(1 / 50)
+    (root / "whole/eval.json").write_bytes(saved)
+
+
+def test_wandb_without_a_key_writes_an_offline_run(root):
+    assert list((root / "whole/wandb").glob("offline-run-*"))
+
+
+def test_run_json_repeats_the_run_under_torchrun(root):
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"],
+        *[str(REPO / "pretrain/train.py"), str(root / "whole/run.json"), "--name=again", "--tracker.wandb=off"],
+    ]
+    subprocess.run(command, cwd=REPO, env=script_environment({}), check=True, capture_output=True, timeout=300)
+    assert metrics(root, "again", ["train/", "optim/", "eval/"]) == metrics(root, "whole", ["train/", "optim/", "eval/"])
+
+
+def test_finished_run_is_only_evaluated_again(root, emoji_shards):
+    splits = f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'concept'}"
+    before = metrics(root, "whole"), scores(root)
+    output = train(root, emoji_shards, "whole", 6, *EVALUATED, splits, ranks=2)
+    assert "is complete" in output.stderr
+    assert [line for line in metrics(root, "whole") if len(line) > 1] == [line for line in before[0] if len(line) > 1]
+    assert scores(root) == before[1]
+
+
+def test_report_needs_nothing_but_itself(root):
+    page = (root / "whole/report.html").read_text()
+    loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert [address for address in loaded if not address.startswith(("data:", "#", "https://creativecommons.org"))] == []
+    assert "ITM balanced accuracy" in page and page.count("<svg") >= 5
+    # Captions of held-out pictures, and the attribution that CC-BY asks for.
+    assert "skin tone" in page and "Twitter, Inc." in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which not every machine has")
+def test_report_draws_every_picture_in_a_browser(root, tmp_path):
+    # The page that is looked at is a copy which writes down what the browser made of it.
+    page = (root / "whole/report.html").read_text()
+    probe = (
+        "<script>addEventListener('load', () => { document.title = 'broken ' + [...document.images]"
+        ".filter(i => !i.complete || !i.naturalWidth).length + ' of ' + document.images.length"
+        " + ' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script></body>"
+    )
+    copy = tmp_path / "report.html"
+    copy.write_text(page.replace("</body>", probe))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    shown = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(broken.*?)</title>", shown)
+    assert title is not None
+    assert re.fullmatch(r"broken 0 of [1-9]\d* wide false", title[1])
+
+
+def test_sigint_saves_and_exits_75(root, emoji_shards):
+    # Ctrl-C goes to one process here; the next test file stops whole groups.
+    import signal
+    import time
+
+    arguments = settings(root, emoji_shards, "interrupted", 500)
+    command = [sys.executable, str(REPO / "pretrain/train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=REPO, env=script_environment({}), stderr=subprocess.PIPE, text=True)
+    lines = root / "interrupted/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "the same command goes on from there" in errors
