@@ -85,7 +85,8 @@ def test_run_json_repeats_the_run_under_torchrun(root):
         *[str(REPO / "pretrain/train.py"), str(root / "whole/run.json"), "--name=again", "--tracker.wandb=off"],
     ]
     subprocess.run(command, cwd=REPO, env=script_environment({}), check=True, capture_output=True, timeout=300)
-    assert metrics(root, "again", ["train/", "optim/", "eval/"]) == metrics(root, "whole", ["train/", "optim/", "eval/"])
+    what = ["train/", "optim/", "eval/"]
+    assert metrics(root, "again", what) == metrics(root, "whole", what)
 
 
 def test_finished_run_is_only_evaluated_again(root, emoji_shards):
@@ -100,7 +101,8 @@ def test_finished_run_is_only_evaluated_again(root, emoji_shards):
 def test_report_needs_nothing_but_itself(root):
     page = (root / "whole/report.html").read_text()
     loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
-    assert [address for address in loaded if not address.startswith(("data:", "#", "https://creativecommons.org"))] == []
+    allowed = ("data:", "#", "https://creativecommons.org")
+    assert [address for address in loaded if not address.startswith(allowed)] == []
     assert "ITM balanced accuracy" in page and page.count("<svg") >= 5
     # Captions of held-out pictures, and the attribution that CC-BY asks for.
     assert "skin tone" in page and "Twitter, Inc." in page
