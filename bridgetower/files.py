@@ -46,7 +46,9 @@ def claim_folder(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise DataError(f"{folder} cannot be written to ({error.strerror}).") from error
+        raise DataError(
+            f"{folder} cannot be written to ({error.strerror}). Use another folder, or correct its permissions."
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

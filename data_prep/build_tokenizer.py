@@ -40,8 +40,11 @@ def main(shards: str = "", *unexpected: str, vocabulary_size: str = "", out: str
             f"--vocabulary_size={tokenizer.get_vocab_size()}."
         )
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_model(str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_model(str(folder))
+    except Exception as error:  # tokenizers has no error class of its own
+        raise DataError(f"--out={folder} cannot be written to ({error}). Use another folder.") from error
     print(f"{size} ids in {folder}. Use --model.text.tokenizer={folder} --model.text.vocabulary_size={size}.")
 
 

@@ -13,22 +13,24 @@ import itertools
 import json
 import multiprocessing
 import os
+import tarfile
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from bridgetower import draws
 from bridgetower.data.index import index_path, scan_tar
 from bridgetower.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
-from bridgetower.data.picture import MAX_IMAGE_PIXELS, open_picture
+from bridgetower.data.picture import PictureTooLarge, flatten, opened, orientation_of
 from bridgetower.data.sample import Sample, clean_captions
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.files import claim_folder, sha256_of, write_atomically
@@ -36,8 +38,8 @@ from data_prep.record import ImagePolicy, Record
 
 _STATE_FOLDER = ".build"
 _TAR_MODE = 0o644
-_ORIENTATION_TAG = 0x0112
 _PLAIN_FORMATS = {"JPEG": "jpg", "PNG": "png"}
+_MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 # A part of the digest of a shard's inputs: to be raised when the same input gives other bytes.
 _WRITER_VERSION = 1
 
@@ -68,7 +70,7 @@ class _Job:
         """Changes when the shard's content would."""
         content = [_WRITER_VERSION, self.source, dataclasses.asdict(self.images)]
         content += [[r.key, str(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,38 +112,36 @@ def build_corpus(
         **dataclasses.asdict(images),
     }
     plans = {split: _plan(own, seed) for split, own in _by_split(records).items()}
-    jobs: list[_Job] = []
-    locks = []
-    for split, ordered in plans.items():
-        folder = out / split
-        locks.append(_claim(folder, {"source": source, "split": split, **settings}))
-        jobs += [
-            _Job(
-                folder=folder,
-                number=first // samples_per_shard,
-                source=source,
-                images=images,
-                records=tuple(ordered[first : first + samples_per_shard]),
-            )
-            for first in range(0, len(ordered), samples_per_shard)
-        ]
-    outcomes = _run(jobs, workers, on_progress)
-    manifests = {}
-    for split in plans:
-        folder = out / split
-        own = [outcomes[job.shard] for job in jobs if job.folder == folder]
-        _remove_beyond(folder, len(own))
-        manifests[split] = Manifest(
+    jobs = [
+        _Job(
+            folder=out / split,
+            number=first // samples_per_shard,
             source=source,
-            split=split,
-            settings=settings,
-            attribution=attribution,
-            totals=_add_up([outcome.totals for outcome in own]),
-            shards=tuple(outcome.entry for outcome in own if outcome.entry.samples),
+            images=images,
+            records=tuple(ordered[first : first + samples_per_shard]),
         )
-        write_manifest(folder, manifests[split])
-    for lock in locks:
-        os.close(lock)
+        for split, ordered in plans.items()
+        for first in range(0, len(ordered), samples_per_shard)
+    ]
+    manifests = {}
+    with ExitStack() as claimed:
+        for split in plans:
+            claimed.callback(os.close, _claim(out / split, {"source": source, "split": split, **settings}))
+        outcomes = _run(jobs, workers, on_progress)
+        for split in plans:
+            folder = out / split
+            own = [outcomes[job.shard] for job in jobs if job.folder == folder]
+            _remove_beyond(folder, len(own))
+            manifests[split] = Manifest(
+                source=source,
+                split=split,
+                settings=settings,
+                attribution=attribution,
+                totals=_add_up([outcome.totals for outcome in own]),
+                shards=tuple(outcome.entry for outcome in own if outcome.entry.samples),
+            )
+            with _writing(folder / MANIFEST_NAME):
+                write_manifest(folder, manifests[split])
     return manifests
 
 
@@ -178,7 +178,20 @@ def _claim(folder: Path, settings: dict[str, Any]) -> int:
 
     Returns: the descriptor whose closing gives the folder free.
     """
-    lock = claim_folder(folder / _STATE_FOLDER)
+    state = folder / _STATE_FOLDER
+    lock = claim_folder(state)
+    try:
+        _check_settings(folder, settings)
+        # What a build that was killed had begun to write.
+        for leftover in (*folder.glob(".*.tmp"), *state.glob(".*.tmp")):
+            leftover.unlink(missing_ok=True)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     known = folder / _STATE_FOLDER / "settings.json"
     if known.exists():
         before = json.loads(known.read_bytes())
@@ -190,14 +203,29 @@ def _claim(folder: Path, settings: dict[str, Any]) -> int:
     elif (folder / MANIFEST_NAME).exists() or any(folder.glob("*.tar")):
         raise ConfigError(f"{folder} already holds shards that this program did not build. Use another --out.")
     else:
-        write_atomically(known, json.dumps(settings, indent=1).encode())
-    return lock
+        with _writing(known):
+            write_atomically(known, json.dumps(settings, indent=1).encode())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what to do when the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}). Make room or correct the permissions, and run the "
+            "command again: finished shards are kept."
+        ) from error
 
 
 def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, int], None]) -> dict[Path, _Outcome]:
     outcomes = {job.shard: outcome for job in jobs if (outcome := _finished(job)) is not None}
     missing = [job for job in jobs if job.shard not in outcomes]
     images_written = 0
+    for folder in {job.folder for job in missing}:
+        # Until all of its shards are there again, the folder is not a corpus.
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
 
     def note(job: _Job, outcome: _Outcome) -> None:
         nonlocal images_written
@@ -212,7 +240,7 @@ def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, in
         return outcomes
     # A clean server process forks the workers: no threads of this one are copied.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_end_with_parent) as pool:
         futures = {pool.submit(_build, job): job for job in missing}
         try:
             for future in as_completed(futures):
@@ -226,6 +254,18 @@ def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, in
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return outcomes
+
+
+def _end_with_parent() -> None:
+    """Runs in a new worker: one whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finished(job: _Job) -> _Outcome | None:
@@ -248,41 +288,38 @@ def _finished(job: _Job) -> _Outcome | None:
 def _build(job: _Job) -> _Outcome:
     """Write one shard with its index; runs in a worker."""
     temporary = job.shard.with_name(f".{job.shard.name}.{os.getpid()}.tmp")
-    temporary_index = temporary.with_name(temporary.name + ".npy")
     try:
-        return _write(job, temporary, temporary_index)
-    except OSError as error:
-        raise DataError(
-            f"{job.shard} cannot be written ({error.strerror}). Make room or correct the permissions, and run the "
-            "command again: finished shards are kept."
-        ) from error
+        with _writing(job.shard):
+            return _write(job, temporary)
     finally:
         temporary.unlink(missing_ok=True)
-        temporary_index.unlink(missing_ok=True)
 
 
-def _write(job: _Job, temporary: Path, temporary_index: Path) -> _Outcome:
+def _write(job: _Job, temporary: Path) -> _Outcome:
     rejects: Counter[str] = Counter()
     captions = words = 0
     with temporary.open("wb") as file:
-        with webdataset.TarWriter(file, user="", group="", mode=_TAR_MODE, mtime=0, encoder=False) as tar:
+        # webdataset's TarWriter writes the same bytes, but to import it is to import torch, in every worker.
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for record in job.records:
                 try:
                     sample = make_sample(record, job.source, job.images)
                 except Rejected as reason:
                     rejects[str(reason)] += 1
                     continue
-                tar.write({"__key__": sample.key, **sample.members()})
+                _add(tar, sample)
                 captions += len(sample.captions)
                 words += sum(len(caption.split()) for caption in sample.captions)
         file.flush()
         os.fsync(file.fileno())
     num_samples = len(job.records) - sum(rejects.values())
     entry = ShardEntry(name=job.shard.name, samples=0, pairs=0, bytes=0, sha256="")
+    job.state.unlink(missing_ok=True)  # shard and index are two files: only what is noted afterwards belongs together
     if num_samples:
         index = scan_tar(temporary, job.shard.name)
         assert len(index) == num_samples and int(index["num_captions"].sum()) == captions
-        np.save(temporary_index, index)
+        index_file = io.BytesIO()
+        np.save(index_file, index)
         entry = ShardEntry(
             name=job.shard.name,
             samples=num_samples,
@@ -290,7 +327,7 @@ def _write(job: _Job, temporary: Path, temporary_index: Path) -> _Outcome:
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
         )
-        os.replace(temporary_index, index_path(job.shard))
+        write_atomically(index_path(job.shard), index_file.getvalue())
         os.replace(temporary, job.shard)
     totals = Totals(
         rows=len(job.records),
@@ -303,6 +340,13 @@ def _write(job: _Job, temporary: Path, temporary_index: Path) -> _Outcome:
     state = {"digest": job.digest(), "entry": dataclasses.asdict(entry), "totals": dataclasses.asdict(totals)}
     write_atomically(job.state, json.dumps(state).encode())
     return _Outcome(entry=entry, totals=totals)
+
+
+def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+    for suffix, content in sorted(sample.members().items()):
+        member = tarfile.TarInfo(f"{sample.key}.{suffix}")  # of owner 0, without names, from 1970
+        member.size, member.mode = len(content), _TAR_MODE
+        tar.addfile(member, io.BytesIO(content))
 
 
 def make_sample(record: Record, source: str, images: ImagePolicy) -> Sample:
@@ -322,7 +366,7 @@ def make_sample(record: Record, source: str, images: ImagePolicy) -> Sample:
         raise Rejected(f"image file unreadable: {error.strerror}") from None
     if not raw:
         raise Rejected("image file empty")
-    content, suffix, (width, height) = _convert(raw, images)
+    content, suffix, (width, height) = _convert(raw, images, str(record.image))
     return Sample(
         key=record.key,
         image=content,
@@ -336,26 +380,25 @@ def make_sample(record: Record, source: str, images: ImagePolicy) -> Sample:
     )
 
 
-def _convert(raw: bytes, images: ImagePolicy) -> tuple[bytes, str, tuple[int, int]]:
+def _convert(raw: bytes, images: ImagePolicy, where: str) -> tuple[bytes, str, tuple[int, int]]:
     """The bytes to store, their suffix, and the size in pixels. Decodes fully, so that damaged files are found."""
     try:
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise Rejected("image has too many pixels")
+        with opened(raw, where) as image:
             is_plain = (
                 image.format in _PLAIN_FORMATS
                 and image.mode in ("RGB", "L")
-                and image.getexif().get(_ORIENTATION_TAG, 1) == 1
+                and orientation_of(image) == 1
                 and "transparency" not in image.info
                 and not getattr(image, "is_animated", False)
             )
-            image.load()
-            size, format_name = image.size, str(image.format)
-        is_small = not images.short_side_px or min(size) <= images.short_side_px
-        if is_plain and is_small:
-            return raw, _PLAIN_FORMATS[format_name], size
-        picture = open_picture(raw, "")
-    except (OSError, ValueError, SyntaxError, DataError, Image.DecompressionBombError):
+            is_small = not images.short_side_px or min(image.size) <= images.short_side_px
+            if is_plain and is_small:
+                image.load()
+                return raw, _PLAIN_FORMATS[str(image.format)], image.size
+            picture = flatten(image)
+    except PictureTooLarge:
+        raise Rejected("image has too many pixels") from None
+    except DataError:
         raise Rejected("image cannot be decoded") from None
     if images.short_side_px and min(picture.size) > images.short_side_px:
         scale = images.short_side_px / min(picture.size)
@@ -367,6 +410,8 @@ def _convert(raw: bytes, images: ImagePolicy) -> tuple[bytes, str, tuple[int, in
     if images.lossless:
         picture.save(stream, "PNG", optimize=True)
         return stream.getvalue(), "png", picture.size
+    if max(picture.size) > _MAX_JPEG_SIDE_PX:
+        raise Rejected(f"image longer than {_MAX_JPEG_SIDE_PX:,} pixels")
     picture.save(stream, "JPEG", quality=images.jpeg_quality, subsampling=0)
     return stream.getvalue(), "jpg", picture.size
 

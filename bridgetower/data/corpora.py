@@ -37,16 +37,21 @@ class Corpora:
         """Check the manifests and that every shard is there.
 
         Raises:
-            DataError: a folder, manifest, shard or index is missing or of the wrong size, or a corpus is empty.
+            DataError: a folder, manifest, shard or index is missing or of the wrong size, or a corpus is empty or
+                given twice.
         """
         self.folders = tuple(Path(folder) for folder in folders)
         self.manifests: tuple[Manifest, ...] = tuple(load_manifest(folder) for folder in self.folders)
+        seen: dict[str, Path] = {}
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
             if not manifest.num_pairs:
                 raise DataError(
                     f"{folder} holds no pairs (rejected: {manifest.totals.rejects or 'none'}). Leave it out, or see "
                     "why its source gave none."
                 )
+            first = seen.setdefault(manifest.digest(), folder)
+            if first is not folder:
+                raise DataError(f"{first} and {folder} hold the same pairs, which would be read twice. Leave one out.")
         shards = [
             (folder / shard.name, shard.pairs, corpus)
             for corpus, (folder, manifest) in enumerate(zip(self.folders, self.manifests, strict=True))

@@ -75,7 +75,10 @@ def scan_tar(shard: Path, name: str | None = None) -> Index:
 
 
 def _samples(shard: Path, name: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Group the members of a tar as webdataset does: the key ends at the first dot of the file name."""
+    """Group the members of a tar as webdataset does: the key ends at the first dot of the file name.
+
+    Files without a key or without a dot are passed over, as there.
+    """
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     seen: set[str] = set()
@@ -85,7 +88,9 @@ def _samples(shard: Path, name: str) -> Iterator[tuple[str, dict[str, tarfile.Ta
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
+                stem, dot, suffix = base.partition(".")
+                if not stem or not dot:
+                    continue
                 key = f"{folder}/{stem}" if folder else stem
                 if key != current:
                     if current is not None:
@@ -94,11 +99,22 @@ def _samples(shard: Path, name: str) -> Iterator[tuple[str, dict[str, tarfile.Ta
                         raise DataError(f"{name} holds the key {key!r} twice; keys must be unique and stand together.")
                     seen.add(key)
                     current, members = key, {}
+                if suffix.lower() in members:
+                    raise DataError(f"{name} holds {key}.{suffix.lower()} twice; build it again with each file once.")
                 members[suffix.lower()] = member
+            _check_end(tar)
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{name} is not a readable tar file ({error}). Delete it and build it again.") from error
     if current is not None:
         yield current, members
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Stop where tarfile would not: it takes a damaged header in the middle for the end of the file."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
 
 
 @dataclass(frozen=True)
@@ -118,12 +134,12 @@ class ShardReader:
         """Open a shard and its row index.
 
         Raises:
-            DataError: the index is missing, damaged or of another version.
+            DataError: the shard or its index is missing, or the index is damaged or of another version.
         """
         self.shard = shard
         sidecar = index_path(shard)
         try:
-            self._index: Index = np.load(sidecar, mmap_mode="r", allow_pickle=False)
+            self._index: Index = np.lib.format.open_memmap(sidecar, mode="r")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"The row index {sidecar} cannot be read ({error}). Run the command that built the shards again: "
@@ -135,7 +151,10 @@ class ShardReader:
                 f"{INDEX_DTYPE.names}. Build the shards again with this version."
             )
         self._first_pair = np.concatenate([[0], np.cumsum(self._index["num_captions"], dtype=np.int64)])
-        self._file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"The shard {shard} cannot be read ({error.strerror}). Copy or build it again.") from error
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -164,7 +183,7 @@ class ShardReader:
         """Read one sample, with one system call.
 
         Raises:
-            DataError: the shard is shorter than its index says, or the record is damaged.
+            DataError: the shard is shorter than its index says, the record is damaged, or the index is another's.
         """
         row = self._index[sample]
         image_start = int(row["image_offset"])
@@ -176,14 +195,18 @@ class ShardReader:
         block = os.pread(self._file, num_bytes, start)
         if len(block) != num_bytes:
             raise DataError(
-                f"{self.shard} ends at byte {start + len(block)}, but sample {sample} reaches to byte "
+                f"{self.shard} ends at byte {os.fstat(self._file).st_size}, but sample {sample} reaches to byte "
                 f"{start + num_bytes}: the file was cut short. Copy or build it again."
             )
-        return RawSample(
-            image=block[image_start - start : image_end - start],
-            record=parse_record(block[record_start - start : record_end - start], f"{self.shard}:{sample}"),
-            image_id=int(row["image_id"]),
-        )
+        record = parse_record(block[record_start - start : record_end - start], f"{self.shard}:{sample}")
+        image_id = int(row["image_id"])
+        if len(record["captions"]) != row["num_captions"] or hash64(record["image_id"]) != image_id:
+            raise DataError(
+                f"Sample {sample} of {self.shard} is not the one that its row index {index_path(self.shard).name} "
+                "describes: shard and index are of different builds. Copy both again, or delete them and run the "
+                "build_shards.py command again."
+            )
+        return RawSample(block[image_start - start : image_end - start], record, image_id)
 
     def close(self) -> None:
         """Give the file back; the reader is of no use afterwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,9 @@ from bridgetower.data.corpora import Corpora, as_int64
 from bridgetower.data.images import load_image
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.text import Tokenizer, pad
+from bridgetower.errors import BridgeTowerError, TrainingError
 
+# A worker that is stuck for so long, in a file system that does not answer, shows where and ends itself.
 _WORKER_TIMEOUT_SECONDS = 600
 
 
@@ -79,6 +82,25 @@ class PretrainStream(Dataset[PretrainBatch]):
         )
 
 
+class _WorkerView(Dataset[PretrainBatch | BridgeTowerError]):
+    """A stream as a worker reads it: its errors are handed over as values.
+
+    A raised one would arrive as a new error whose text is the worker's traceback.
+    """
+
+    def __init__(self, stream: PretrainStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, micro_step: int) -> PretrainBatch | BridgeTowerError:
+        faulthandler.dump_traceback_later(_WORKER_TIMEOUT_SECONDS, exit=True)
+        try:
+            return self._stream[micro_step]
+        except BridgeTowerError as error:
+            return error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
 def micro_batches(
     stream: PretrainStream, first: int, end: int, *, workers: int, prefetch_batches: int, pin_memory: bool
 ) -> Iterator[PretrainBatch]:
@@ -88,9 +110,13 @@ def micro_batches(
         workers: processes that prepare whole micro-batches ahead of time; 0 prepares each when it is asked for.
         prefetch_batches: micro-batches that each worker keeps ready.
         pin_memory: put them into page-locked memory, for copies to a GPU that do not wait.
+
+    Raises:
+        DataError: of the first micro-batch that cannot be read.
+        TrainingError: a worker died.
     """
     loader = DataLoader(
-        stream,
+        _WorkerView(stream) if workers else stream,
         batch_size=None,
         sampler=range(first, end),
         num_workers=workers,
@@ -99,9 +125,26 @@ def micro_batches(
         # Workers start from a clean server process: a fork of a process with NCCL, gloo or CUDA threads can hang.
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_prepare_worker,
-        timeout=_WORKER_TIMEOUT_SECONDS if workers else 0,
+        # With a timeout DataLoader would look only then whether its workers live; without one every 5 s.
+        timeout=0,
     )
-    yield from loader
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not workers or "Caught" in str(error):  # raised by the worker's code, not by its death
+                raise
+            raise TrainingError(
+                f"A process that prepares batches died ({error}): for want of memory, or stuck in a read, which it "
+                "then said above. The run goes on from its last checkpoint with --resume=auto; with fewer processes "
+                f"(--data.workers={workers} now) it needs less memory."
+            ) from error
+        if isinstance(batch, BridgeTowerError):
+            raise batch
+        yield batch
 
 
 def _prepare_worker(_: int) -> None:

@@ -96,8 +96,16 @@ def load_manifest(folder: str | Path) -> Manifest:
             else "A build that was interrupted leaves none: run the same build_shards.py command again, it goes on."
         )
         raise DataError(f"{folder} has no {MANIFEST_NAME}. {hint}") from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}). Correct its permissions, or copy it again."
+        ) from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}). Run the build_shards.py command again.") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds a {type(content).__name__}, not a manifest. Run the build_shards.py command again."
+        )
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format_version {version!r}, this version reads {FORMAT_VERSION}. Build it again.")

@@ -150,25 +150,31 @@ def cut_global_batch(global_batch_size: int, micro_batch_size: int, world_size: 
             f"data.negative_group_size={negative_group_size} must be at least 2: a pair's negative is another pair of "
             "its group. The default is 32."
         )
+    together = micro_batch_size * world_size
+    fitting = [
+        size
+        for size in range(negative_group_size, global_batch_size // world_size + 1, negative_group_size)
+        if global_batch_size % (size * world_size) == 0
+    ]
+    nearest = sorted(sorted(fitting, key=lambda size: abs(size - micro_batch_size))[:4])
     if micro_batch_size % negative_group_size:
-        lower = max(negative_group_size, micro_batch_size // negative_group_size * negative_group_size)
+        smallest = negative_group_size * world_size
+        cure = (
+            f"Sizes that fit: {', '.join(f'--data.micro_batch_size={size}' for size in nearest)}"
+            if nearest
+            else f"What fits: --data.micro_batch_size={negative_group_size} and "
+            f"--data.global_batch_size={-(-global_batch_size // smallest) * smallest}"
+        )
+        if micro_batch_size > 1 and global_batch_size % together == 0:
+            cure += f", or --data.negative_group_size={micro_batch_size} (another group size draws other negatives)"
         raise ConfigError(
             f"data.micro_batch_size={micro_batch_size} is not a multiple of data.negative_group_size="
-            f"{negative_group_size}, within which ITM negatives are drawn. Use "
-            f"--data.micro_batch_size={lower}, or a group that divides it, e.g. "
-            f"--data.negative_group_size={micro_batch_size if micro_batch_size > 1 else 2} "
-            "(another group size draws other negatives)."
+            f"{negative_group_size}, within which ITM negatives are drawn. {cure}."
         )
-    together = micro_batch_size * world_size
     if global_batch_size % together:
-        fitting = [
-            size
-            for size in range(negative_group_size, global_batch_size // world_size + 1, negative_group_size)
-            if global_batch_size % (size * world_size) == 0
-        ]
         cure = (
-            f"Micro-batch sizes that divide it: {', '.join(map(str, fitting[-4:]))}."
-            if fitting
+            f"Micro-batch sizes that divide it: {', '.join(map(str, nearest))}."
+            if nearest
             else f"The next global batch that divides is {-(-global_batch_size // together) * together}."
         )
         raise ConfigError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from bridgetower.errors import DataError
 
@@ -12,6 +14,49 @@ from bridgetower.errors import DataError
 MAX_IMAGE_PIXELS = 89_478_485
 
 _TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PictureTooLarge(DataError):
+    """A picture claims more than MAX_IMAGE_PIXELS."""
+
+
+@contextmanager
+def opened(raw: bytes, where: str) -> Iterator[Image.Image]:
+    """A picture whose header is read and whose size is accepted; what its decoding raises becomes a DataError.
+
+    Args:
+        raw: the file's content, in any format that Pillow reads.
+        where: names the picture in errors.
+
+    Raises:
+        PictureTooLarge: it claims more than MAX_IMAGE_PIXELS.
+        DataError: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise PictureTooLarge(
+            f"The image of {where} has more than {MAX_IMAGE_PIXELS:,} pixels ({error}): refused, as small files can "
+            "claim to be huge. Scale it down first."
+        ) from error
+    except Exception as error:  # damaged files make Pillow raise nearly anything: TypeError, struct.error, zlib.error
+        raise DataError(
+            f"The image of {where} cannot be decoded ({error}). If it lies in a shard, copy or build that again: only "
+            "images that could be decoded are put there."
+        ) from error
 
 
 def open_picture(raw: bytes, where: str) -> Image.Image:
@@ -24,16 +69,8 @@ def open_picture(raw: bytes, where: str) -> Image.Image:
     Raises:
         DataError: it cannot be decoded, or is larger than MAX_IMAGE_PIXELS.
     """
-    try:
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"The image of {where} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS:,}: "
-                    "refused, as small files can claim to be huge. Scale it down first."
-                )
-            return flatten(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"The image of {where} cannot be decoded ({error}).") from error
+    with opened(raw, where) as image:
+        return flatten(image)
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -42,7 +79,8 @@ def flatten(image: Image.Image) -> Image.Image:
     White, not the black that lies under transparent pixels in many files (which is what the reference's RGBA -> RGB
     conversion shows): drawings are made for a light page.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    orientation = orientation_of(image)
     if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
@@ -50,4 +88,13 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grayscale: Pillow's own conversion would clip everything above 255 to white.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's number for how the camera was held; 1 is upright, which is also what damaged EXIF data say."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a picture is not lost for its notes; Pillow's reader of them raises nearly anything
+        return 1

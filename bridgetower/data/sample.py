@@ -14,6 +14,7 @@ from bridgetower.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+_MAX_KEY = 80  # with its suffix it has to fit into the 100 bytes of a plain tar header
 _OWN_FIELDS = ("image_id", "source", "captions", "width", "height")
 
 
@@ -46,14 +47,14 @@ class Sample:
         }
         return {
             self.image_suffix: self.image,
-            "json": json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(),
+            "json": json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
             "txt": self.captions[0].encode(),
         }
 
 
 def safe_key(name: str) -> str:
-    """A tar key for any file name: the name itself where it is one, otherwise its letters and a hash of the whole."""
-    if _KEY.fullmatch(name):
+    """A tar key for any file name: the name itself where it can be one, otherwise its letters and a hash of it all."""
+    if _KEY.fullmatch(name) and len(name) <= _MAX_KEY:
         return name
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:60]
     return f"{readable}-{hash64(name):016x}"
@@ -62,10 +63,12 @@ def safe_key(name: str) -> str:
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
     """Normalise to NFC, fold white space, drop empty captions and repeats; the order stays.
 
+    Half a surrogate pair, which a cut through an emoji leaves in scraped JSON, is no text and becomes U+FFFD.
     Nothing else is touched: the paper feeds raw captions (no lower-casing, no prompt). The published code removes
     repeats through an unordered set, so that each process has its own order.
     """
-    folded = (" ".join(unicodedata.normalize("NFC", caption).split()) for caption in captions)
+    whole = (caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for caption in captions)
+    folded = (" ".join(unicodedata.normalize("NFC", caption).split()) for caption in whole)
     return tuple(dict.fromkeys(caption for caption in folded if caption))
 
 

@@ -30,7 +30,7 @@ class Tokenizer:
             name: a shipped one, or a folder that holds ``vocab.json`` and ``merges.txt``.
 
         Raises:
-            ConfigError: no such tokenizer, or its vocabulary lacks a special token.
+            ConfigError: no such tokenizer, its files are damaged, or its vocabulary lacks a special token.
         """
         folder = (
             Path(str(resources.files("bridgetower.data") / "assets" / name))
@@ -45,7 +45,13 @@ class Tokenizer:
                 f"{', '.join(SHIPPED_TOKENIZERS)}, or a folder with vocab.json and merges.txt."
             )
         self.name = name
-        self._bpe = ByteLevelBPETokenizer(str(files[0]), str(files[1]))
+        try:
+            self._bpe = ByteLevelBPETokenizer(str(files[0]), str(files[1]))
+        except Exception as error:  # tokenizers has no error class of its own
+            raise ConfigError(
+                f"model.text.tokenizer={name!r} is not a byte-level BPE ({error}). Copy its files again, or use one of "
+                f"{', '.join(SHIPPED_TOKENIZERS)}."
+            ) from error
         ids = {token: self._bpe.token_to_id(token) for token in SPECIAL_TOKENS}
         lacking = [token for token, number in ids.items() if number is None]
         if lacking:

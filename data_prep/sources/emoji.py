@@ -140,7 +140,10 @@ def _caption(name: str, code: str, *, is_official: bool) -> str:
         return name
     matches = list(_TONE_PHRASE.finditer(name))
     before, after = name[: matches[0].start()].strip(), name[matches[-1].end() :].strip()
-    return f"{before}: {', '.join(match.group() for match in matches)}" + (f", {after}" if after else "")
+    phrases = ", ".join(match.group() for match in matches)
+    if not before:  # the picture of a tone itself
+        return phrases
+    return f"{before}: {phrases}" + (f", {after}" if after else "")
 
 
 def _is_flag(code: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
             raise DataError(f"{where} has image={name!r}. Each row names an image file below --raw={options.raw}.")
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise DataError(f"{where} has caption={captions!r}. Each row has a text `caption`, or a list `captions`.")
-        if not (root / name).resolve().is_relative_to(root):
-            raise DataError(f"{where} names the image {name!r}, which lies outside --raw={options.raw}.")
+        name = _place(root, name, where)
         entry = joined.setdefault(name, {**row, "captions": []})
         if (row.get("split") or "") != (entry.get("split") or ""):
             raise DataError(
@@ -69,6 +69,20 @@ def records(options: SourceOptions) -> Iterator[Record]:
         )
 
 
+def _place(root: Path, name: str, where: str) -> str:
+    """The path of an image below the folder, the same however a row spells it: ./a.jpg and b/../a.jpg are a.jpg."""
+    try:
+        path = Path(os.path.normpath(root / name))
+        target = path.resolve()
+    except ValueError as error:  # a NUL or half a surrogate pair
+        raise DataError(f"{where} has image={name!r}, which cannot be the name of a file ({error}).") from error
+    if not path.is_relative_to(root):  # an absolute name through a link to the folder
+        path = target
+    if target == root or not (path.is_relative_to(root) and target.is_relative_to(root)):
+        raise DataError(f"{where} names the image {name!r}, which is not a file below --raw={root}.")
+    return path.relative_to(root).as_posix()
+
+
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a caption file, each with its place for errors."""
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -85,10 +99,11 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream, strict=True)
-        header = reader.fieldnames or []
-        if "image" not in header or "caption" not in header:
-            raise DataError(f"--captions={file} has the columns {', '.join(header) or 'none'}; it needs image,caption.")
         try:
+            header = reader.fieldnames or []
+            if "image" not in header or "caption" not in header:
+                columns = ", ".join(header) or "none"
+                raise DataError(f"--captions={file} has the columns {columns}; it needs image,caption.")
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
@@ -97,7 +112,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     )
                 yield f"{file}, line {reader.line_num}", row
         except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num} is not CSV ({error}).") from error
+            raise DataError(f"{file}, line {reader.reader.line_num} is not CSV ({error}).") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,110 @@
+"""Several corpora are read as one list of shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bridgetower.data import corpora as corpora_module
+from bridgetower.data.corpora import Corpora, as_int64
+from bridgetower.data.order import Located
+from bridgetower.draws import hash64
+from bridgetower.errors import DataError
+from tests.small_corpora import draw, file_of, write_corpus
+
+COUNTS = {"cats": [1, 2, 1, 3, 1], "dogs": [2, 2]}
+
+
+@pytest.fixture
+def corpora(tmp_path) -> Corpora:
+    return Corpora([write_corpus(tmp_path, counts, name=name, samples_per_shard=2) for name, counts in COUNTS.items()])
+
+
+def everything(corpora: Corpora) -> Located:
+    """All pairs, shard by shard."""
+    return Located(
+        np.repeat(np.arange(len(corpora.pairs_per_shard)), corpora.pairs_per_shard),
+        np.concatenate([np.arange(pairs) for pairs in corpora.pairs_per_shard]),
+    )
+
+
+def test_every_caption_of_every_corpus_is_one_pair(corpora):
+    pairs = corpora.read(everything(corpora))
+    found = sorted((pair.caption.replace(" longer", ""), pair.corpus) for pair in pairs)
+    assert found == sorted(
+        (f"{name} picture {number}, caption {which}", corpus)
+        for corpus, (name, counts) in enumerate(COUNTS.items())
+        for number, count in enumerate(counts)
+        for which in range(count)
+    )
+
+
+def test_a_pair_carries_the_picture_that_its_caption_is_of(corpora):
+    for pair in corpora.read(everything(corpora)):
+        name, _, number = pair.caption.split(",")[0].split()
+        assert pair.image == file_of(draw(int(number)))
+        assert pair.image_id == hash64(f"{name}:{number}")
+        assert pair.record["image_id"] == f"{name}:{number}"
+        assert f"image_id {name}:{number}" in pair.where
+
+
+def test_pairs_come_in_the_order_asked_for(corpora):
+    all_pairs = corpora.read(everything(corpora))
+    located = everything(corpora)
+    places = np.array([7, 0, 7, 11, 3])
+    assert corpora.read(Located(located.shard[places], located.pair[places])) == [all_pairs[place] for place in places]
+
+
+def test_shards_are_listed_corpus_after_corpus(corpora):
+    assert corpora.names == ["cats", "dogs"]
+    assert corpora.corpus_of_shard == [0, 0, 0, 1]
+    assert [path.parent.name for path in corpora.shard_paths] == ["cats"] * 3 + ["dogs"]
+    assert sum(corpora.pairs_per_shard) == 12
+
+
+def test_a_worker_reads_the_same_pairs(corpora):
+    corpora.read(everything(corpora))  # opens files, which are not sent
+    copy = pickle.loads(pickle.dumps(corpora))
+    assert copy.read(everything(corpora)) == corpora.read(everything(corpora))
+
+
+def test_no_more_shards_stay_open_than_allowed(corpora, monkeypatch):
+    monkeypatch.setattr(corpora_module, "_MAX_OPEN_SHARDS", 2)
+    for _ in range(3):
+        assert len(corpora.read(everything(corpora))) == 12
+    open_files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert sorted(path for path in open_files if path in map(str, corpora.shard_paths)) == [
+        str(path) for path in corpora.shard_paths[-2:]
+    ]
+
+
+def test_a_corpus_without_pairs_is_refused_with_what_was_rejected(tmp_path):
+    empty = write_corpus(tmp_path, [0, 0])  # pictures without captions
+    with pytest.raises(DataError, match=r"corpus holds no pairs \(rejected: \{'no caption': 2\}\)"):
+        Corpora([empty])
+
+
+def test_the_same_corpus_twice_is_refused(tmp_path):
+    folder = write_corpus(tmp_path, [1, 1])
+    with pytest.raises(DataError, match="hold the same pairs"):
+        Corpora([folder, f"{folder}/"])
+
+
+def test_an_index_that_counts_other_pairs_than_the_manifest_is_an_error(tmp_path):
+    folder = write_corpus(tmp_path, [1, 2, 3])
+    manifest = json.loads((folder / "shards.json").read_text())
+    manifest["shards"][0]["pairs"] = 5
+    (folder / "shards.json").write_text(json.dumps(manifest))
+    corpora = Corpora([folder])
+    with pytest.raises(DataError, match="counts 6 pairs, the manifest 5: they are of different builds"):
+        corpora.read(Located(np.array([0]), np.array([0])))
+
+
+def test_image_ids_stay_different_as_signed_numbers():
+    ids = np.array([0, 1, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    assert as_int64(ids).tolist() == [0, 1, 2**63 - 1, -(2**63), -1]

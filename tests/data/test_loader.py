@@ -1,0 +1,190 @@
+"""The stream of micro-batches is the same for any number of ranks and workers; what goes wrong is an error, no hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridgetower.batch import PretrainBatch
+from bridgetower.data.corpora import Corpora
+from bridgetower.data.images import load_image
+from bridgetower.data.loader import PretrainStream, micro_batches
+from bridgetower.data.order import Order, cut_global_batch
+from bridgetower.data.text import Tokenizer
+from bridgetower.errors import EXIT_FAILED, DataError, TrainingError
+from tests.small_corpora import write_corpus
+
+GROUP = 4
+# 29 pairs in two corpora, so that the batches of 16 below straddle epochs; pictures have up to 3 captions.
+COUNTS = {"cats": [1, 2, 1, 3, 1, 2, 3, 1, 2], "dogs": [2, 2, 3, 1, 1, 3, 1]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_workers() -> None:
+    """The server that workers are forked from imports what they need, as for a script: seconds less for each."""
+    multiprocessing.set_forkserver_preload(["bridgetower.data.loader"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("corpora")
+    return [
+        write_corpus(root, counts, name=name, samples_per_shard=3, first_picture=100 * corpus)
+        for corpus, (name, counts) in enumerate(COUNTS.items())
+    ]
+
+
+def make_stream(folders: Sequence[Path], *, ranks: int = 1, rank: int = 0, micro: int = 8) -> PretrainStream:
+    corpora = Corpora(folders)
+    return PretrainStream(
+        corpora,
+        Order(corpora.pairs_per_shard, corpora.corpus_of_shard, seed=5, shards_per_window=3),
+        cut_global_batch(16, micro, ranks, GROUP),
+        rank=rank,
+        seed=5,
+        tokenizer=Tokenizer("emoji"),
+        image_size_px=20,
+        max_text_tokens=48,
+        mlm_probability=0.15,
+        negative_group_size=GROUP,
+    )
+
+
+def read(stream: PretrainStream, first: int, end: int, workers: int = 0) -> list[PretrainBatch]:
+    return list(micro_batches(stream, first, end, workers=workers, prefetch_batches=2, pin_memory=False))
+
+
+def assert_same(batches: Sequence[PretrainBatch], others: Sequence[PretrainBatch]) -> None:
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for name, found, expected in zip(batch._fields, batch, other, strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected), name
+
+
+def join(parts: Sequence[PretrainBatch], pad_id: int) -> PretrainBatch:
+    """The micro-batches of all ranks as one: padded to the widest, rows counted on."""
+    width = max(part.clean_ids_BL.shape[1] for part in parts)
+    rows = [sum(len(part.image_id_B) for part in parts[:number]) for number in range(len(parts))]
+
+    def widen(ids_BL: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(ids_BL, (0, width - ids_BL.shape[1]), value=value)
+
+    def recount(part: PretrainBatch, first: int) -> torch.Tensor:
+        length = part.clean_ids_BL.shape[1]
+        return (first + part.mlm_index_M // length) * width + part.mlm_index_M % length
+
+    return PretrainBatch(
+        pixels_B3SS=torch.cat([part.pixels_B3SS for part in parts]),
+        clean_ids_BL=torch.cat([widen(part.clean_ids_BL, pad_id) for part in parts]),
+        masked_ids_BL=torch.cat([widen(part.masked_ids_BL, pad_id) for part in parts]),
+        attention_mask_BL=torch.cat([widen(part.attention_mask_BL, False) for part in parts]),
+        mlm_index_M=torch.cat([recount(part, first) for part, first in zip(parts, rows, strict=True)]),
+        mlm_label_M=torch.cat([part.mlm_label_M for part in parts]),
+        # Each rank's loss is a mean over its groups; the joined one is the mean over all ranks.
+        mlm_weight_M=torch.cat([part.mlm_weight_M for part in parts]) / len(parts),
+        itm_image_B=torch.cat([part.itm_image_B + first for part, first in zip(parts, rows, strict=True)]),
+        itm_label_B=torch.cat([part.itm_label_B for part in parts]),
+        image_id_B=torch.cat([part.image_id_B for part in parts]),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # more than this machine's cores
+def test_micro_batches_are_the_same_with_0_1_and_3_workers(folders):
+    alone = read(make_stream(folders), 0, 12)
+    assert len(alone) == 12
+    assert_same(read(make_stream(folders), 0, 12, workers=1), alone)
+    assert_same(read(make_stream(folders), 0, 12, workers=3), alone)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_micro_batches_together_are_one_ranks_joined_batch(folders, ranks):
+    joined = read(make_stream(folders, micro=16), 0, 10)
+    parts = [read(make_stream(folders, ranks=ranks, rank=rank, micro=16 // ranks), 0, 10) for rank in range(ranks)]
+    assert_same([join(step, pad_id=1) for step in zip(*parts, strict=True)], joined)
+
+
+def test_accumulated_micro_batches_together_are_the_joined_batch(folders):
+    joined = read(make_stream(folders, micro=16), 0, 5)
+    halves = read(make_stream(folders, micro=8), 0, 10)
+    assert_same([join(halves[step : step + 2], pad_id=1) for step in range(0, 10, 2)], joined)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_goes_on_in_the_middle_gives_the_same_tail(folders, workers):
+    assert_same(read(make_stream(folders), 7, 12, workers), read(make_stream(folders), 0, 12)[7:])
+
+
+def test_an_epoch_shows_every_pair_with_its_own_picture(folders):
+    corpora = Corpora(folders)
+    total = sum(corpora.pairs_per_shard)
+    assert total == 29
+    expected = {}  # caption ids -> picture, read from the shards one after another
+    tokenizer = Tokenizer("emoji")
+    for shard in range(len(corpora.shard_paths)):
+        reader = corpora.reader(shard)
+        for number in range(len(reader)):
+            sample = reader.read(number)
+            for ids in tokenizer.encode(sample.record["captions"], 48):
+                expected[tuple(ids.tolist())] = load_image(sample.image, 20, "x")
+    batches = read(make_stream(folders, micro=4), 0, 29)  # 116 pairs: four epochs
+    seen: dict[tuple[int, ...], int] = {}
+    for batch in batches:
+        for row in range(4):
+            caption = tuple(batch.clean_ids_BL[row][batch.attention_mask_BL[row]].tolist())
+            assert torch.equal(batch.pixels_B3SS[row], expected[caption])
+            seen[caption] = seen.get(caption, 0) + 1
+    assert seen.keys() == expected.keys()
+    assert set(seen.values()) == {4}
+
+
+def test_a_negative_is_shown_with_another_picture_of_its_corpus(folders):
+    for batch in read(make_stream(folders), 0, 12):
+        is_negative = batch.itm_label_B == 0
+        assert is_negative.sum() == 4
+        shown_id_B = batch.image_id_B[batch.itm_image_B]
+        assert (shown_id_B[is_negative] != batch.image_id_B[is_negative]).all()
+        assert torch.equal(shown_id_B[~is_negative], batch.image_id_B[~is_negative])
+
+
+def test_a_batch_is_as_wide_as_its_longest_caption(folders):
+    widths = {batch.clean_ids_BL.shape[1] for batch in read(make_stream(folders), 0, 12)}
+    assert len(widths) > 1 and max(widths) <= 48
+    for batch in read(make_stream(folders), 0, 12):
+        assert batch.attention_mask_BL.sum(dim=1).max() == batch.clean_ids_BL.shape[1]
+        assert torch.equal(batch.clean_ids_BL != 1, batch.attention_mask_BL)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_the_same_error_with_and_without_workers(tmp_path, workers):
+    folder = write_corpus(tmp_path, [1] * 16)
+    shard = folder / "00001.tar"
+    raw = bytearray(shard.read_bytes())
+    start = raw.index(b"\x89PNG")
+    raw[start : start + 40] = bytes(40)
+    shard.write_bytes(raw)
+    with pytest.raises(DataError) as error:
+        read(make_stream([folder]), 0, 2, workers)
+    # A worker's error as it is, without a traceback in its text.
+    assert str(error.value).startswith(f"The image of {shard}, sample 0 (image_id corpus:")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
+    # pytest's own time limit is the hang; DataLoader with a timeout would have waited for all of it.
+    stream = micro_batches(make_stream(folders), 0, 100_000, workers=workers, prefetch_batches=2, pin_memory=False)
+    before = set(multiprocessing.active_children())
+    next(stream)
+    pids = [child.pid for child in set(multiprocessing.active_children()) - before]
+    assert len(pids) == workers and pids[0] is not None
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(TrainingError, match=r"died .*--resume=auto.*--data\.workers") as error:
+        for _ in stream:
+            pass
+    assert error.value.exit_code == EXIT_FAILED

