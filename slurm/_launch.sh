@@ -26,7 +26,9 @@ python=${PYTHON:-.venv/bin/python}
 trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 trap 'echo "terminated: saving"' TERM
 
-srun --kill-on-bad-exit=1 "$python" "$@" &
+# Not --kill-on-bad-exit: the first rank that ends with 75 would have the others killed before they end with it. After the
+# first rank has ended, however it did, the others have two minutes.
+srun --kill-on-bad-exit=0 --wait=120 "$python" "$@" &
 step=$!
 while :; do  # a trapped signal ends `wait` early
     wait "$step"
