@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.data.corpora import Corpora
+from bridgetower.data.corpora import Corpora, as_int64
 from bridgetower.data.images import load_image
 from bridgetower.data.loader import PretrainStream, micro_batches
 from bridgetower.data.order import Order, cut_global_batch
@@ -143,13 +143,28 @@ def test_an_epoch_shows_every_pair_with_its_own_picture(folders):
     assert set(seen.values()) == {4}
 
 
-def test_a_negative_is_shown_with_another_picture_of_its_corpus(folders):
-    for batch in read(make_stream(folders), 0, 12):
-        is_negative = batch.itm_label_B == 0
-        assert is_negative.sum() == 4
-        shown_id_B = batch.image_id_B[batch.itm_image_B]
-        assert (shown_id_B[is_negative] != batch.image_id_B[is_negative]).all()
-        assert torch.equal(shown_id_B[~is_negative], batch.image_id_B[~is_negative])
+def test_a_negative_is_shown_with_another_picture_and_one_of_its_corpus_where_the_group_has_one(folders):
+    corpora = Corpora(folders)
+    corpus_of = {
+        image_id: corpus
+        for shard, corpus in enumerate(corpora.corpus_of_shard)
+        for image_id in as_int64(corpora.reader(shard).image_ids()).tolist()
+    }
+    num_same = num_other = 0
+    for batch in read(make_stream(folders), 0, 30):
+        ids, images = batch.image_id_B.tolist(), batch.itm_image_B.tolist()
+        assert batch.itm_label_B.sum() == 4
+        for row, is_positive in enumerate(batch.itm_label_B.tolist()):
+            shown = ids[images[row]]
+            if is_positive:
+                assert shown == ids[row]
+                continue
+            group = ids[row // GROUP * GROUP : row // GROUP * GROUP + GROUP]
+            has_near = any(near != ids[row] and corpus_of[near] == corpus_of[ids[row]] for near in group)
+            assert shown != ids[row] and shown in group
+            assert (corpus_of[shown] == corpus_of[ids[row]]) == has_near
+            num_same, num_other = num_same + has_near, num_other + (not has_near)
+    assert num_same > 50 and num_other > 5
 
 
 def test_a_batch_is_as_wide_as_its_longest_caption(folders):
