@@ -24,8 +24,8 @@ $(INSTALLED): setup.py requirements-demo.txt bridgetower/__init__.py
 	python=$$(sh .ci/check_machine.sh); \
 	echo "Installing into $(VENV) (one to three minutes) ..."; \
 	"$$python" -m venv $(VENV); \
-	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements-demo.txt; \
-	$(BIN)/pip install --quiet -e '.[demo,dev]'; \
+	$(BIN)/pip install -qq --require-hashes --no-deps -r requirements-demo.txt; \
+	$(BIN)/pip install -qq -e '.[demo,dev]'; \
 	touch $@
 
 demo: $(INSTALLED)
