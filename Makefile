@@ -38,11 +38,12 @@ demo: $(INSTALLED)
 	    pretrain/train.py tiny --name=$(notdir $(DEMO)) --run_root=$(dir $(DEMO)); \
 	$(BIN)/python pretrain/report.py $(DEMO)
 
+# Two files at a time: most of a test's time is one core's work. A file's tests share what they have built.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

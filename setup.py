@@ -42,6 +42,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "psutil>=7,<8",
             "hypothesis>=6.150,<7",
             "ruff>=0.17,<0.18",
