@@ -12,6 +12,8 @@ class BridgeTowerError(Exception):
     """Base of every error that a user of BridgeTower can act on."""
 
     exit_code = EXIT_USAGE
+    rank: int | None = None
+    """Set once the ranks have begun to work apart: only this one may have met the error."""
 
 
 class ConfigError(BridgeTowerError):

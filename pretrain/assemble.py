@@ -10,7 +10,6 @@ import torch
 from bridgetower import draws
 from bridgetower.config.deepspeed import is_bf16, read_memory_config
 from bridgetower.config.schema import RunConfig
-from bridgetower.config.snapshot import RUN_FILE, read_run_config, read_run_file
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.loader import PretrainStream
@@ -124,17 +123,11 @@ def build_task(config: RunConfig) -> PretrainTask:
     return PretrainTask(model, config.model, config.objectives)
 
 
-def read_run(folder: Path) -> tuple[RunConfig, str]:
-    """The configuration of a run folder, and the precision its weights are held in."""
-    path = folder / RUN_FILE
-    return read_run_config(path), str(read_run_file(path)["precision"])
-
-
 def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTask:
     """The task of a run with the weights of a checkpoint, every one of them.
 
     Args:
-        precision: of ``read_run``.
+        precision: of the weights, as run.json has it: bf16 or fp32.
 
     Raises:
         CheckpointError: the weights are not those of this model.

@@ -11,7 +11,8 @@ import fire
 from fire.decorators import SetParseFn
 
 from bridgetower.config.cli import narrow_overrides, run_command, show_usage_or_stop, start_logging
-from bridgetower.errors import ConfigError
+from bridgetower.config.snapshot import RUN_FILE, read_run_config, read_run_file
+from bridgetower.errors import BridgeTowerError, ConfigError
 
 USAGE = """Usage: python pretrain/evaluate_run.py RUN [--section.field=value ...]
 
@@ -25,6 +26,13 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     """Evaluate a run. The deepspeed launcher adds ``local_rank``."""
     if not run:
         show_usage_or_stop("run", overrides, USAGE)
+    path = Path(run)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    config = narrow_overrides(read_run_config(folder / RUN_FILE), _SETTINGS, unexpected, overrides, USAGE)
+    if not config.data.eval_shards:
+        raise ConfigError(f"The run {config.name} has no data.eval_shards. Give --data.eval_shards=DIR.")
+    precision = read_run_file(folder / RUN_FILE)["precision"]
+    # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.engine import launch as launching
 
     place = launching.read_launch()
@@ -35,12 +43,6 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     from pretrain import assemble
     from pretrain.score_table import print_scores
 
-    path = Path(run)
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    config, precision = assemble.read_run(folder)
-    config = narrow_overrides(config, _SETTINGS, unexpected, overrides, USAGE)
-    if not config.data.eval_shards:
-        raise ConfigError(f"The run {config.name} has no data.eval_shards. Give --data.eval_shards=DIR.")
     assemble.check_held_out(config.data.eval_shards)
     tokenizer = assemble.build_tokenizer(config)
     launching.start(place, config.engine.threads_per_rank)
@@ -52,6 +54,9 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
         write_scores(folder, step, results)
         if place.rank == 0:
             print_scores(step, results)
+    except BridgeTowerError as error:
+        error.rank = place.rank
+        raise
     finally:
         launching.finish()
 

@@ -12,7 +12,6 @@ from typing import Any
 import fire
 from fire.decorators import SetParseFn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
@@ -161,7 +160,7 @@ def _score_rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _charts(metrics: Sequence[Mapping[str, float]]) -> list[Markup]:
+def _charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     names = list(dict.fromkeys(name for line in metrics for name in line if name != "step"))
     charts = []
     for title, unit, wanted, is_log in _CHARTS:
@@ -189,7 +188,7 @@ def _curve(metrics: Sequence[Mapping[str, float]], name: str) -> list[tuple[floa
     return [(line["step"], line[name]) for line in metrics if name in line]
 
 
-def _draw(title: str, unit: str, curves: Mapping[str, list[tuple[float, float]]], *, is_log: bool) -> Markup:
+def _draw(title: str, unit: str, curves: Mapping[str, list[tuple[float, float]]], *, is_log: bool) -> str:
     """One chart as inline SVG, with its text as text."""
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "report"}):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
@@ -221,7 +220,7 @@ def _draw(title: str, unit: str, curves: Mapping[str, list[tuple[float, float]]]
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     drawing = stream.getvalue()
-    return Markup(drawing[drawing.index("<svg") :])  # our own drawing: labels were escaped by matplotlib
+    return drawing[drawing.index("<svg") :]
 
 
 def _corpus_row(path: str, role: str, manifest: Manifest | None) -> dict[str, str]:

@@ -22,7 +22,7 @@ from bridgetower.config.schema import RunConfig
 from bridgetower.config.snapshot import Identity, check_same_run, write_run_file
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.order import cut_global_batch
-from bridgetower.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
+from bridgetower.errors import EXIT_PREEMPTED, BridgeTowerError, CheckpointError, ConfigError
 from bridgetower.files import claim_folder, write_atomically
 from pretrain.presets import PRESETS
 
@@ -45,6 +45,8 @@ def run(config: RunConfig) -> bool:
 
     Returns: True if it came to the end.
     """
+    data = config.data
+    corpora = Corpora(data.train_shards)
     # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.engine import launch as launching
     from bridgetower.engine.optim import chosen_implementation
@@ -53,11 +55,9 @@ def run(config: RunConfig) -> bool:
     start_logging(place.rank)
     from pretrain import assemble  # imports DeepSpeed, which reads what read_launch has completed
 
-    data = config.data
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
     memory = assemble.find_memory_config(config, place.device)
     tokenizer = assemble.build_tokenizer(config)
-    corpora = Corpora(data.train_shards)
     assemble.check_held_out(data.eval_shards)
     identity = Identity(
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
@@ -72,6 +72,7 @@ def run(config: RunConfig) -> bool:
         accumulation_steps=cut.accumulation_steps,
         max_grad_norm=config.optim.max_grad_norm,
     )
+    task = assemble.build_task(config)
     lock = claim_folder(folder) if place.rank == 0 else None
     launching.start(place, config.engine.threads_per_rank)
     try:
@@ -80,7 +81,10 @@ def run(config: RunConfig) -> bool:
             write_atomically(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=1).encode() + b"\n")
         stream = assemble.build_stream(config, corpora, cut, place.rank, tokenizer)
         splits = assemble.build_splits(config, tokenizer)
-        return _train(config, folder, deepspeed_config, place, stream, splits)
+        return _train(config, folder, deepspeed_config, place, task, stream, splits)
+    except BridgeTowerError as error:
+        error.rank = place.rank
+        raise
     finally:
         launching.finish()
         if lock is not None:
@@ -88,7 +92,13 @@ def run(config: RunConfig) -> bool:
 
 
 def _train(
-    config: RunConfig, folder: Path, deepspeed_config: dict[str, Any], place: Any, stream: Any, splits: list[Any]
+    config: RunConfig,
+    folder: Path,
+    deepspeed_config: dict[str, Any],
+    place: Any,
+    task: Any,
+    stream: Any,
+    splits: list[Any],
 ) -> bool:
     from bridgetower.data.loader import micro_batches
     from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
@@ -101,7 +111,6 @@ def _train(
     from pretrain.score_table import print_scores
 
     stop = StopRequests()
-    task = assemble.build_task(config)
     engine = build_engine(task, config.optim, deepspeed_config, place.device)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     state = TrainState()

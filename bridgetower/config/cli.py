@@ -34,8 +34,7 @@ def config_from_cli(
     Raises:
         ConfigError: anything that is not exactly right.
     """
-    overrides = dict(overrides)
-    wants_help = overrides.pop("help", "False") != "False" or preset in ("help", "-h", "--help")
+    wants_help = _asks_for_help(overrides) or preset == "help"
     if wants_help and preset not in presets and not preset.endswith(".json"):
         _print_and_exit(f"{usage}\n\nPresets:\n{_list_presets(presets)}\n\n`PRESET --help` lists every setting.")
     if not preset:
@@ -67,7 +66,7 @@ def narrow_overrides(
     Raises:
         ConfigError: any other setting, or anything else that is not exactly right.
     """
-    if "help" in overrides:
+    if _asks_for_help(overrides):
         _print_and_exit(describe_settings(config, usage, sections))
     if unexpected:
         raise ConfigError(f"Unexpected word(s) {' '.join(map(str, unexpected))!r}. {usage.splitlines()[0]}")
@@ -111,7 +110,7 @@ def refuse_unknown(unexpected: Sequence[str], overrides: Mapping[str, Any], know
     Raises:
         ConfigError: with the nearest valid flag.
     """
-    if "help" in overrides:
+    if _asks_for_help(overrides):
         _print_and_exit(usage)
     if unexpected:
         raise ConfigError(
@@ -127,7 +126,7 @@ def show_usage_or_stop(missing: str, overrides: Mapping[str, Any], usage: str) -
     Raises:
         ConfigError: unless help was asked for, which is printed and ends the program.
     """
-    if "help" in overrides:
+    if _asks_for_help(overrides):
         _print_and_exit(usage)
     raise ConfigError(f"Which {missing}? {usage.splitlines()[0]} (--help says more)")
 
@@ -171,14 +170,30 @@ def start_logging(rank: int) -> None:
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run an entry script: errors made for people are printed without a traceback and end with their exit code."""
+    """Run an entry script: errors made for people are printed without a traceback and end with their exit code.
+
+    What all ranks find wrong before they start is said once, by the first.
+    """
     is_first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
+        _refuse_lone_dashes(sys.argv[1:])
         command()
     except BridgeTowerError as error:
-        if is_first_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if is_first_rank or error.rank is not None:
+            speaker = f"[rank {error.rank}] " if error.rank else ""
+            print(f"{speaker}error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+
+
+def _refuse_lone_dashes(words: Sequence[str]) -> None:
+    """Stop at - and --, behind which fire keeps every word to itself and runs the command without it."""
+    for word in words:
+        if word in ("-", "--"):
+            raise ConfigError(f"A lone {word} would hide the words behind it. Leave it out; settings need none.")
+
+
+def _asks_for_help(overrides: Mapping[str, Any]) -> bool:
+    return "help" in overrides or "h" in overrides
 
 
 def _print_and_exit(text: str) -> None:

@@ -135,7 +135,7 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "n
 def _parse(name: str, text: str, annotation: Any) -> Any:
     try:
         if get_origin(annotation) is tuple:
-            return [part for part in text.split(",") if part]
+            return [part.strip() for part in text.split(",") if part.strip()]
         if annotation is bool:
             return BOOLEANS[text.lower()]
         if annotation is int:

@@ -35,7 +35,8 @@ class VisionTowerConfig:
     clip_name: str = "ViT-B-16-quickgelu"
     """open_clip's name of the model whose weights are loaded; read only when weights are."""
     weights: str = "none"
-    """none = random; openai or another tag that open_clip lists for clip_name (needs the hub or its cache)."""
+    """none = random; openai or another tag that open_clip lists for clip_name (needs the hub or its cache), or a file
+    of weights of that model."""
     patch_size_px: int = 16
     """Side of a patch; must divide model.image_size_px."""
     width: int = 768
@@ -206,7 +207,12 @@ class DataConfig:
             raise ConfigError("data.train_shards is empty. Give at least one corpus folder: --data.train_shards=DIR.")
         if self.workers < 0:
             raise ConfigError(f"data.workers={self.workers} must be 0 or more.")
-        _check_positive(data__prefetch_batches=self.prefetch_batches)
+        _check_positive(
+            data__global_batch_size=self.global_batch_size,
+            data__micro_batch_size=self.micro_batch_size,
+            data__shards_per_window=self.shards_per_window,
+            data__prefetch_batches=self.prefetch_batches,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +276,10 @@ class EngineConfig:
     itself (GPUs, CPUs with avx512_bf16 or AMX), otherwise zero2_fp32."""
     threads_per_rank: int = 0
     """CPU threads of each rank's computation; 0 shares the cores among the ranks of the node."""
+
+    def __post_init__(self) -> None:
+        if self.threads_per_rank < 0:
+            raise ConfigError(f"engine.threads_per_rank={self.threads_per_rank} must be 0 (share the cores) or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

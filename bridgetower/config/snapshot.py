@@ -30,6 +30,17 @@ _PACKAGES = (
     "bridgetower",
 )
 
+# What is read again later: by a resumed run, the evaluation or the report.
+_SECTIONS: dict[str, type] = {
+    "config": dict,
+    "data_digests": dict,
+    "optimizer": str,
+    "precision": str,
+    "world_size": int,
+    "device": str,
+    "commit": str,
+}
+
 # What decides which numbers a run computes. Everything else (workers, micro-batch, logging) may change on resume.
 _FIXED_SECTIONS = ("model", "objectives", "optim", "seed")
 _FIXED_DATA_FIELDS = ("global_batch_size", "negative_group_size", "shards_per_window")
@@ -76,11 +87,17 @@ def read_run_file(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"There is no {path}. A run folder has one from its first step on.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a run folder or its {RUN_FILE}.") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ConfigError(f"{path} is not the {RUN_FILE} of a run: it has no section 'config'.")
-    return content
+    for name, kind in _SECTIONS.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise ConfigError(
+                f"{path} is not the {RUN_FILE} of a run: it has no section {name!r}. Take an unedited one."
+            )
+    checked: dict[str, Any] = content
+    return checked
 
 
 def read_run_config(path: Path) -> RunConfig:

@@ -16,7 +16,8 @@ def recall_at(
 ) -> dict[int, float]:
     """Share of queries whose best right answer is among the k best candidates.
 
-    A wrong candidate with the same score counts as better: a model that scores everything alike gets 0, not 1.
+    A wrong candidate with the same score counts as better, and so does one that cannot be compared (nan): a model that
+    scores everything alike, or not at all, gets 0, not 1.
 
     Args:
         scores_QN: higher is better; -inf where a candidate is out of the race.
@@ -25,7 +26,7 @@ def recall_at(
     """
     assert is_match_QN.any(axis=1).all(), "each query needs a right answer"
     best_match_Q1 = np.where(is_match_QN, scores_QN, -np.inf).max(axis=1, keepdims=True)
-    num_better_Q = ((scores_QN >= best_match_Q1) & ~is_match_QN).sum(axis=1)
+    num_better_Q = (~(scores_QN < best_match_Q1) & ~is_match_QN).sum(axis=1)
     return {k: float((num_better_Q < k).mean()) for k in ks}
 
 

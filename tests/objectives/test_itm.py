@@ -1,0 +1,56 @@
+"""Image-text matching: two classes, of which class 1 is a match."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bridgetower.objectives.itm import ImageTextMatching
+from tests.small_models import shake, small_config
+
+
+@pytest.fixture
+def objective():
+    objective = ImageTextMatching(small_config())
+    shake(objective)
+    return objective
+
+
+POOLED = torch.randn(6, 2 * small_config().fusion.width, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([1, 0, 0, 1, 1, 0])
+
+
+def probabilities(objective):
+    """Of a match, from the weights of the head."""
+    weight, bias = objective.head.classifier.weight.double(), objective.head.classifier.bias.double()
+    odds = torch.exp((POOLED.double() @ weight[1] + bias[1]) - (POOLED.double() @ weight[0] + bias[0]))
+    return (odds / (1 + odds)).tolist()
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_negative_log_probability_of_the_right_class(objective):
+    expected = [
+        -math.log(share if label else 1 - share)
+        for share, label in zip(probabilities(objective), LABELS.tolist(), strict=True)
+    ]
+    assert float(objective(POOLED, LABELS).loss) == pytest.approx(sum(expected) / 6, rel=1e-5)
+
+
+@torch.no_grad()
+def test_accuracy_counts_the_pairs_that_are_judged_right(objective):
+    right = [(share > 0.5) == bool(label) for share, label in zip(probabilities(objective), LABELS, strict=True)]
+    assert 0 < sum(right) < 6
+    assert objective(POOLED, LABELS).metrics["accuracy/itm"].tolist() == [sum(right), 6]
+
+
+@torch.no_grad()
+def test_log_odds_are_those_of_a_match(objective):
+    expected = [math.log(share / (1 - share)) for share in probabilities(objective)]
+    assert objective.log_odds(POOLED).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_loss_is_float32_under_bfloat16(objective):
+    result = objective.bfloat16()(POOLED.bfloat16(), LABELS)
+    assert result.loss.dtype == torch.float32 and not result.metrics["loss/itm"].requires_grad

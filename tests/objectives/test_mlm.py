@@ -1,0 +1,97 @@
+"""Masked language modelling: the published loss, at the masked positions only."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bridgetower.data.collate import mlm_weights
+from bridgetower.objectives.mlm import MaskedLanguageModeling
+from tests.small_models import shake, small_config
+
+WIDTH = small_config().fusion.width
+
+
+@pytest.fixture
+def objective():
+    objective = MaskedLanguageModeling(small_config())
+    shake(objective)
+    return objective
+
+
+def masked(pairs, tokens, share=0.3, seed=0):
+    """States, and the flat indices and labels of masked tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    states = torch.randn(pairs, tokens, WIDTH, generator=rng)
+    index = torch.nonzero(torch.rand(pairs * tokens, generator=rng) < share).flatten()
+    return states, index, torch.randint(0, 50, (len(index),), generator=rng)
+
+
+def weights_of(index, tokens, pairs, group):
+    return torch.from_numpy(mlm_weights(index.numpy(), tokens, pairs, group))
+
+
+def nats(objective, states, place, label):
+    """The loss of one token, from its probability."""
+    row, column = divmod(int(place), states.shape[1])
+    logits = objective.head(states[row, column][None])[0].double()
+    return -float(torch.log(torch.exp(logits) / torch.exp(logits).sum())[label])
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_of_negative_log_probabilities_over_the_masked_tokens(objective):
+    states, index, labels = masked(4, 6)
+    expected = np.mean([nats(objective, states, place, label) for place, label in zip(index, labels, strict=True)])
+    result = objective(states, index, labels, weights_of(index, 6, 4, group=4))
+    assert float(result.loss) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_groups_of_the_mean_in_each(objective):
+    # Published: the mean over a micro-batch, averaged over micro-batches. A group stands for such a micro-batch.
+    states, index, labels = masked(6, 5)
+    groups: list[list[float]] = [[], [], []]
+    for place, label in zip(index.tolist(), labels, strict=True):
+        groups[place // 5 // 2].append(nats(objective, states, place, label))
+    assert len({len(group) for group in groups}) > 1, "groups of one size would not tell"
+    result = objective(states, index, labels, weights_of(index, 5, 6, group=2))
+    assert float(result.loss) == pytest.approx(np.mean([np.mean(group) for group in groups]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_loss_does_not_depend_on_how_a_batch_is_cut(objective):
+    states, index, labels = masked(8, 5)
+    whole = objective(states, index, labels, weights_of(index, 5, 8, group=2)).loss
+    parts = []
+    for first in (0, 4):
+        is_own = (index // 5 >= first) & (index // 5 < first + 4)
+        own = index[is_own] - first * 5
+        parts.append(objective(states[first : first + 4], own, labels[is_own], weights_of(own, 5, 4, group=2)).loss)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_loss_is_float32_and_reaches_only_the_states_of_masked_tokens(objective):
+    states, index, labels = masked(3, 4)
+    states = states.bfloat16().requires_grad_()
+    loss = objective.bfloat16()(states, index, labels, weights_of(index, 4, 3, group=3)).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    touched = states.grad.flatten(0, 1).abs().sum(dim=-1).nonzero().flatten()
+    assert touched.tolist() == index.tolist()
+
+
+@torch.no_grad()
+def test_accuracy_counts_the_tokens_whose_likeliest_word_is_right(objective):
+    states, index, _ = masked(4, 6)
+    best = objective.logits(states, index).argmax(dim=-1)
+    labels = best.clone()
+    labels[:2] = (labels[:2] + 1) % 50
+    metrics = objective(states, index, labels, weights_of(index, 6, 4, group=4)).metrics
+    assert metrics["accuracy/mlm"].tolist() == [len(index) - 2, len(index)]
+
+
+def test_metrics_carry_no_gradient(objective):
+    states, index, labels = masked(4, 6)
+    metrics = objective(states.requires_grad_(), index, labels, weights_of(index, 6, 4, group=4)).metrics
+    assert not any(value.requires_grad for value in metrics.values())

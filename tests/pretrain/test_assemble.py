@@ -1,0 +1,77 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from bridgetower.config.overrides import apply_overrides
+from bridgetower.engine.launch import computes_bf16
+from bridgetower.errors import CheckpointError, ConfigError
+from pretrain.assemble import build_task, build_tokenizer, check_held_out, find_memory_config, load_task, precision_of
+from pretrain.presets import tiny
+from tests.conftest import REPO
+
+CPU = torch.device("cpu")
+
+
+def configured(**overrides):
+    return apply_overrides(tiny(), {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def weights_of(**overrides):
+    return build_task(configured(**overrides)).state_dict()
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_of_nothing_that_was_drawn_before():
+    first = weights_of()
+    torch.rand(7)
+    again, other = weights_of(), weights_of(seed="1")
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_model_for_another_vocabulary_than_the_tokenizers_is_refused_with_its_size():
+    assert build_tokenizer(configured()).vocabulary_size == 1000
+    with pytest.raises(ConfigError, match=r"roberta has 50265 ids.*Use --model\.text\.vocabulary_size=50265"):
+        build_tokenizer(configured(model__text__tokenizer="roberta"))
+
+
+def test_two_held_out_folders_of_one_name_are_refused_as_scores_go_by_it():
+    with pytest.raises(ConfigError, match="two folders 'test'"):
+        check_held_out(["shards/a/test", "shards/b/test"])
+
+
+def test_auto_computes_in_bfloat16_where_the_processor_does():
+    expected = "bf16" if computes_bf16(CPU) else "fp32"
+    assert precision_of(find_memory_config(configured(), CPU)) == expected
+
+
+def test_deepspeed_file_is_found_by_name_and_by_path(tmp_path):
+    shutil.copy(REPO / "ds_configs/zero2_fp32.json", tmp_path / "mine.json")
+    by_name = find_memory_config(configured(engine__deepspeed="zero2_fp32"), CPU)
+    assert find_memory_config(configured(engine__deepspeed=str(tmp_path / "mine.json")), CPU) == by_name
+    assert precision_of(by_name) == "fp32"
+
+
+def save(task, folder):
+    torch.save({"module": task.state_dict()}, folder / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_of_a_checkpoint_come_back_in_their_precision(tmp_path, precision):
+    task = build_task(configured())
+    if precision == "bf16":
+        task.bfloat16()
+    save(task, tmp_path)
+    loaded = load_task(configured(seed="1"), tmp_path, precision).state_dict()
+    for name, value in task.state_dict().items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    save(build_task(configured(objectives__itc="no")), tmp_path)
+    with pytest.raises(CheckpointError, match=r"(?s)does not hold this model.*itc\.head"):
+        load_task(configured(), tmp_path, "fp32")

@@ -1,0 +1,154 @@
+"""The report of a run shows what is there, and what people wrote cannot become a part of the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from bridgetower.config.overrides import apply_overrides
+from bridgetower.config.snapshot import Identity, write_run_file
+from bridgetower.errors import ConfigError, DataError
+from pretrain.presets import tiny
+from pretrain.report import render
+from tests.conftest import run_script
+
+EVIL = "<script>alert(\"1\")</script> & 'so on'"
+
+
+class Tags(HTMLParser):
+    """Which elements a browser would find, and which text it would show."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def start_run(folder, **overrides):
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = Identity(data_digests={}, optimizer="torch", precision="fp32")
+    config = apply_overrides(tiny(), {"data.train_shards": "nowhere/train", "data.eval_shards": "nowhere/test"})
+    write_run_file(folder, apply_overrides(config, overrides), identity, world_size=2, device="cpu")
+    return folder
+
+
+def picture():
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def add_scores(folder, caption, split="test"):
+    scores = {"itm_balanced_accuracy": 0.75, "t2i_r1": 0.5, "mlm_loss": 1.5}
+    chance = {"itm_balanced_accuracy": 0.5, "t2i_r1": 0.01}
+    part = {"scores": scores, "chance": chance}
+    (folder / "eval.json").write_text(
+        json.dumps({"step": 20, "headline_split": split, **scores, "splits": {split: part}})
+    )
+    word = {"before": caption, "word": caption, "after": caption, "guesses": [[caption, 0.5]], "is_right": True}
+    sample = {
+        "caption": caption,
+        "picture": 0,
+        "masked_words": [word],
+        "match_probability": 0.25,
+        "best_captions": [[caption, False]],
+        "best_pictures": [[0, True]],
+    }
+    content = {"samples": [sample], "pictures": {"0": picture()}}
+    (folder / "predictions.json").write_text(json.dumps({"step": 20, "splits": {split: content}}))
+
+
+def test_run_that_has_just_begun_has_a_report_that_says_what_is_missing(tmp_path):
+    folder = start_run(tmp_path / "new")
+    result = run_script("pretrain/report.py", str(folder))
+    assert result.stdout.startswith(str(folder / "report.html"))
+    shown = Tags((folder / "report.html").read_text()).text
+    assert "Not evaluated yet" in shown and "No metrics were written yet" in shown and "not on this machine" in shown
+    assert "0 of 900 steps" in shown
+
+
+def test_report_can_be_written_elsewhere_without_touching_the_run(tmp_path):
+    folder = start_run(tmp_path / "new")
+    run_script("pretrain/report.py", str(folder), f"--out={tmp_path / 'pages' / 'new.html'}")
+    assert (tmp_path / "pages" / "new.html").is_file() and [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "There is no nowhere/run.json"),
+        (["nowhere", "--oout=x"], "Unknown flag --oout. Did you mean --out?"),
+    ],
+)
+def test_wrong_command_exits_2(words, said):
+    result = run_script("pretrain/report.py", *words, code=2)
+    assert result.stderr.startswith("error: ") and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_captions_and_words_with_html_in_them_are_shown_as_they_are(tmp_path):
+    pages = {}
+    for name, caption in (("plain", "a caption"), ("evil", EVIL)):
+        add_scores(start_run(tmp_path / name), caption)
+        pages[name] = Tags(render(tmp_path / name))
+    assert pages["evil"].names == pages["plain"].names
+    # The caption, the masked word with what stands before and after it, the guess, and the best caption.
+    assert pages["evil"].text.count(EVIL) == 6
+
+
+def test_names_with_html_in_them_are_shown_as_they_are(tmp_path):
+    pages = {}
+    for name, mark in (("plain", ""), ("evil", "<b>")):
+        folder = start_run(tmp_path / f"{mark}run", **{"data.train_shards": f"{mark}train", "name": f"{mark}name"})
+        add_scores(folder, "a caption", split=f"{mark}split")
+        line = {"step": 10, f"train/loss/{mark}loss": 2.5, f"eval/{mark}split/t2i_r1": 0.5}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        pages[name] = Tags(render(folder))
+    assert pages["evil"].names == pages["plain"].names
+    for name in ("run", "train", "name", "split"):
+        assert f"<b>{name}" in pages["evil"].text
+
+
+def test_scores_stand_beside_what_guessing_gives(tmp_path):
+    folder = start_run(tmp_path / "scored")
+    add_scores(folder, "a caption")
+    shown = " ".join(Tags(render(folder)).text.split())
+    assert "ITM balanced accuracy (random negatives)75.0%test split, guessing 50.0%" in shown
+    assert "text-to-image R@1, ITC then ITM50.0% guessing 1.0%" in shown
+    assert "MLM loss (nats a token)1.500" in shown and "after step 20" in shown
+
+
+def test_curves_are_drawn_of_the_metrics_that_are_there(tmp_path):
+    folder = start_run(tmp_path / "drawn")
+    lines = [
+        {"step": step, "train/loss/mlm": 5.0 - step, "optim/lr/base": 1e-5, "optim/grad_norm": 1.0} for step in (1, 2)
+    ]
+    # The last line is being written.
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "tra')
+    page = render(folder)
+    assert page.count("<svg") == 3
+    assert "Losses" in page and "2 of 900 steps" in page and "Training accuracy" not in page
+
+
+def test_scores_that_are_no_json_are_an_error_that_says_what_to_do(tmp_path):
+    folder = start_run(tmp_path / "broken")
+    (folder / "eval.json").write_text("{")
+    with pytest.raises(DataError, match=r"eval\.json is not JSON .* Delete it"):
+        render(folder)
+
+
+def test_folder_of_something_else_is_an_error(tmp_path):
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    with pytest.raises(ConfigError, match=r"is not the run\.json of a run"):
+        render(tmp_path)

@@ -1,0 +1,198 @@
+"""Imports point down, and each dependency has one owner. A new arrow is a change of the tables here.
+
+All files are read, none is imported: also an import inside a function counts.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+FOUNDATION = {"bridgetower.errors", "bridgetower.files", "bridgetower.draws", "bridgetower.batch", "bridgetower.dist"}
+# Each part of the code, and the parts that it may import beside itself.
+MAY_IMPORT: dict[str, set[str]] = {
+    "bridgetower": set(),
+    "bridgetower.errors": set(),
+    "bridgetower.batch": set(),
+    "bridgetower.dist": set(),
+    "bridgetower.draws": set(),
+    "bridgetower.files": {"bridgetower.errors"},
+    "bridgetower.metrics": set(),
+    "bridgetower.config": {"bridgetower.errors", "bridgetower.files"},
+    "bridgetower.data": FOUNDATION | {"bridgetower.config"},
+    "bridgetower.model": FOUNDATION | {"bridgetower.config"},
+    "bridgetower.objectives": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
+    "bridgetower.task": FOUNDATION | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives"},
+    # Is handed models and data, and imports neither.
+    "bridgetower.engine": FOUNDATION | {"bridgetower.config", "bridgetower.metrics"},
+    "data_prep": FOUNDATION - {"bridgetower.dist", "bridgetower.batch"} | {"bridgetower.config", "bridgetower.data"},
+}
+ENTRY_FOLDERS = ("pretrain", "finetune", "data_prep", "benchmarks")
+for top in ("pretrain", "finetune", "benchmarks"):
+    MAY_IMPORT[top] = {part for part in MAY_IMPORT if part.startswith("bridgetower")}
+
+# Who may import a library. "script" is a file that a user starts.
+OWNERS = {
+    "deepspeed": ("bridgetower.engine",),
+    "apex": ("bridgetower.engine",),
+    "wandb": ("bridgetower.engine.tracker",),
+    "webdataset": ("bridgetower.data", "data_prep"),
+    "fire": ("script",),
+}
+# transformers imports these where they are installed, as other tools do.
+OFTEN_THERE = {"datasets", "evaluate"}
+
+
+def is_within(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part}.")
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Full names, so that ``from bridgetower import dist`` is bridgetower.dist."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def part_of(name: str) -> str | None:
+    """The part of MAY_IMPORT that a module, or something in one, belongs to."""
+    parts = [part for part in MAY_IMPORT if is_within(name, part)]
+    return max(parts, key=len) if parts else None
+
+
+def violations(module: str, source: str) -> list[str]:
+    """The rules that a module breaks, a sentence each."""
+    own, found = part_of(module), []
+    if own is None or (own == "bridgetower" and module != "bridgetower"):
+        return [f"{module} is in no part of the table"]
+    is_script = module.split(".")[0] in ENTRY_FOLDERS and '__name__ == "__main__"' in source
+    for name in imported_modules(source):
+        if name.startswith("."):
+            found.append(f"{module} imports {name} by a relative name")
+            continue
+        other = part_of(name)
+        if other is not None and other != own and other not in MAY_IMPORT[own]:
+            found.append(f"{module} imports {name}, but {own} may not import {other}")
+        owners = OWNERS.get(name.split(".")[0])
+        is_owner = owners is None or any(is_script if o == "script" else is_within(module, o) for o in owners)
+        if not is_owner:
+            found.append(f"{module} imports {name}, which belongs to {' and '.join(owners or ())}")
+        if own == "bridgetower.metrics" and name.split(".")[0] not in {
+            "numpy",
+            "bridgetower",
+            *sys.stdlib_module_names,
+        }:
+            found.append(f"{module} imports {name}, but metrics need NumPy only")
+    return found
+
+
+@lru_cache
+def modules() -> dict[str, Path]:
+    """Every module of the repository but the tests."""
+    paths = [path for top in ("bridgetower", *ENTRY_FOLDERS) for path in sorted((REPO / top).rglob("*.py"))]
+    names = {path: ".".join(path.relative_to(REPO).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def test_all_files_keep_the_rules():
+    assert [broken for name, path in modules().items() for broken in violations(name, path.read_text())] == []
+
+
+def test_each_part_of_the_table_but_those_to_come_exists():
+    to_come = {"finetune", "benchmarks"}
+    assert [part for part in MAY_IMPORT if part not in to_come and part not in modules()] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "broken"),
+    [
+        ("bridgetower.model.heads", "from bridgetower.data.order import Order", "may not import bridgetower.data"),
+        ("bridgetower.data.order", "import bridgetower.model.heads", "may not import bridgetower.model"),
+        ("bridgetower.engine.loop", "from bridgetower.task import PretrainTask", "may not import bridgetower.task"),
+        ("bridgetower.engine.loop", "from bridgetower.data import order", "may not import bridgetower.data"),
+        ("bridgetower.config.cli", "from bridgetower import dist", "may not import bridgetower.dist"),
+        ("bridgetower.task", "from pretrain.presets import tiny", "may not import pretrain"),
+        ("pretrain.train", "import data_prep.record", "may not import data_prep"),
+        ("bridgetower.model.heads", "def f():\n    import deepspeed", "belongs to bridgetower.engine"),
+        ("bridgetower.engine.loop", "import wandb", "belongs to bridgetower.engine.tracker"),
+        ("bridgetower.engine.launch", "from webdataset import TarWriter", "belongs to bridgetower.data and data_prep"),
+        ("bridgetower.config.cli", "import fire", "belongs to script"),
+        ("pretrain.assemble", "import fire", "belongs to script"),
+        ("bridgetower.model.heads", "from apex.normalization import FusedLayerNorm", "belongs to bridgetower.engine"),
+        ("bridgetower.metrics.recall", "import torch", "metrics need NumPy only"),
+        ("bridgetower.data.order", "from . import index", "by a relative name"),
+        ("bridgetower.new.thing", "", "is in no part of the table"),
+    ],
+)
+def test_broken_rule_is_noticed(module, source, broken):
+    (found,) = violations(module, source)
+    assert broken in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("bridgetower.engine.loop", "import torch\nfrom bridgetower.engine.tracker import Tracker"),
+        ("bridgetower.engine.launch", "def start():\n    import deepspeed"),
+        ("bridgetower.engine.tracker", "import wandb.errors"),
+        ("bridgetower.task", "from bridgetower.model.heads import ITMHead\nfrom bridgetower import dist"),
+        ("pretrain.train", 'import fire\nif __name__ == "__main__":\n    fire.Fire()'),
+        ("data_prep.shard_writer", "import webdataset"),
+    ],
+)
+def test_kept_rule_is_not_complained_of(module, source):
+    assert violations(module, source) == []
+
+
+def way_to_torch(module: str, sources: dict[str, str], seen: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The modules from one to torch, over imports of modules that are given."""
+    for name in imported_modules(sources[module]):
+        if name.split(".")[0] in ("torch", "torchvision"):
+            return (*seen, module, name)
+        # A name is a module, or something in one.
+        target = next((known for known in (name, name.rpartition(".")[0]) if known in sources), None)
+        if target is not None and target not in (*seen, module):
+            way = way_to_torch(target, sources, (*seen, module))
+            if way:
+                return way
+    return ()
+
+
+def test_data_prep_never_imports_torch_not_even_through_others():
+    sources = {name: path.read_text() for name, path in modules().items()}
+    ways = {name: way_to_torch(name, sources) for name in sources if is_within(name, "data_prep")}
+    assert {name: way for name, way in ways.items() if way} == {}
+
+
+def test_way_to_torch_is_found_through_others():
+    sources = {
+        "a": "from b import c\nimport numpy",
+        "b.c": "def f():\n    from d import thing",
+        "d": "import a\nimport torch.nn",
+    }
+    assert way_to_torch("a", sources) == ("a", "b.c", "d", "torch.nn")
+
+
+def test_no_entry_file_carries_the_name_of_another_module():
+    # The folder of a script is first on sys.path: `import report` elsewhere would find pretrain/report.py.
+    taken = sys.stdlib_module_names | set(packages_distributions()) | OFTEN_THERE
+    stems = {path.stem for top in ENTRY_FOLDERS for path in (REPO / top).glob("*.py")} - {"__init__"}
+    assert stems & taken == set()
+    assert {"train", "presets", "build_shards"} <= stems, "the files were not found"
+
+
+def test_init_files_import_nothing_so_that_a_name_costs_what_it_needs():
+    files = [path for name, path in modules().items() if path.name == "__init__.py"]
+    assert len(files) > 8
+    assert {path: list(imported_modules(path.read_text())) for path in files} == {path: [] for path in files}

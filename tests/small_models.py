@@ -1,0 +1,99 @@
+"""A model of a few thousand parameters with every part, every size another one, and batches for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bridgetower.batch import PretrainBatch
+from bridgetower.config.schema import FusionConfig, ModelConfig, ObjectivesConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.task import PretrainTask
+
+PAD_ID = 1
+EVERY_OBJECTIVE = ObjectivesConfig(mlm=True, itm=True, itc=True, itc_width=12)
+
+
+def small_config(*, dropout: float = 0.0, layer_norm_eps: float = 1e-12) -> ModelConfig:
+    """Three of four and of five tower layers are bridged; 9 patches; 50 words; no two widths are alike."""
+    return ModelConfig(
+        image_size_px=24,
+        vision=VisionTowerConfig(patch_size_px=8, width=48, num_layers=4, num_heads=3),
+        text=TextTowerConfig(
+            vocabulary_size=50,
+            max_tokens=12,
+            width=32,
+            num_layers=5,
+            num_heads=2,
+            num_positions=20,
+            dropout=dropout,
+        ),
+        fusion=FusionConfig(width=40, num_layers=3, num_heads=4, dropout=dropout, layer_norm_eps=layer_norm_eps),
+    )
+
+
+def shake(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter, biases and norms too, a value of its own that shows in the result."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+            is_norm_scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.2 * noise if is_norm_scale else 0.15 * noise)
+
+
+def small_model(config: ModelConfig | None = None) -> BridgeTower:
+    """In float64 and evaluation mode."""
+    model = BridgeTower(config or small_config())
+    shake(model)
+    return model.double().eval()
+
+
+def small_task(objectives: ObjectivesConfig = EVERY_OBJECTIVE, *, dropout: float = 0.0) -> PretrainTask:
+    """In float32 and training mode."""
+    config = small_config(dropout=dropout)
+    task = PretrainTask(BridgeTower(config), config, objectives)
+    shake(task)
+    if task.itc is not None:
+        nn.init.constant_(task.itc.head.temperature, 0.07)
+    return task.train()
+
+
+def random_texts(rows: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and mask of captions of different lengths, the first one whole."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 50, (rows, longest), generator=rng)
+    lengths = torch.randint(3, longest + 1, (rows,), generator=rng)
+    lengths[0] = longest
+    mask = torch.arange(longest)[None, :] < lengths[:, None]
+    return ids.masked_fill(~mask, PAD_ID), mask
+
+
+def random_pixels(rows: int, seed: int = 0) -> Tensor:
+    """As a model reads them: normalised, in float64."""
+    return torch.randn(rows, 3, 24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
+    """Half of the pairs have another pair's image; the first two show the same picture."""
+    rng = torch.Generator().manual_seed(seed)
+    clean, mask = random_texts(pairs, 8, seed)
+    index = torch.nonzero(mask.flatten() & (torch.rand(mask.numel(), generator=rng) < 0.4)).flatten()
+    masked = clean.clone()
+    masked.view(-1)[index] = 4
+    image = torch.arange(pairs)
+    image[pairs // 2 :] = torch.arange(pairs // 2)
+    image_id = torch.arange(100, 100 + pairs)
+    image_id[1] = image_id[0]
+    return PretrainBatch(
+        pixels_B3SS=torch.randint(0, 256, (pairs, 3, 24, 24), generator=rng, dtype=torch.uint8),
+        clean_ids_BL=clean,
+        masked_ids_BL=masked,
+        attention_mask_BL=mask,
+        mlm_index_M=index,
+        mlm_label_M=clean.view(-1)[index],
+        mlm_weight_M=torch.full((len(index),), 1 / len(index)),
+        itm_image_B=image,
+        itm_label_B=(image == torch.arange(pairs)).long(),
+        image_id_B=image_id,
+    )
