@@ -63,6 +63,7 @@ def run(config: RunConfig) -> bool:
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
         optimizer=chosen_implementation(config.optim, place.device),
         precision=assemble.precision_of(memory),
+        contrast_pairs=cut.micro_batch_size * cut.world_size if config.objectives.itc else 0,
     )
     folder = Path(config.run_root) / config.name
     _check_resume(config, folder, identity)

@@ -36,6 +36,7 @@ _SECTIONS: dict[str, type] = {
     "data_digests": dict,
     "optimizer": str,
     "precision": str,
+    "contrast_pairs": int,
     "world_size": int,
     "device": str,
     "commit": str,
@@ -56,6 +57,8 @@ class Identity:
     """The implementation that ``auto`` became."""
     precision: str
     """What weights are held in for computing: bf16 or fp32."""
+    contrast_pairs: int
+    """Pairs that ITC compares with each other: those of one micro-step on all ranks. 0 without ITC."""
 
 
 def write_run_file(folder: Path, config: RunConfig, identity: Identity, *, world_size: int, device: str) -> None:
@@ -124,6 +127,11 @@ def check_same_run(folder: Path, config: RunConfig, identity: Identity) -> None:
     for name in ("optimizer", "precision"):
         if before[name] != getattr(identity, name):
             changed.append(f"{name}: {before[name]} -> {getattr(identity, name)}")
+    if before["contrast_pairs"] != identity.contrast_pairs:
+        changed.append(
+            f"pairs that ITC compares (data.micro_batch_size x ranks): {before['contrast_pairs']} -> "
+            f"{identity.contrast_pairs}"
+        )
     if list(before["data_digests"].values()) != list(identity.data_digests.values()):
         changed.append(
             f"training data: {', '.join(before['data_digests'])} -> {', '.join(identity.data_digests)} "

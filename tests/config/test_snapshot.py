@@ -15,7 +15,7 @@ from bridgetower.config.snapshot import Identity, check_same_run, read_run_confi
 from bridgetower.errors import CheckpointError, ConfigError
 from pretrain.presets import PRESETS, tiny
 
-IDENTITY = Identity(data_digests={"shards/a": "1234"}, optimizer="torch", precision="fp32")
+IDENTITY = Identity(data_digests={"shards/a": "1234"}, optimizer="torch", precision="fp32", contrast_pairs=64)
 
 
 def write(folder, config, identity=IDENTITY):
@@ -140,6 +140,7 @@ def test_each_setting_that_decides_a_number_stops_a_resume_and_no_other_does(tmp
     [
         ({"optimizer": "fused"}, "optimizer: torch -> fused"),
         ({"precision": "bf16"}, "precision: fp32 -> bf16"),
+        ({"contrast_pairs": 32}, "(data.micro_batch_size x ranks): 64 -> 32"),
         ({"data_digests": {"shards/a": "5678"}}, "training data: shards/a -> shards/a"),
         ({"data_digests": {"shards/a": "1234", "shards/b": "5678"}}, "training data: shards/a -> shards/a, shards/b"),
     ],

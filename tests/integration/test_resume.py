@@ -128,6 +128,8 @@ def test_goes_on_at_another_world_size(root, emoji_shards, ranks, micro_batch_si
 def test_other_settings_are_refused(root, emoji_shards):
     output = train(root, emoji_shards, "whole", STEPS, *LIVELY, "--optim.base_lr=0.5", ranks=0, code=2)
     assert "optim.base_lr: 0.001 -> 0.5" in output.stderr and "--name" in output.stderr
+    # One rank with the same micro-batch would have ITC choose among half the pairs.
+    assert "pairs that ITC compares (data.micro_batch_size x ranks): 64 -> 32" in output.stderr
 
 
 def test_two_at_once_are_refused(root, emoji_shards):

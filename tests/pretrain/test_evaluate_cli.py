@@ -13,7 +13,7 @@ from tests.conftest import run_script
 @pytest.fixture
 def run_folder(tmp_path):
     """A run that has written its settings and no checkpoint."""
-    identity = Identity(data_digests={}, optimizer="torch", precision="fp32")
+    identity = Identity(data_digests={}, optimizer="torch", precision="fp32", contrast_pairs=0)
     config = apply_overrides(tiny(), {"data.eval_shards": ""})
     write_run_file(tmp_path, config, identity, world_size=1, device="cpu")
     return tmp_path

@@ -38,7 +38,7 @@ class Tags(HTMLParser):
 
 def start_run(folder, **overrides):
     folder.mkdir(parents=True, exist_ok=True)
-    identity = Identity(data_digests={}, optimizer="torch", precision="fp32")
+    identity = Identity(data_digests={}, optimizer="torch", precision="fp32", contrast_pairs=0)
     config = apply_overrides(tiny(), {"data.train_shards": "nowhere/train", "data.eval_shards": "nowhere/test"})
     write_run_file(folder, apply_overrides(config, overrides), identity, world_size=2, device="cpu")
     return folder
