@@ -25,6 +25,7 @@ setup(
         "webdataset>=1.0.2,<1.1",
         "transformers>=5.20,<5.24",
         "open_clip_torch>=3.3,<3.4",
+        "timm>=1.0.28,<1.1",
         "tokenizers>=0.22,<0.24",
         "wandb>=0.31,<0.32",
         "fire>=0.7.1,<0.8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from bridgetower import draws
 from bridgetower.config.deepspeed import is_bf16, read_memory_config
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.schema import CUSTOM, ObjectivesConfig, RunConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.loader import PretrainStream
@@ -20,11 +21,21 @@ from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError
-from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.pretrained import load_tower_weights
+from bridgetower.model.text_tower import padding_id
 from bridgetower.task import PretrainTask
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """The same with every size that the towers' names stand for, which is what a run records.
+
+    Raises:
+        ConfigError: a tower cannot be found or bridged, or the parts do not fit.
+    """
+    return dataclasses.replace(config, model=complete_model_config(config.model))
 
 
 def find_memory_config(config: RunConfig, device: torch.device) -> dict[str, object]:
@@ -45,19 +56,25 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer, checked against the model.
 
     Raises:
-        ConfigError: another vocabulary size than the model's, or another padding id than RoBERTa's.
+        ConfigError: another vocabulary size or another padding id than the text tower's.
     """
     tokenizer = Tokenizer(config.model.text.tokenizer)
     if tokenizer.vocabulary_size != config.model.text.vocabulary_size:
         raise ConfigError(
             f"model.text.tokenizer={tokenizer.name} has {tokenizer.vocabulary_size} ids, but "
             f"model.text.vocabulary_size={config.model.text.vocabulary_size}. "
-            f"Use --model.text.vocabulary_size={tokenizer.vocabulary_size}."
+            + (
+                f"Use --model.text.vocabulary_size={tokenizer.vocabulary_size}."
+                if config.model.text.name == CUSTOM
+                else "Give the folder of that text tower's tokenizer."
+            )
         )
-    if tokenizer.pad_id != 1:
+    pad_id = padding_id(config.model.text)
+    if tokenizer.pad_id != pad_id:
         raise ConfigError(
-            f"model.text.tokenizer={tokenizer.name} has <pad> = {tokenizer.pad_id}; RoBERTa counts positions from pad "
-            "id 1. Order the special tokens <s>, <pad>, </s>, <unk>."
+            f"model.text.tokenizer={tokenizer.name} pads with id {tokenizer.pad_id}, but model.text.name="
+            f"{config.model.text.name} with {pad_id}, and counts positions from it if it is a RoBERTa. Use the "
+            "tokenizer of that text tower; for your own, order the special tokens <s>, <pad>, </s>, <unk>."
         )
     return tokenizer
 
@@ -115,12 +132,17 @@ def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
     ]
 
 
+def active_heads(objectives: ObjectivesConfig) -> list[str]:
+    """The heads that the objectives need."""
+    return [name for name in ("mlm", "itm", "itc") if getattr(objectives, name)]
+
+
 def build_task(config: RunConfig) -> PretrainTask:
     """Model and objectives with their initial weights, a function of the seed and the towers' weights."""
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
-    model = BridgeTower(config.model)
-    load_tower_weights(model, config.model)
-    return PretrainTask(model, config.model, config.objectives)
+    model = BridgeTower(config.model, active_heads(config.objectives))
+    load_tower_weights(model)
+    return PretrainTask(model, config.objectives)
 
 
 def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTask:
@@ -132,7 +154,7 @@ def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTa
     Raises:
         CheckpointError: the weights are not those of this model.
     """
-    task = PretrainTask(BridgeTower(config.model), config.model, config.objectives)
+    task = PretrainTask(BridgeTower(config.model, active_heads(config.objectives)), config.objectives)
     if precision == "bf16":
         task.bfloat16()
     try:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from bridgetower.config.models import MODELS
 from bridgetower.config.schema import (
     CheckpointConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
-    FusionConfig,
     ModelConfig,
     ObjectivesConfig,
     OptimConfig,
     RunConfig,
-    TextTowerConfig,
     TrackerConfig,
-    VisionTowerConfig,
 )
 
 # COCO (Karpathy train + restval), Visual Genome, SBU and CC3M: the "4M" images of the paper's Table 9.
@@ -24,28 +23,21 @@ _4M_TRAIN = ("shards/coco/train", "shards/coco/restval", "shards/vg", "shards/sb
 _4M_EVAL = ("shards/coco/test",)
 
 
+def with_published_towers(model: ModelConfig) -> ModelConfig:
+    """Start from OpenAI's CLIP and from RoBERTa, as every published model does."""
+    return replace(
+        model,
+        vision=replace(model.vision, weights="openai"),
+        text=replace(model.text, weights=model.text.name),
+    )
+
+
 def tiny() -> RunConfig:
     """A few million parameters on the emoji demo corpus: minutes on two CPU cores."""
-    width = 128
     return RunConfig(
         name="tiny",
-        model=ModelConfig(
-            image_size_px=72,
-            # 16 patches: on a CPU the vision tower is half of the step.
-            vision=VisionTowerConfig(patch_size_px=18, width=width, num_layers=4, num_heads=4),
-            text=TextTowerConfig(
-                tokenizer="emoji",
-                vocabulary_size=1000,
-                max_tokens=40,
-                width=width,
-                num_layers=3,
-                num_heads=4,
-                num_positions=64,
-                dropout=0.0,  # a dozen epochs of a small model: it does not overfit
-            ),
-            fusion=FusionConfig(width=width, num_layers=2, num_heads=4, dropout=0.0),
-        ),
-        objectives=ObjectivesConfig(itc=True, itc_width=128),
+        model=MODELS["tiny"](),
+        objectives=ObjectivesConfig(itc=True),
         data=DataConfig(
             train_shards=("shards/emoji/train",),
             eval_shards=("shards/emoji/combination", "shards/emoji/concept"),
@@ -65,11 +57,7 @@ def base_4m() -> RunConfig:
     return RunConfig(
         name="base_4m",
         # arXiv 2206.08657, Table 10 and Appendix A; BridgeTower scripts/pre_train.sh.
-        model=ModelConfig(
-            image_size_px=288,
-            vision=VisionTowerConfig(clip_name="ViT-B-16-quickgelu", weights="openai"),
-            text=TextTowerConfig(weights="roberta-base"),
-        ),
+        model=with_published_towers(MODELS["base"]()),
         data=DataConfig(train_shards=_4M_TRAIN, eval_shards=_4M_EVAL, global_batch_size=4096, micro_batch_size=32),
         optim=OptimConfig(base_lr=1e-5, total_steps=100_000, warmup_fraction=0.1),
         engine=EngineConfig(deepspeed="zero2_bf16"),
@@ -82,19 +70,7 @@ def large_4m() -> RunConfig:
     return RunConfig(
         name="large_4m",
         # arXiv 2206.08657, Table 10 and Appendix A; micro-batches of 16 as in BridgeTower scripts/pre_train.sh.
-        model=ModelConfig(
-            image_size_px=294,
-            vision=VisionTowerConfig(
-                clip_name="ViT-L-14-quickgelu",
-                weights="openai",
-                patch_size_px=14,
-                width=1024,
-                num_layers=24,
-                num_heads=16,
-            ),
-            text=TextTowerConfig(weights="roberta-large", width=1024, num_layers=24, num_heads=16),
-            fusion=FusionConfig(width=1024, num_heads=16),
-        ),
+        model=with_published_towers(MODELS["large"]()),
         data=DataConfig(
             train_shards=_4M_TRAIN,
             eval_shards=_4M_EVAL,

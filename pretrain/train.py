@@ -56,6 +56,7 @@ def run(config: RunConfig) -> bool:
     from pretrain import assemble  # imports DeepSpeed, which reads what read_launch has completed
 
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
+    config = assemble.complete(config)
     memory = assemble.find_memory_config(config, place.device)
     tokenizer = assemble.build_tokenizer(config)
     assemble.check_held_out(data.eval_shards)

@@ -6,20 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import FusionConfig, ModelConfig, ObjectivesConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.schema import (
+    CUSTOM,
+    FusionConfig,
+    HeadsConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    TextTowerConfig,
+    VisionTowerConfig,
+)
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
+from pretrain.assemble import active_heads
 
 PAD_ID = 1
-EVERY_OBJECTIVE = ObjectivesConfig(mlm=True, itm=True, itc=True, itc_width=12)
+EVERY_OBJECTIVE = ObjectivesConfig(mlm=True, itm=True, itc=True)
+ALL_HEADS = ("mlm", "itm", "itc")
 
 
 def small_config(*, dropout: float = 0.0, layer_norm_eps: float = 1e-12) -> ModelConfig:
     """Three of four and of five tower layers are bridged; 9 patches; 50 words; no two widths are alike."""
     return ModelConfig(
         image_size_px=24,
-        vision=VisionTowerConfig(patch_size_px=8, width=48, num_layers=4, num_heads=3),
+        vision=VisionTowerConfig(name=CUSTOM, patch_size_px=8, width=48, num_layers=4, num_heads=3),
         text=TextTowerConfig(
+            name=CUSTOM,
             vocabulary_size=50,
             max_tokens=12,
             width=32,
@@ -29,6 +40,7 @@ def small_config(*, dropout: float = 0.0, layer_norm_eps: float = 1e-12) -> Mode
             dropout=dropout,
         ),
         fusion=FusionConfig(width=40, num_layers=3, num_heads=4, dropout=dropout, layer_norm_eps=layer_norm_eps),
+        heads=HeadsConfig(itc_width=12),
     )
 
 
@@ -44,7 +56,7 @@ def shake(module: nn.Module, seed: int = 0) -> None:
 
 def small_model(config: ModelConfig | None = None) -> BridgeTower:
     """In float64 and evaluation mode."""
-    model = BridgeTower(config or small_config())
+    model = BridgeTower(config or small_config(), ALL_HEADS)
     shake(model)
     return model.double().eval()
 
@@ -52,10 +64,10 @@ def small_model(config: ModelConfig | None = None) -> BridgeTower:
 def small_task(objectives: ObjectivesConfig = EVERY_OBJECTIVE, *, dropout: float = 0.0) -> PretrainTask:
     """In float32 and training mode."""
     config = small_config(dropout=dropout)
-    task = PretrainTask(BridgeTower(config), config, objectives)
+    task = PretrainTask(BridgeTower(config, active_heads(objectives)), objectives)
     shake(task)
-    if task.itc is not None:
-        nn.init.constant_(task.itc.head.temperature, 0.07)
+    if objectives.itc:
+        nn.init.constant_(task.model.itc_head.temperature, 0.07)
     return task.train()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,71 +29,100 @@ def _check_heads(name: str, width: int, num_heads: int) -> None:
         )
 
 
+CUSTOM = "custom"
+"""Name of a tower that is given by its sizes, not by a model that exists."""
+
+
+def _check_sizes(section: str, name: str, sizes: Mapping[str, int]) -> None:
+    """Sizes of a custom tower must be given; those of a named one may be (0 takes the model's)."""
+    for field_name, value in sizes.items():
+        if value < 0 or (value == 0 and name == CUSTOM):
+            raise ConfigError(
+                f"{section}.{field_name}={value} must be greater than 0. A tower with {section}.name={CUSTOM} is "
+                f"given by {', '.join(sizes)}; for one that exists give its name."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionTowerConfig:
-    """The vision tower: an open_clip ViT."""
+    """The vision tower: any ViT of open_clip, or one of other sizes."""
 
-    clip_name: str = "ViT-B-16-quickgelu"
-    """open_clip's name of the model whose weights are loaded; read only when weights are."""
+    name: str = "ViT-B-16-quickgelu"
+    """open_clip's name of a model, whose image tower is taken; or custom, a CLIP ViT of the sizes below."""
     weights: str = "none"
-    """none = random; openai or another tag that open_clip lists for clip_name (needs the hub or its cache), or a file
+    """none = random; openai or another tag that open_clip lists for the name (needs the hub or its cache), or a file
     of weights of that model."""
-    patch_size_px: int = 16
-    """Side of a patch; must divide model.image_size_px."""
-    width: int = 768
-    """Channels of the states."""
-    num_layers: int = 12
-    """Transformer blocks; the last model.fusion.num_layers of them are bridged."""
-    num_heads: int = 12
-    """Attention heads."""
+    num_layers: int = 0
+    """Transformer blocks; 0 = all of the named tower. Fewer leaves out its last ones (the original METER has 11)."""
+    patch_size_px: int = 0
+    """Side of a patch; must divide model.image_size_px. 0 = the named tower's."""
+    width: int = 0
+    """Channels of the states. 0 = the named tower's."""
+    num_heads: int = 0
+    """Attention heads. 0 = the named tower's."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """quick_gelu in OpenAI's CLIP, gelu in most of open_clip's own."""
+    """Of a custom tower: quick_gelu in OpenAI's CLIP, gelu in most of open_clip's own. A name decides it itself."""
 
     def __post_init__(self) -> None:
-        _check_positive(
-            model__vision__patch_size_px=self.patch_size_px,
-            model__vision__width=self.width,
-            model__vision__num_layers=self.num_layers,
-        )
-        _check_heads("model.vision", self.width, self.num_heads)
+        sizes = {n: getattr(self, n) for n in ("patch_size_px", "width", "num_layers", "num_heads")}
+        _check_sizes("model.vision", self.name, sizes)
+        if self.width and self.num_heads:
+            _check_heads("model.vision", self.width, self.num_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """The text tower: a RoBERTa."""
+    """The text tower: any RoBERTa-like encoder of transformers, or one of other sizes."""
 
+    name: str = "roberta-base"
+    """A RoBERTa, XLM-R, DistilRoBERTa, CamemBERT or BERT: a name of the hub, or a folder with its config.json; or
+    custom, a RoBERTa of the sizes below."""
     tokenizer: str = "roberta"
-    """roberta (its exact vocabulary, shipped), emoji (the demo's), or a folder with vocab.json and merges.txt."""
+    """roberta (its exact vocabulary, shipped), emoji (the demo's), or a folder with tokenizer.json, or with vocab.json
+    and merges.txt."""
     weights: str = "none"
     """none = random; a transformers model name or local folder, e.g. roberta-base."""
-    vocabulary_size: int = 50265
-    """Ids of the tokenizer."""
     max_tokens: int = 50
     """Longer captions lose their end; <s> and </s> count."""
-    width: int = 768
-    """Channels of the states."""
-    num_layers: int = 12
-    """Transformer layers; the last model.fusion.num_layers of them are bridged."""
-    num_heads: int = 12
-    """Attention heads."""
-    num_positions: int = 514
-    """Rows of the position table; RoBERTa's first token takes row 2, so it reads num_positions - 2 tokens."""
+    num_layers: int = 0
+    """Transformer layers. 0 = all of the named tower; fewer leaves out its last ones."""
+    vocabulary_size: int = 0
+    """Ids of the tokenizer. 0 = the named tower's."""
+    width: int = 0
+    """Channels of the states. 0 = the named tower's."""
+    num_heads: int = 0
+    """Attention heads. 0 = the named tower's."""
+    num_positions: int = 0
+    """Rows of the position table; a RoBERTa's first token takes row 2, so it reads num_positions - 2 tokens.
+    0 = the named tower's."""
     dropout: float = 0.1
     """On hidden states and attention probabilities."""
 
     def __post_init__(self) -> None:
-        _check_positive(
-            model__text__vocabulary_size=self.vocabulary_size,
-            model__text__width=self.width,
-            model__text__num_layers=self.num_layers,
-        )
-        _check_heads("model.text", self.width, self.num_heads)
+        sizes = {n: getattr(self, n) for n in ("vocabulary_size", "width", "num_layers", "num_heads", "num_positions")}
+        _check_sizes("model.text", self.name, sizes)
+        if self.width and self.num_heads:
+            _check_heads("model.text", self.width, self.num_heads)
         _check_fraction("model.text.dropout", self.dropout)
-        if not 3 <= self.max_tokens <= self.num_positions - 2:
+        if self.max_tokens < 3 or (self.name == CUSTOM and self.max_tokens > self.num_positions - 2):
             raise ConfigError(
                 f"model.text.max_tokens={self.max_tokens} must be from 3 (<s>, a word, </s>) to "
                 f"model.text.num_positions - 2 = {self.num_positions - 2}."
             )
+
+
+BridgeForm = Literal[
+    "add",
+    "product",
+    "interpolate",
+    "gated_interpolate",
+    "linear_concat",
+    "mlp_concat",
+    "cross_attention",
+    "cross_attention_ffn",
+    "linear_residual",
+]
+"""The rows (a) to (i) of the paper's Table 1, in its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +132,74 @@ class FusionConfig:
     width: int = 768
     """Channels of the cross-modal states."""
     num_layers: int = 6
-    """Cross-modal layers of each modality, and so the number of bridged layers of each tower."""
+    """Cross-modal layers of each modality. 0 pools the towers' own class tokens (Table 2)."""
+    num_external_layers: int = 0
+    """The last so many of them have no bridge and read no tower (Table 3); all of them external is METER."""
     num_heads: int = 12
     """Attention heads."""
     dropout: float = 0.1
     """On attention probabilities, attention outputs and feed-forward output."""
     layer_norm_eps: float = 1e-12
     """Of the cross-modal layers and the MLM head. 1e-12 as published; 1e-5 in Hugging Face's port."""
+    bridge: BridgeForm = "add"
+    """How a tower layer joins the cross-modal layer: Table 1 (a) add, the published model, (b) product,
+    (c) interpolate, (d) gated_interpolate, (e) linear_concat, (f) mlp_concat, (g) cross_attention,
+    (h) cross_attention_ffn, (i) linear_residual."""
+    bridge_masks_padding: bool = True
+    """cross_attention and cross_attention_ffn do not look at padding; false looks, as the authors' code did."""
+    multi_layer_fusion: bool = False
+    """METER's: a gated sum of all layers of a tower takes the place of its last one. Needs all layers external."""
+
+    def __post_init__(self) -> None:
+        _check_positive(model__fusion__width=self.width, model__fusion__layer_norm_eps=self.layer_norm_eps)
+        _check_heads("model.fusion", self.width, self.num_heads)
+        _check_fraction("model.fusion.dropout", self.dropout)
+        if self.num_layers < 0:
+            raise ConfigError(f"model.fusion.num_layers={self.num_layers} must be 0 or more; the paper has 6.")
+        if not 0 <= self.num_external_layers <= self.num_layers:
+            raise ConfigError(
+                f"model.fusion.num_external_layers={self.num_external_layers} must be from 0 to "
+                f"model.fusion.num_layers={self.num_layers}, as it counts the last of them."
+            )
+        if self.multi_layer_fusion and (self.num_bridged or not self.num_layers):
+            raise ConfigError(
+                "model.fusion.multi_layer_fusion=True gives the cross-modal layers one state of each tower, but "
+                f"{self.num_bridged} of model.fusion.num_layers={self.num_layers} are bridged to a layer of their own. "
+                f"Use --model.fusion.num_external_layers={self.num_layers or 6} with as many layers, or switch it off."
+            )
+
+    @property
+    def num_bridged(self) -> int:
+        """Cross-modal layers that read a tower layer of their own, and so the number of bridged tower layers."""
+        return self.num_layers - self.num_external_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Sizes of the heads; which of them a model has, its task or its checkpoint decides."""
+
+    mlm_tied: bool = False
+    """True decodes masked words with the text tower's word embeddings; published models have a matrix of their own."""
+    itc_width: int = 256
+    """Channels of the contrastive embeddings."""
+    itc_initial_temperature: float = 0.07
+    """Learned from there, within [0.001, 0.5]."""
+    num_answers: int = 3129
+    """Classes of the VQA head."""
+    classifier_scale: float = 2.0
+    """Hidden channels of the VQA and SNLI-VE heads, as a multiple of the pooled pair's; 1 for training from scratch."""
 
     def __post_init__(self) -> None:
         _check_positive(
-            model__fusion__width=self.width,
-            model__fusion__num_layers=self.num_layers,
-            model__fusion__layer_norm_eps=self.layer_norm_eps,
+            model__heads__itc_width=self.itc_width,
+            model__heads__num_answers=self.num_answers,
+            model__heads__classifier_scale=self.classifier_scale,
         )
-        _check_heads("model.fusion", self.width, self.num_heads)
-        _check_fraction("model.fusion.dropout", self.dropout)
+        if not 0.001 <= self.itc_initial_temperature <= 0.5:
+            raise ConfigError(
+                f"model.heads.itc_initial_temperature={self.itc_initial_temperature} is not in [0.001, 0.5]; "
+                "the paper has 0.07."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,21 +211,36 @@ class ModelConfig:
     vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
 
     def __post_init__(self) -> None:
         patch = self.vision.patch_size_px
-        if self.image_size_px < patch or self.image_size_px % patch:
+        if patch and (self.image_size_px < patch or self.image_size_px % patch):
             lower = max(1, self.image_size_px // patch) * patch
             raise ConfigError(
                 f"model.image_size_px={self.image_size_px} is not a multiple of model.vision.patch_size_px={patch}. "
                 f"Use {lower} or {lower + patch}."
             )
-        for name, tower in (("vision", self.vision), ("text", self.text)):
-            if self.fusion.num_layers > tower.num_layers:
+        fusion, towers = self.fusion, (("vision", self.vision), ("text", self.text))
+        for name, tower in towers:
+            if tower.num_layers and fusion.num_bridged > tower.num_layers:
                 raise ConfigError(
-                    f"model.fusion.num_layers={self.fusion.num_layers} bridges more layers than the {name} tower has "
-                    f"({tower.num_layers}). Use --model.fusion.num_layers={tower.num_layers} or fewer."
+                    f"model.fusion.num_layers={fusion.num_layers} with {fusion.num_external_layers} external bridges "
+                    f"{fusion.num_bridged} layers, more than the {name} tower has ({tower.num_layers}). Use "
+                    f"--model.fusion.num_layers={tower.num_layers + fusion.num_external_layers} or fewer, or more of "
+                    "them external."
                 )
+            if not fusion.num_layers and tower.width not in (0, fusion.width):
+                raise ConfigError(
+                    f"model.fusion.num_layers=0 pools the towers' own states, so that model.{name}.width="
+                    f"{tower.width} must be model.fusion.width={fusion.width}. Make them equal, or use 1 or more "
+                    "layers."
+                )
+        if self.heads.mlm_tied and self.text.width not in (0, fusion.width):
+            raise ConfigError(
+                f"model.heads.mlm_tied=True decodes states of model.fusion.width={fusion.width} with word embeddings "
+                f"of model.text.width={self.text.width}. Make them equal, or set it to false."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +255,6 @@ class ObjectivesConfig:
     """Image-text contrast of the towers' class tokens over all ranks' micro-batches."""
     mlm_probability: float = 0.15
     """Share of tokens to predict."""
-    itc_width: int = 256
-    """Channels of the contrastive embeddings."""
-    itc_initial_temperature: float = 0.07
-    """Learned from there, within [0.001, 0.5]."""
 
     def __post_init__(self) -> None:
         if not (self.mlm or self.itm):
@@ -172,12 +265,6 @@ class ObjectivesConfig:
         if not 0.0 < self.mlm_probability < 1.0:
             raise ConfigError(
                 f"objectives.mlm_probability={self.mlm_probability} is not in (0, 1); the paper has 0.15."
-            )
-        _check_positive(objectives__itc_width=self.itc_width)
-        if not 0.001 <= self.itc_initial_temperature <= 0.5:
-            raise ConfigError(
-                f"objectives.itc_initial_temperature={self.itc_initial_temperature} is not in [0.001, 0.5]; "
-                "the paper has 0.07."
             )
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from bridgetower import dist, draws
 from bridgetower.batch import ImageBatch, TextBatch
-from bridgetower.config.schema import EvaluationConfig
+from bridgetower.config.schema import EvaluationConfig, ObjectivesConfig
 from bridgetower.errors import DataError
 from bridgetower.files import write_atomically
 from bridgetower.metrics.recall import chance_recall_at, recall_at
@@ -53,9 +53,7 @@ class Encoded(Protocol):
 class Scorer(Protocol):
     """What is evaluated: a pretraining task."""
 
-    mlm: Any
-    itm: Any
-    itc: Any
+    objectives: ObjectivesConfig
 
     def image_features(self, pixels_N3SS: Tensor) -> Encoded:
         """Encode uint8 images."""
@@ -154,7 +152,7 @@ def evaluate_split(
     scores: dict[str, float] = {}
     chance: dict[str, float] = {}
     words: dict[int, list[dict[str, Any]]] = {}
-    if scorer.mlm is not None:
+    if scorer.objectives.mlm:
         masked = _score_masked_words(scorer, split, states_by_block, batch_size, seed, device, set(shown))
         scores |= {
             "mlm_loss": masked.loss_sum / masked.num_tokens,
@@ -175,7 +173,7 @@ def evaluate_split(
         candidates_TN = _top_candidates(similarity_TN, config.rerank_top_k)
         ranking_TN = similarity_TN
     log_odds_TN: F32 | None = None
-    if scorer.itm is not None:
+    if scorer.objectives.itm:
         negative_T = _random_other_image(image_id_N, image_of_T, seed)
         asked_TN = candidates_TN.copy()
         asked_TN[np.arange(split.num_captions), image_of_T] = True

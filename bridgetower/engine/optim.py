@@ -17,9 +17,22 @@ _FUSION_PARTS = (
     "model.text_pooler.",
     "model.image_pooler.",
 )
-_HEAD_PARTS = ("mlm.head.", "itm.head.", "itc.head.")
-# Published rates: these two have the base rate though they are new (reference_spec section 3.1).
-_BASE_RATE = ("model.modality_embedding.weight", "itc.head.temperature")
+_HEAD_PART = "model.heads."
+# Published rates: these have the base rate though they are new (reference_spec sections 1.6 and 3.1).
+_BASE_RATE = (
+    "model.modality_embedding.",
+    "model.heads.itc.temperature",
+    "model.heads.rank.",
+    "model.text_gate.",
+    "model.image_gate.",
+)
+# Vectors that the published code decays, as its list of names lets them through.
+_DECAYED_VECTORS = (
+    "model.heads.itc.temperature",
+    "model.heads.vqa.norm.",
+    "model.heads.snli_ve.norm.",
+    "model.heads.nlvr2.norm.",
+)
 
 
 def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -51,18 +64,18 @@ def parameter_groups(task: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
 
 
 def _rate_of(name: str) -> str:
-    if name in _BASE_RATE:
+    if name.startswith(_BASE_RATE):
         return "base"
     if name.startswith(_FUSION_PARTS):
         return "fusion"
-    return "head" if name.startswith(_HEAD_PARTS) else "base"
+    return "head" if name.startswith(_HEAD_PART) else "base"
 
 
 def _is_decayed(name: str, parameter: nn.Parameter, like_reference: bool) -> bool:
     """Matrices and embeddings; the published code's list of names also lets some of CLIP's vectors through."""
     if parameter.ndim >= 2:
         return True
-    is_let_through = name.startswith("model.vision_tower.") or name in _BASE_RATE
+    is_let_through = name.startswith(("model.vision_tower.", *_DECAYED_VECTORS))
     return like_reference and is_let_through and not name.endswith("bias")
 
 

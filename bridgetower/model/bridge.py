@@ -1,25 +1,193 @@
 """Bridges: how the state of a tower layer joins the state of the cross-modal layer before.
 
+The nine forms of the paper's Table 1. y is the tower's state, x the cross-modal one, W a matrix with a bias; LN has
+epsilon 1e-5. Source: arXiv 2206.08657, Table 1, and for what the paper leaves open (the order [y; x], the inner norm of
+mlp_concat, starting values) the authors' own code in transformers pull request 20775.
+
 Shapes: B pairs, N positions (text tokens or image patches), D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridgetower.config.schema import FusionConfig
+from bridgetower.model.attention import Attention, FeedForward
+from bridgetower.model.init import ZeroInitLinear
 
 # Of all bridges and of the norms before the first cross-modal layer (not fusion.layer_norm_eps).
 BRIDGE_EPS = 1e-5
 
 
-class AddNormBridge(nn.Module):
-    """LN(tower + cross): form (a) of Table 1, the published one."""
+class Bridge(nn.Module):
+    """Joins the two states in one modality before one cross-modal layer."""
 
-    def __init__(self, width: int) -> None:
-        """Build one bridge for one modality and one layer."""
+    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+        """Join them.
+
+        Args:
+            tower_BND: y.
+            cross_BND: x.
+            mask_BN: True at real positions; None if all are.
+
+        Returns: shape (B, N, D).
+        """
+        raise NotImplementedError  # abstract
+
+
+class NormedBridge(Bridge):
+    """LN(join(y, x)): all forms but those with cross-attention."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build the norm."""
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=BRIDGE_EPS)
+        self.norm = nn.LayerNorm(config.width, eps=BRIDGE_EPS)
 
-    def forward(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
-        """Join the two states. Source: arXiv 2206.08657, equation 8 and Table 1."""
-        joined: Tensor = self.norm(tower_BND + cross_BND)
+    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+        """Join position by position."""
+        joined: Tensor = self.norm(self.join(tower_BND, cross_BND))
         return joined
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """What is normed."""
+        raise NotImplementedError  # abstract
+
+
+class AddBridge(NormedBridge):
+    """(a) LN(x + y), the published model."""
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Add."""
+        return tower_BND + cross_BND
+
+
+class ProductBridge(NormedBridge):
+    """(b) LN(x * y)."""
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Multiply."""
+        return tower_BND * cross_BND
+
+
+class InterpolateBridge(NormedBridge):
+    """(c) LN(beta * x + (1 - beta) * y), beta a learned vector that starts at 0.5."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.beta = nn.Parameter(torch.full((config.width,), 0.5))
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Mix, channel by channel."""
+        return (1 - self.beta) * tower_BND + self.beta * cross_BND
+
+
+class GatedInterpolateBridge(NormedBridge):
+    """(d) LN(g * x + (1 - g) * y) with g = sigmoid(W [y; x])."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.gate = nn.Linear(2 * config.width, config.width)
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Mix, position by position and channel by channel."""
+        gate_BND = self.gate(torch.cat([tower_BND, cross_BND], dim=-1)).sigmoid()
+        mixed: Tensor = (1 - gate_BND) * tower_BND + gate_BND * cross_BND
+        return mixed
+
+
+class LinearConcatBridge(NormedBridge):
+    """(e) LN(W [y; x])."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.linear = nn.Linear(2 * config.width, config.width)
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Concatenate and project."""
+        joined: Tensor = self.linear(torch.cat([tower_BND, cross_BND], dim=-1))
+        return joined
+
+
+class MLPConcatBridge(NormedBridge):
+    """(f) LN(W_2 GELU(LN(W_1 [y; x]))), both inner sizes 2 D."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.expand = nn.Linear(2 * config.width, 2 * config.width)
+        self.inner_norm = nn.LayerNorm(2 * config.width, eps=BRIDGE_EPS)
+        self.contract = nn.Linear(2 * config.width, config.width)
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Concatenate and project twice."""
+        inner_BNE = self.inner_norm(self.expand(torch.cat([tower_BND, cross_BND], dim=-1)))
+        joined: Tensor = self.contract(F.gelu(inner_BNE))
+        return joined
+
+
+class LinearResidualBridge(NormedBridge):
+    """(i) LN(x + y + W [x; y]), W and its bias zero at first, so that it starts as (a)."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.linear = ZeroInitLinear(2 * config.width, config.width)
+
+    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+        """Add, and correct the sum."""
+        joined: Tensor = cross_BND + tower_BND + self.linear(torch.cat([cross_BND, tower_BND], dim=-1))
+        return joined
+
+
+class CrossAttentionBridge(Bridge):
+    """(g) Attention from x to y of the same modality, with the residual and norm of a cross-modal layer."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__()
+        self.attention = Attention(config)
+        self.masks_padding = config.bridge_masks_padding
+
+    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+        """Attend; the authors' code also looked at padding, which makes the result depend on how long that is."""
+        joined: Tensor = self.attention(cross_BND, tower_BND, mask_BN if self.masks_padding else None)
+        return joined
+
+
+class CrossAttentionFFNBridge(CrossAttentionBridge):
+    """(h) The same with a feed-forward sublayer after it."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        """Build it."""
+        super().__init__(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+        """Attend, then transform."""
+        joined: Tensor = self.feed_forward(super().forward(tower_BND, cross_BND, mask_BN))
+        return joined
+
+
+_FORMS: dict[str, Callable[[FusionConfig], Bridge]] = {
+    "add": AddBridge,
+    "product": ProductBridge,
+    "interpolate": InterpolateBridge,
+    "gated_interpolate": GatedInterpolateBridge,
+    "linear_concat": LinearConcatBridge,
+    "mlp_concat": MLPConcatBridge,
+    "cross_attention": CrossAttentionBridge,
+    "cross_attention_ffn": CrossAttentionFFNBridge,
+    "linear_residual": LinearResidualBridge,
+}
+
+
+def build_bridge(config: FusionConfig) -> Bridge:
+    """The bridge that ``config.bridge`` names."""
+    return _FORMS[config.bridge](config)

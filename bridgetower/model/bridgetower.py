@@ -1,31 +1,34 @@
 """BridgeTower: two towers whose last layers are bridged to the layers of a cross-modal encoder.
 
-Shapes: B pairs, L text tokens, P image positions, S image side in pixels, D width, K bridged layers.
+Shapes: B pairs, L text tokens, P image positions, S image side in pixels, D width, K bridged layers, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from bridgetower.config.schema import ModelConfig
-from bridgetower.model.cross_modal import CrossModalEncoder
+from bridgetower.errors import DataError
+from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder
+from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
-from bridgetower.model.text_tower import TextTower
-from bridgetower.model.vision_tower import VisionTower
+from bridgetower.model.layer_gate import LayerGate
+from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
+from bridgetower.model.vision_tower import VisionTower, complete_vision_config, pixel_statistics
 
-# Of OpenAI's CLIP, which every published BridgeTower starts from.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+TEXT_ROW, IMAGE_ROW = 0, 1  # of the modality embedding; with an NLVR2 head row 2 is of the second image
 
 
 @lru_cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on a device. Not buffers of the model: those a bfloat16 engine would round."""
-    return torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1), torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Pixel statistics. Not buffers of the model: those a bfloat16 engine would round."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 class Encoded(NamedTuple):
@@ -46,76 +49,258 @@ class BridgeTowerOutput(NamedTuple):
     """(B, P, D)."""
     pooled: Tensor
     """(B, 2 D), the pooled text class token first."""
+    attention: AttentionMaps | None = None
+    """The cross-attention of each layer, if it was asked for."""
+
+
+def complete_model_config(config: ModelConfig) -> ModelConfig:
+    """Fill in the sizes that the towers' names stand for, and check that all parts fit together.
+
+    Raises:
+        ConfigError: a tower cannot be found or bridged, or the parts do not fit.
+    """
+    return dataclasses.replace(
+        config, vision=complete_vision_config(config.vision), text=complete_text_config(config.text)
+    )
 
 
 class BridgeTower(nn.Module):
-    """The model without heads. Source: arXiv 2206.08657, section 3."""
+    """The model with the heads that are asked for. Source: arXiv 2206.08657, section 3."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Build it with random weights; ``load_tower_weights`` brings pretrained towers."""
+    def __init__(self, config: ModelConfig, heads: Sequence[str] = ()) -> None:
+        """Build it with random weights; ``load_tower_weights`` brings pretrained towers.
+
+        Args:
+            heads: names from ``bridgetower.model.heads.HEADS``.
+
+        Raises:
+            ConfigError: a tower cannot be found or bridged, or the parts do not fit.
+        """
         super().__init__()
+        config = complete_model_config(config)
         self.config = config
-        self.num_bridged = config.fusion.num_layers
-        width = config.fusion.width
+        fusion = config.fusion
         self.vision_tower = VisionTower(config.vision, config.image_size_px)
         self.text_tower = TextTower(config.text)
-        # One transform for all bridged layers of a tower, as published.
-        self.text_transform = nn.Linear(config.text.width, width)
-        self.image_transform = nn.Linear(config.vision.width, width)
-        self.modality_embedding = nn.Embedding(2, width)  # row 0 text, row 1 image
-        self.cross_modal = CrossModalEncoder(config.fusion)
-        self.text_pooler = nn.Linear(width, width)
-        self.image_pooler = nn.Linear(width, width)
-        for part in (
-            self.text_transform,
-            self.image_transform,
-            self.modality_embedding,
-            self.cross_modal,
-            self.text_pooler,
-            self.image_pooler,
-        ):
+        self.pixel_statistics = pixel_statistics(config.vision)
+        """Mean and deviation of each channel, for pixels from 0 to 1, that the vision tower was trained with."""
+        self._longest_text = longest_text(config.text)
+        new: list[nn.Module] = []
+        if fusion.multi_layer_fusion:
+            self.text_gate = LayerGate(config.text.width)
+            self.image_gate = LayerGate(config.vision.width)
+            new += [self.text_gate, self.image_gate]
+        if fusion.num_layers:
+            # One transform for all bridged layers of a tower, as published.
+            self.text_transform = nn.Linear(config.text.width, fusion.width)
+            self.image_transform = nn.Linear(config.vision.width, fusion.width)
+            self.modality_embedding = nn.Embedding(2, fusion.width)
+            self.cross_modal = CrossModalEncoder(fusion)
+            new += [self.text_transform, self.image_transform, self.modality_embedding, self.cross_modal]
+        self.text_pooler = nn.Linear(fusion.width, fusion.width)
+        self.image_pooler = nn.Linear(fusion.width, fusion.width)
+        for part in [*new, self.text_pooler, self.image_pooler]:
             init_weights(part)
+        self.heads = nn.ModuleDict()
+        for name in heads:
+            self.add_head(name)
+
+    def add_head(self, name: str) -> None:
+        """Add a head with its initial weights, as fine-tuning does to a pretrained model.
+
+        An NLVR2 head also gives the second image a row of its own in the modality embedding, a copy of the first's.
+        A rank head starts as the match row of the ITM head, if there is one.
+
+        Args:
+            name: one of ``bridgetower.model.heads.HEADS``.
+        """
+        if name not in HEADS:
+            raise ValueError(f"There is no head {name!r}; there are {', '.join(HEADS)}.")
+        device, dtype = self.text_pooler.weight.device, self.text_pooler.weight.dtype
+        with device:
+            self.heads[name] = build_head(name, self.config).to(dtype)
+        with torch.no_grad():
+            if name == "nlvr2" and self.config.fusion.num_layers:
+                rows = self.modality_embedding.weight
+                grown = nn.Embedding(3, rows.shape[1], device=device, dtype=dtype)
+                grown.weight.copy_(torch.cat([rows[:2], rows[IMAGE_ROW : IMAGE_ROW + 1]]))
+                self.modality_embedding = grown
+            if name == "rank" and "itm" in self.heads:
+                match = self.itm_head.classifier
+                rank = cast(RankHead, self.heads["rank"]).classifier
+                rank.weight.copy_(match.weight[1:])
+                rank.bias.copy_(match.bias[1:])
+
+    @property
+    def image_grid_side(self) -> int:
+        """Patches per side of an image."""
+        return self.config.image_size_px // self.config.vision.patch_size_px
+
+    @property
+    def mlm_head(self) -> MLMHead:
+        """The head of masked language modelling."""
+        return cast(MLMHead, self._head("mlm"))
+
+    @property
+    def itm_head(self) -> ITMHead:
+        """The head of image-text matching."""
+        return cast(ITMHead, self._head("itm"))
+
+    @property
+    def itc_head(self) -> ITCHead:
+        """The head of image-text contrast."""
+        return cast(ITCHead, self._head("itc"))
+
+    def _head(self, name: str) -> nn.Module:
+        if name not in self.heads:
+            raise ValueError(
+                f"This model has no {name} head; it has {', '.join(self.heads) or 'none'}. Load a checkpoint with one, "
+                f"or add one with random weights: model.add_head({name!r})."
+            )
+        return self.heads[name]
 
     def normalize(self, pixels_B3SS: Tensor) -> Tensor:
         """From uint8 pixels to what ``encode_image`` reads, in the dtype of the weights."""
-        mean, std = _pixel_statistics(pixels_B3SS.device)
-        return ((pixels_B3SS.float() / 255.0 - mean) / std).to(self.text_transform.weight.dtype)
+        mean, std = (_on_device(values, pixels_B3SS.device) for values in self.pixel_statistics)
+        return ((pixels_B3SS.float() / 255.0 - mean) / std).to(self.text_pooler.weight.dtype)
 
-    def encode_image(self, pixels_B3SS: Tensor) -> Encoded:
+    def encode_image(self, pixels_B3SS: Tensor, image_row: int = IMAGE_ROW) -> Encoded:
         """Run the vision tower.
 
         Args:
             pixels_B3SS: normalised, S = config.image_size_px.
+            image_row: of the modality embedding; 2 for NLVR2's second image.
+
+        Raises:
+            DataError: another shape or type.
         """
-        states = self.vision_tower(pixels_B3SS, self.num_bridged)
-        transformed_KBPD = self.image_transform(torch.stack(states)) + self.modality_embedding.weight[1]
-        return Encoded(transformed_KBPD, states[-1][:, 0])
+        side = self.config.image_size_px
+        if pixels_B3SS.ndim != 4 or pixels_B3SS.shape[1:] != (3, side, side):
+            raise DataError(
+                f"pixel_values have shape {tuple(pixels_B3SS.shape)}, the model reads (pairs, 3, {side}, {side}). "
+                f"Resize the images, or load the model with image_size_px={_nearest_side(self.config, pixels_B3SS)}."
+            )
+        if not pixels_B3SS.is_floating_point():
+            raise DataError(
+                f"pixel_values are {pixels_B3SS.dtype}, the model reads normalised floating-point pixels. "
+                "Call model.normalize on uint8 ones."
+            )
+        states = self.vision_tower(pixels_B3SS, self._num_states(self.config.vision.num_layers))
+        class_BD = states[-1][:, 0]
+        if self.config.fusion.multi_layer_fusion:
+            states = [self.image_gate(states)]
+        states_KBPD = torch.stack(states)
+        if self.config.fusion.num_layers:
+            states_KBPD = self.image_transform(states_KBPD) + self.modality_embedding.weight[image_row]
+        return Encoded(states_KBPD, class_BD)
 
     def encode_text(self, ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
         """Run the text tower.
 
         Args:
-            ids_BL: token ids, padded with RoBERTa's pad id 1.
+            ids_BL: token ids, padded with the text tower's pad id (RoBERTa: 1).
             attention_mask_BL: bool, True for real tokens.
+
+        Raises:
+            DataError: another shape or type, or more tokens than the text tower has positions.
         """
-        states = self.text_tower(ids_BL, attention_mask_BL, self.num_bridged)
-        transformed_KBLD = self.text_transform(torch.stack(states)) + self.modality_embedding.weight[0]
-        return Encoded(transformed_KBLD, states[-1][:, 0])
+        if ids_BL.ndim != 2 or ids_BL.dtype not in (torch.int64, torch.int32):
+            raise DataError(
+                f"input_ids have shape {tuple(ids_BL.shape)} and type {ids_BL.dtype}, the model reads whole numbers of "
+                "shape (pairs, tokens). Give the tokenizer's ids, one row per text."
+            )
+        if attention_mask_BL.shape != ids_BL.shape:
+            raise DataError(
+                f"attention_mask has shape {tuple(attention_mask_BL.shape)}, input_ids {tuple(ids_BL.shape)}. Give one "
+                "value per token: non-zero for real ones, 0 for padding."
+            )
+        if ids_BL.shape[1] > self._longest_text:
+            raise DataError(
+                f"input_ids have {ids_BL.shape[1]} tokens, the text tower has positions for {self._longest_text}. "
+                "Cut the texts to so many."
+            )
+        states = self.text_tower(ids_BL, attention_mask_BL, self._num_states(self.config.text.num_layers))
+        class_BD = states[-1][:, 0]
+        if self.config.fusion.multi_layer_fusion:
+            states = [self.text_gate(states)]
+        states_KBLD = torch.stack(states)
+        if self.config.fusion.num_layers:
+            states_KBLD = self.text_transform(states_KBLD) + self.modality_embedding.weight[TEXT_ROW]
+        return Encoded(states_KBLD, class_BD)
 
-    def fuse(self, text_KBLD: Tensor, image_KBPD: Tensor, attention_mask_BL: Tensor) -> BridgeTowerOutput:
-        """Run the cross-modal encoder on encoded texts and images; row b of both is one pair."""
-        text_BLD, image_BPD = self.cross_modal(text_KBLD, image_KBPD, attention_mask_BL)
+    def _num_states(self, num_layers: int) -> int:
+        """Tower layers whose states are read: the bridged ones, all for METER's fusion, else the last."""
+        fusion = self.config.fusion
+        return num_layers if fusion.multi_layer_fusion else max(1, fusion.num_bridged)
+
+    def fuse(
+        self, text_KBLD: Tensor, image_KBPD: Tensor, attention_mask_BL: Tensor, *, return_attention: bool = False
+    ) -> BridgeTowerOutput:
+        """Run the cross-modal encoder on encoded texts and images; row b of both is one pair.
+
+        Args:
+            attention_mask_BL: bool, True for real tokens.
+            return_attention: also give the cross-attention of each layer, for figures; slower.
+        """
+        maps = AttentionMaps([], []) if return_attention else None
+        if self.config.fusion.num_layers:
+            text_BLD, image_BPD = self.cross_modal(text_KBLD, image_KBPD, attention_mask_BL, maps)
+        else:
+            text_BLD, image_BPD = text_KBLD[-1], image_KBPD[-1]
         pooled_B2D = torch.cat([self.text_pooler(text_BLD[:, 0]), self.image_pooler(image_BPD[:, 0])], dim=-1).tanh()
-        return BridgeTowerOutput(text_BLD, image_BPD, pooled_B2D)
+        return BridgeTowerOutput(text_BLD, image_BPD, pooled_B2D, maps)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> BridgeTowerOutput:
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, *, return_attention: bool = False
+    ) -> BridgeTowerOutput:
         """Encode and fuse pairs.
 
         Args:
             pixel_values: normalised, shape (B, 3, S, S).
             input_ids: shape (B, L).
             attention_mask: shape (B, L), non-zero for real tokens.
+            return_attention: also give the cross-attention of each layer.
+
+        Raises:
+            DataError: a shape, type or id that the model cannot read.
         """
+        if len(pixel_values) != len(input_ids):
+            raise DataError(
+                f"There are {len(pixel_values)} images and {len(input_ids)} texts; row b of both is one pair. Repeat "
+                "the images, or encode both apart (encode_image, encode_text) and fuse the rows that you want."
+            )
+        if input_ids.numel():
+            lowest, highest = (int(bound) for bound in torch.aminmax(input_ids))
+            if lowest < 0 or highest >= self.config.text.vocabulary_size:
+                raise DataError(
+                    f"input_ids hold {lowest if lowest < 0 else highest}, the vocabulary has ids from 0 to "
+                    f"{self.config.text.vocabulary_size - 1}. Use the tokenizer that the model was trained with "
+                    f"({self.config.text.tokenizer})."
+                )
         mask_BL = attention_mask.bool()
         text, image = self.encode_text(input_ids, mask_BL), self.encode_image(pixel_values)
-        return self.fuse(text.states_KBND, image.states_KBND, mask_BL)
+        return self.fuse(text.states_KBND, image.states_KBND, mask_BL, return_attention=return_attention)
+
+    def word_logits(self, states_ND: Tensor) -> Tensor:
+        """MLM's logits at some positions, shape (..., V). Needs the mlm head.
+
+        Args:
+            states_ND: text states of the last cross-modal layer; give the masked ones only where that is possible.
+        """
+        logits: Tensor = self.mlm_head(states_ND, self.text_tower.encoder.get_input_embeddings().weight)
+        return logits
+
+    def mlm_logits(self, output: BridgeTowerOutput) -> Tensor:
+        """MLM's logits at every position, shape (B, L, V). Needs the mlm head."""
+        return self.word_logits(output.text_states)
+
+    def itm_logits(self, output: BridgeTowerOutput) -> Tensor:
+        """ITM's logits, shape (B, 2); index 1 is a match. Needs the itm head."""
+        logits: Tensor = self.itm_head(output.pooled)
+        return logits
+
+
+def _nearest_side(config: ModelConfig, pixels: Tensor) -> int:
+    patch = config.vision.patch_size_px
+    side = int(pixels.shape[-1]) if pixels.ndim else patch
+    return max(1, round(side / patch)) * patch

@@ -1,9 +1,11 @@
-"""The heads of the pretraining objectives.
+"""The heads: what turns states into the scores of an objective.
 
-Shapes: B pairs, M masked tokens, D width, V vocabulary, C contrastive width.
+Shapes: B pairs, N positions, D width, V vocabulary, C contrastive width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +18,25 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 
 class MLMHead(nn.Module):
-    """Linear, GELU, LN, and a decoder of its own (not tied to the word embeddings, as published)."""
+    """Linear, GELU, LN, and a decoder: of its own, as published, or the text tower's word embeddings."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Build it."""
         super().__init__()
-        width = config.fusion.width
+        width, vocabulary_size = config.fusion.width, config.text.vocabulary_size
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.fusion.layer_norm_eps)
-        self.decoder = nn.Linear(width, config.text.vocabulary_size)
-        init_weights(self)
+        self.decoder = None if config.heads.mlm_tied else nn.Linear(width, vocabulary_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
-    def forward(self, states_MD: Tensor) -> Tensor:
-        """Logits of shape (M, V); give it the masked positions only."""
-        logits: Tensor = self.decoder(self.norm(F.gelu(self.transform(states_MD))))
-        return logits
+    def forward(self, states_ND: Tensor, word_embeddings_VD: Tensor) -> Tensor:
+        """Logits of shape (..., V); give it the masked positions only.
+
+        Args:
+            word_embeddings_VD: the text tower's, read if the decoder is tied to them.
+        """
+        matrix_VD = word_embeddings_VD if self.decoder is None else self.decoder.weight
+        return F.linear(self.norm(F.gelu(self.transform(states_ND))), matrix_VD, self.bias)
 
 
 class ITMHead(nn.Module):
@@ -40,7 +46,6 @@ class ITMHead(nn.Module):
         """Build it."""
         super().__init__()
         self.classifier = nn.Linear(2 * config.fusion.width, 2)
-        init_weights(self)
 
     def forward(self, pooled_B2D: Tensor) -> Tensor:
         """Logits of shape (B, 2)."""
@@ -51,18 +56,13 @@ class ITMHead(nn.Module):
 class ITCHead(nn.Module):
     """Projections of the towers' class tokens, and the learned temperature."""
 
-    def __init__(self, config: ModelConfig, width: int, initial_temperature: float) -> None:
-        """Build it.
-
-        Args:
-            width: C.
-        """
+    def __init__(self, config: ModelConfig) -> None:
+        """Build it."""
         super().__init__()
-        self.text = nn.Linear(config.text.width, width)
-        self.image = nn.Linear(config.vision.width, width)
+        self.text = nn.Linear(config.text.width, config.heads.itc_width)
+        self.image = nn.Linear(config.vision.width, config.heads.itc_width)
         # One element, not a 0-dim tensor, which DeepSpeed 0.19.8 refuses.
-        self.temperature = nn.Parameter(torch.full((1,), initial_temperature))
-        init_weights(self)
+        self.temperature = nn.Parameter(torch.full((1,), config.heads.itc_initial_temperature))
 
     def embed_text(self, class_BD: Tensor) -> Tensor:
         """Unit vectors in float32, shape (B, C)."""
@@ -76,3 +76,80 @@ class ITCHead(nn.Module):
         """The temperature within its bounds, in float32; its gradient passes the clamp, so that it can come back."""
         raw = self.temperature.float()
         return raw + (raw.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE) - raw).detach()
+
+
+class ClassifierHead(nn.Module):
+    """Dropout, linear, LN, GELU, linear: VQA, SNLI-VE and NLVR2."""
+
+    def __init__(self, in_features: int, hidden: int, classes: int, dropout: float = 0.0) -> None:
+        """Build it."""
+        super().__init__()
+        self.dropout = dropout
+        self.expand = nn.Linear(in_features, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.classifier = nn.Linear(hidden, classes)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits of shape (B, classes).
+
+        Args:
+            pooled: shape (B, in_features): the pooled pair; for NLVR2 those of (text, image 1) and (text, image 2).
+        """
+        inner = self.norm(self.expand(F.dropout(pooled, self.dropout, self.training)))
+        logits: Tensor = self.classifier(F.gelu(inner))
+        return logits
+
+
+class RankHead(nn.Module):
+    """One score of the pooled pair, to rank candidates for retrieval."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build it."""
+        super().__init__()
+        self.classifier = nn.Linear(2 * config.fusion.width, 1)
+
+    def forward(self, pooled_B2D: Tensor) -> Tensor:
+        """Scores of shape (B, 1)."""
+        scores: Tensor = self.classifier(pooled_B2D)
+        return scores
+
+
+def _vqa(config: ModelConfig) -> nn.Module:
+    pooled = 2 * config.fusion.width
+    return ClassifierHead(pooled, int(pooled * config.heads.classifier_scale), config.heads.num_answers)
+
+
+def _snli_ve(config: ModelConfig) -> nn.Module:
+    pooled = 2 * config.fusion.width
+    return ClassifierHead(pooled, int(pooled * config.heads.classifier_scale), 3)
+
+
+def _nlvr2(config: ModelConfig) -> nn.Module:
+    pooled = 2 * config.fusion.width
+    return ClassifierHead(2 * pooled, int(pooled * 1.5), 2, dropout=0.1)
+
+
+_HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "mlm": MLMHead,
+    "itm": ITMHead,
+    "itc": ITCHead,
+    "vqa": _vqa,
+    "snli_ve": _snli_ve,
+    "nlvr2": _nlvr2,
+    "rank": RankHead,
+}
+HEADS = tuple(_HEADS)
+"""Names of all heads."""
+
+
+def build_head(name: str, config: ModelConfig) -> nn.Module:
+    """A head with its initial weights: N(0, 0.02), biases 0, norms 1 and 0.
+
+    Args:
+        name: one of ``HEADS``.
+        config: complete.
+    Source: arXiv 2206.08657, appendix A, and the published code for what it leaves open.
+    """
+    head = _HEADS[name](config)
+    init_weights(head)
+    return head

@@ -5,98 +5,100 @@ Shapes: N grid side of the position table, D width.
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import RobertaModel
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.schema import CUSTOM
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 
 NO_WEIGHTS = "none"
-_LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
 
 
-def load_tower_weights(model: BridgeTower, config: ModelConfig) -> None:
+def load_tower_weights(model: BridgeTower) -> None:
     """Fill the towers with the weights that the configuration names; ``none`` leaves them random.
 
     Raises:
         ConfigError: the weights cannot be had, or are those of another model than the tower.
     """
-    if config.vision.weights != NO_WEIGHTS:
-        _load_vision(model, config)
-    if config.text.weights != NO_WEIGHTS:
-        _load_text(model, config)
+    if model.config.vision.weights != NO_WEIGHTS:
+        _load_vision(model)
+    if model.config.text.weights != NO_WEIGHTS:
+        _load_text(model)
 
 
-def _load_vision(model: BridgeTower, config: ModelConfig) -> None:
-    name, source = config.vision.clip_name, config.vision.weights
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+def _load_vision(model: BridgeTower) -> None:
+    config = model.config.vision
+    name, source = config.name, config.weights
+    if name == CUSTOM:
         raise ConfigError(
-            f"model.vision.clip_name={name} is no model of open_clip. Near it are: {', '.join(near) or 'none'}; "
-            f"{_LIST_MODELS} lists all."
+            f"model.vision.weights={source} are of a model of open_clip, but model.vision.name={CUSTOM}. Give its "
+            f"name, or use --model.vision.weights={NO_WEIGHTS} for random ones."
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if source not in tags and not Path(source).is_file():
         raise ConfigError(
             f"model.vision.weights={source} is neither a file nor weights that open_clip has for "
-            f"model.vision.clip_name={name}: {', '.join(tags) or 'it has none'}. Use one of them, a file, or none for "
+            f"model.vision.name={name}: {', '.join(tags) or 'it has none'}. Use one of them, a file, or none for "
             "random weights."
         )
+    if source in tags:
+        _check_activation(name, source)
     try:
-        loaded = open_clip.create_model(name, pretrained=source, precision="fp32").visual
+        loaded = open_clip.create_model(name, pretrained=source, precision="fp32").visual.state_dict()
     except Exception as error:  # the hub's client and torch raise many kinds
         raise ConfigError(
             f"The weights {source} of {name} could not be loaded: {_first_line(error)} A file must hold that model's "
             "weights and no others; a tag's come from the hub: run once where it can be reached (they are cached), or "
             "use --model.vision.weights=none for random ones."
         ) from error
-    if not isinstance(loaded, VisionTransformer):
-        raise ConfigError(
-            f"model.vision.clip_name={name} has a {type(loaded).__name__} as its vision tower; BridgeTower reads the "
-            f"states of open_clip's own ViT. Choose one of its models ViT-...; {_LIST_MODELS} lists all."
-        )
+    weights = {renamed: value for key, value in loaded.items() if (renamed := _tower_key(key, config.num_layers))}
     own = model.vision_tower.vit
-    # None of these shows in the shapes of the weights.
-    _check_same(
-        f"{name} {source}",
-        {
-            "model.vision.num_heads": (own.transformer.resblocks[0].attn.num_heads, _heads(loaded)),
-            "model.vision.activation": (config.vision.activation, _activation(loaded)),
-            "LayerNorm epsilon (not a setting)": (own.ln_post.eps, loaded.ln_post.eps),
-        },
-    )
-    weights = loaded.state_dict()
-    weights.pop("proj", None)  # CLIP's projection, which BridgeTower never uses
-    side = config.image_size_px // config.vision.patch_size_px
-    weights["positional_embedding"] = resize_positions(weights["positional_embedding"], side)
+    for table in ("positional_embedding", "pos_embed"):
+        if table in weights and getattr(own, table, None) is not None:
+            weights[table] = fit_positions(weights[table], getattr(own, table), model.image_grid_side)
     _load_strictly(own, weights, f"{name} {source}")
 
 
-def _heads(vit: VisionTransformer) -> int:
-    return int(vit.transformer.resblocks[0].attn.num_heads)
+def _check_activation(name: str, tag: str) -> None:
+    """open_clip only warns of weights that were trained with the other GELU."""
+    needs = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    has = open_clip.get_model_config(name).get("quick_gelu", False)
+    if needs and not has:
+        raise ConfigError(
+            f"The weights {tag} were trained with QuickGELU, which model.vision.name={name} does not have: they would "
+            f"load and compute something else. Use --model.vision.name={name}-quickgelu."
+        )
 
 
-def _activation(vit: VisionTransformer) -> str:
-    layer = vit.transformer.resblocks[0].mlp.gelu
-    if isinstance(layer, QuickGELU):
-        return "quick_gelu"
-    return "gelu" if isinstance(layer, nn.GELU) and layer.approximate == "none" else repr(layer)
+_BLOCK = re.compile(r"(?:transformer\.resblocks|blocks)\.(\d+)\.")
+# What stands after the last block's norm: pools, projections and classifiers.
+_AFTER_THE_TOWER = ("proj", "attn_pool.", "attn_pool_contrastive.", "head.")
 
 
-def _load_text(model: BridgeTower, config: ModelConfig) -> None:
-    name = config.text.weights
+def _tower_key(key: str, num_layers: int) -> str | None:
+    """The name that a tensor of open_clip's image tower has in ours; None if ours has no place for it."""
+    if key.startswith(("head.", "trunk.head.")):
+        return None
+    # A timm tower that pools before its norm calls it otherwise.
+    key = key.removeprefix("trunk.").replace("fc_norm.", "norm.")
+    block = _BLOCK.match(key)
+    is_above = block is not None and int(block[1]) >= num_layers
+    return None if is_above or key.startswith(_AFTER_THE_TOWER) else key
+
+
+def _load_text(model: BridgeTower) -> None:
+    config = model.config.text
+    name, own = config.weights, model.text_tower.encoder
     try:
-        loaded, report = RobertaModel.from_pretrained(
+        loaded, report = type(own).from_pretrained(
             name, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # the hub's client raises many kinds
@@ -105,30 +107,41 @@ def _load_text(model: BridgeTower, config: ModelConfig) -> None:
             "the hub (run once where it can be reached), or none for random weights."
         ) from error
     # transformers fills what a file lacks with random numbers and drops what it has too much. Heads may be too much.
+    kind = own.config.model_type
     faults = _list("lack", report["missing_keys"]) + _list(
-        "have beyond their config.json", [key for key in report["unexpected_keys"] if _is_of_tower(key)]
+        "have beyond their config.json", [key for key in report["unexpected_keys"] if _is_of_tower(key, own)]
     )
     if faults:
         raise ConfigError(
-            f"The weights model.text.weights={name} are not those of a whole RoBERTa: they {'; they '.join(faults)}. "
+            f"The weights model.text.weights={name} are not those of a whole {kind}: they {'; they '.join(faults)}. "
             "Copy the folder again, or choose another model."
         )
-    own, theirs = model.text_tower.roberta.config, loaded.config
+    theirs = loaded.config
     _check_same(
         name,
         {
-            "model.text.num_heads": (own.num_attention_heads, theirs.num_attention_heads),
-            "activation (not a setting)": (own.hidden_act, theirs.hidden_act),
-            "LayerNorm epsilon (not a setting)": (own.layer_norm_eps, theirs.layer_norm_eps),
-            "padding id (not a setting)": (own.pad_token_id, theirs.pad_token_id),
+            "model_type (of model.text.name)": (kind, theirs.model_type),
+            "model.text.num_heads": (own.config.num_attention_heads, theirs.num_attention_heads),
+            "activation (not a setting)": (own.config.hidden_act, theirs.hidden_act),
+            "LayerNorm epsilon (not a setting)": (own.config.layer_norm_eps, theirs.layer_norm_eps),
+            "padding id (not a setting)": (own.config.pad_token_id, theirs.pad_token_id),
         },
     )
-    _load_strictly(model.text_tower.roberta, loaded.state_dict(), name)
+    layer = re.compile(r"encoder\.layer\.(\d+)\.")
+    # A named tower may be asked for with fewer layers than it has; a custom one must fit as it is.
+    most = config.num_layers if config.name != CUSTOM else theirs.num_hidden_layers
+    weights = {
+        key: value
+        for key, value in loaded.state_dict().items()
+        if not (found := layer.match(key)) or int(found[1]) < most
+    }
+    _load_strictly(own, weights, name)
 
 
-def _is_of_tower(key: str) -> bool:
+def _is_of_tower(key: str, tower: Any) -> bool:
     # position_ids is a table of 0, 1, 2, ... that old versions of transformers stored.
-    return key.removeprefix("roberta.").startswith(("embeddings.", "encoder.")) and not key.endswith("position_ids")
+    bare = key.removeprefix(f"{tower.base_model_prefix}.")
+    return bare.startswith(("embeddings.", "encoder.")) and not bare.endswith("position_ids")
 
 
 def _check_same(name: str, facts: Mapping[str, tuple[Any, Any]]) -> None:
@@ -161,22 +174,36 @@ def _list(verb: str, tensors: Collection[str]) -> list[str]:
     return [f"{verb} {len(tensors)} tensor(s) such as {min(tensors)}"] if tensors else []
 
 
-def resize_positions(table_ND: Tensor, side: int) -> Tensor:
+def fit_positions(table: Tensor, own: Tensor, side: int) -> Tensor:
+    """Resize a position table to that of a tower of another image size.
+
+    Args:
+        table: of shape (N, D) or (1, N, D), class and register rows first.
+        own: the tower's table.
+        side: patches per side of the tower's images.
+    """
+    num_prefix = own.shape[-2] - side * side
+    resized = resize_positions(table.reshape(-1, table.shape[-1]), side, num_prefix)
+    return resized.reshape(*table.shape[:-2], *resized.shape)
+
+
+def resize_positions(table_ND: Tensor, side: int, num_prefix: int = 1) -> Tensor:
     """Resize a position table to another grid, as published: bicubic, corners not aligned, no antialiasing.
 
     Args:
-        table_ND: row 0 for the class token, then a square grid, row by row.
+        table_ND: rows of class (and register) tokens, then a square grid, row by row.
         side: patches per side of the new grid.
+        num_prefix: rows before the grid, which stay as they are.
 
-    Returns: shape (1 + side * side, D).
+    Returns: shape (num_prefix + side * side, D).
     """
-    old_side = round((len(table_ND) - 1) ** 0.5)
-    if old_side == side:
-        return table_ND
-    grid_1DNN = table_ND[1:].reshape(old_side, old_side, -1).permute(2, 0, 1)[None].float()
+    old_side = round((len(table_ND) - num_prefix) ** 0.5)
+    if old_side == side or old_side**2 != len(table_ND) - num_prefix:
+        return table_ND  # what has no square grid will not fit, and is refused with its shape
+    grid_1DNN = table_ND[num_prefix:].reshape(old_side, old_side, -1).permute(2, 0, 1)[None].float()
     resized = F.interpolate(grid_1DNN, size=(side, side), mode="bicubic", align_corners=False)
     rows = resized[0].permute(1, 2, 0).reshape(side * side, -1).to(table_ND.dtype)
-    return torch.cat([table_ND[:1], rows])
+    return torch.cat([table_ND[:num_prefix], rows])
 
 
 def _first_line(error: Exception) -> str:

@@ -1,52 +1,180 @@
-"""The text tower: a transformers RoBERTa that gives the states of its last layers.
+"""The text tower: a RoBERTa-like encoder of transformers that gives the states of its last layers.
 
 Shapes: B captions, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaModel
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from bridgetower.config.schema import TextTowerConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertModel,
+    CamembertModel,
+    PretrainedConfig,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from bridgetower.config.schema import CUSTOM, TextTowerConfig
+from bridgetower.errors import ConfigError
+from bridgetower.model.named_sizes import fill_sizes
+
+_CLASSES: dict[str, Any] = {
+    "roberta": RobertaModel,
+    "xlm-roberta": XLMRobertaModel,
+    "camembert": CamembertModel,
+    "bert": BertModel,
+}
+
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+# Those that are used most are built without the hub. The sizes are those of their config.json.
+_KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "roberta-base": (RobertaConfig, {**_ROBERTA, "vocab_size": 50265}),
+    "roberta-large": (RobertaConfig, {**_ROBERTA, **_LARGE, "vocab_size": 50265}),
+    "distilroberta-base": (RobertaConfig, {**_ROBERTA, "vocab_size": 50265, "num_hidden_layers": 6}),
+    "xlm-roberta-base": (XLMRobertaConfig, {**_ROBERTA, "vocab_size": 250002}),
+    "xlm-roberta-large": (XLMRobertaConfig, {**_ROBERTA, **_LARGE, "vocab_size": 250002}),
+    "bert-base-uncased": (BertConfig, {"vocab_size": 30522}),
+    "bert-base-cased": (BertConfig, {"vocab_size": 28996}),
+    "bert-large-uncased": (BertConfig, {**_LARGE, "vocab_size": 30522}),
+}
+_OWNERS = ("FacebookAI/", "distilbert/", "google-bert/")
 
 
 class TextTower(nn.Module):
-    """RoBERTa without its pooler, which BridgeTower never uses."""
+    """A transformers encoder without its pooler, which BridgeTower never uses."""
 
     def __init__(self, config: TextTowerConfig) -> None:
-        """Build it with random weights."""
+        """Build it with random weights.
+
+        Args:
+            config: complete (``complete_text_config``).
+        """
         super().__init__()
-        self.roberta = RobertaModel(
-            RobertaConfig(
-                vocab_size=config.vocabulary_size,
-                hidden_size=config.width,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                intermediate_size=4 * config.width,
-                max_position_embeddings=config.num_positions,
-                type_vocab_size=1,
-                layer_norm_eps=1e-5,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                pad_token_id=1,
-                attn_implementation="sdpa",
-            ),
-            add_pooling_layer=False,
-        )
+        self.encoder = build_encoder(encoder_config(config))
 
     def forward(self, ids_BL: Tensor, attention_mask_BL: Tensor, num_states: int) -> list[Tensor]:
         """Run all layers once.
 
         Args:
-            ids_BL: token ids; padding has RoBERTa's pad id 1, from which positions are counted.
+            ids_BL: token ids; padding has the encoder's pad id, from which a RoBERTa counts positions.
             attention_mask_BL: True for real tokens.
             num_states: how many of the last layers to hand out.
 
         Returns: their states, first bridged layer first, each of shape (B, L, D).
         """
         # A 4-d mask is taken as it is; from a 2-d one transformers would first read on the host whether it is full.
-        output = self.roberta(
+        output = self.encoder(
             input_ids=ids_BL, attention_mask=attention_mask_BL[:, None, None, :], output_hidden_states=True
         )
         return list(output.hidden_states[-num_states:])
+
+
+def build_encoder(config: PretrainedConfig) -> Any:
+    """A transformers encoder with random weights and no pooler."""
+    config._attn_implementation = "sdpa"
+    return _CLASSES[config.model_type](config, add_pooling_layer=False)
+
+
+def encoder_class(config: TextTowerConfig) -> Any:
+    """The class of transformers that a text tower is."""
+    return _CLASSES[encoder_config(config).model_type]
+
+
+def encoder_config(config: TextTowerConfig) -> PretrainedConfig:
+    """A text tower as transformers describes it.
+
+    Args:
+        config: complete.
+    """
+    if config.name == CUSTOM:
+        return RobertaConfig(
+            **_ROBERTA
+            | {
+                "vocab_size": config.vocabulary_size,
+                "hidden_size": config.width,
+                "num_hidden_layers": config.num_layers,
+                "num_attention_heads": config.num_heads,
+                "intermediate_size": 4 * config.width,
+                "max_position_embeddings": config.num_positions,
+                "hidden_dropout_prob": config.dropout,
+                "attention_probs_dropout_prob": config.dropout,
+            }
+        )
+    named = _named(config.name)
+    content = {
+        **named.to_dict(),
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "num_hidden_layers": config.num_layers or named.num_hidden_layers,
+    }
+    return type(named).from_dict(content)
+
+
+def complete_text_config(config: TextTowerConfig) -> TextTowerConfig:
+    """Fill in the sizes that a name stands for.
+
+    Raises:
+        ConfigError: the encoder cannot be found or is not RoBERTa-like, a size that is given is not its own, or its
+            position table is shorter than the captions.
+    """
+    if config.name == CUSTOM:
+        return config
+    theirs = _named(config.name)
+    facts = {
+        "vocabulary_size": theirs.vocab_size,
+        "width": theirs.hidden_size,
+        "num_layers": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "num_positions": theirs.max_position_embeddings,
+    }
+    complete = fill_sizes(config, "model.text", facts)
+    if config.max_tokens > longest_text(complete):
+        raise ConfigError(
+            f"model.text.max_tokens={config.max_tokens}: {config.name} reads at most {longest_text(complete)} tokens. "
+            "Use so many or fewer."
+        )
+    return complete
+
+
+def longest_text(config: TextTowerConfig) -> int:
+    """Tokens that the position table of a text tower has rows for: a RoBERTa starts after its pad id."""
+    theirs = encoder_config(config)
+    return config.num_positions - (0 if theirs.model_type == "bert" else theirs.pad_token_id + 1)
+
+
+def padding_id(config: TextTowerConfig) -> int:
+    """The id that padding must have."""
+    return int(encoder_config(config).pad_token_id)
+
+
+@lru_cache
+def _named(name: str) -> PretrainedConfig:
+    bare = next((name.removeprefix(owner) for owner in _OWNERS if name.startswith(owner)), name)
+    if bare in _KNOWN and not Path(name).is_dir():
+        kind, sizes = _KNOWN[bare]
+        return kind(**sizes)
+    try:
+        found = AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub's client raises many kinds
+        raise ConfigError(
+            f"model.text.name={name} could not be found: {(str(error).strip().splitlines() or [''])[0]} Give a folder "
+            f"on disk with its config.json, a name of the hub (run once where it can be reached), {CUSTOM}, or one "
+            f"that needs no hub: {', '.join(_KNOWN)}."
+        ) from error
+    if found.model_type not in _CLASSES:
+        raise ConfigError(
+            f"model.text.name={name} is a {found.model_type}, which cannot be bridged here: its layers or positions "
+            f"work otherwise than RoBERTa's. What fits: {', '.join(_CLASSES)}, e.g. roberta-base or xlm-roberta-base."
+        )
+    if getattr(found, "is_decoder", False):
+        raise ConfigError(f"model.text.name={name} is a decoder, which does not see later words. Use an encoder.")
+    return found

@@ -1,34 +1,46 @@
-"""The vision tower: an open_clip ViT that gives the states of its last layers.
+"""The vision tower: a ViT of open_clip or timm that gives the states of its last layers.
 
-Shapes: B images, S image side in pixels, P positions (class token first), D width.
+Shapes: B images, S image side in pixels, P positions (class token first), N patches, D width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from functools import lru_cache
+from typing import Any
+
+import open_clip
+import timm
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIPVisionCfg
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
-from bridgetower.config.schema import VisionTowerConfig
+from bridgetower.config.schema import CUSTOM, VisionTowerConfig
+from bridgetower.errors import ConfigError
+from bridgetower.model.named_sizes import fill_sizes
+
+LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
 
 
 class VisionTower(nn.Module):
-    """open_clip's ViT without its projection, which BridgeTower never uses."""
+    """A ViT without its pooling and projection, which BridgeTower never uses.
+
+    A tower without a class token (SigLIP's) gets the mean of its patches in that place, at each layer.
+    """
 
     def __init__(self, config: VisionTowerConfig, image_size_px: int) -> None:
-        """Build it with random weights."""
+        """Build it with random weights.
+
+        Args:
+            config: complete (``complete_vision_config``).
+        """
         super().__init__()
-        self.vit = VisionTransformer(
-            image_size=image_size_px,
-            patch_size=config.patch_size_px,
-            width=config.width,
-            layers=config.num_layers,
-            heads=config.num_heads,
-            mlp_ratio=4.0,
-            act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
-            norm_layer=LayerNorm,
-        )
-        self.vit.proj = None
+        self.vit = _build_vit(config, image_size_px)
+        blocks = blocks_of(self.vit)
+        del blocks[config.num_layers :]
 
     def forward(self, pixels_B3SS: Tensor, num_states: int) -> list[Tensor]:
         """Run all layers once.
@@ -42,10 +54,25 @@ class VisionTower(nn.Module):
 
         Returns: their states, first bridged layer first, each of shape (B, P, D).
         """
-        vit = self.vit
-        patches_BPD = vit.conv1(pixels_B3SS).flatten(2).transpose(1, 2)
-        class_B1D = vit.class_embedding.to(patches_BPD.dtype).expand(patches_BPD.shape[0], 1, -1)
-        states_BPD = torch.cat([class_B1D, patches_BPD], dim=1) + vit.positional_embedding.to(patches_BPD.dtype)
+        if isinstance(self.vit, VisionTransformer):
+            return self._clip_states(self.vit, pixels_B3SS, num_states)
+        states = self.vit.forward_intermediates(
+            pixels_B3SS,
+            indices=num_states,
+            return_prefix_tokens=self.vit.num_prefix_tokens > 0,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        if self.vit.num_prefix_tokens:
+            return [torch.cat([prefix_BRD, patches_BND], dim=1) for patches_BND, prefix_BRD in states]
+        return [torch.cat([patches_BND.mean(dim=1, keepdim=True), patches_BND], dim=1) for patches_BND in states]
+
+    @staticmethod
+    def _clip_states(vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int) -> list[Tensor]:
+        patches_BND = vit.conv1(pixels_B3SS).flatten(2).transpose(1, 2)
+        class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
+        states_BPD = torch.cat([class_B1D, patches_BND], dim=1) + vit.positional_embedding.to(patches_BND.dtype)
         states_BPD = vit.ln_pre(states_BPD)
         blocks = list(vit.transformer.resblocks)
         handed_out = []
@@ -54,3 +81,120 @@ class VisionTower(nn.Module):
             if number >= len(blocks) - num_states:
                 handed_out.append(vit.ln_post(states_BPD))
         return handed_out
+
+
+def blocks_of(vit: Any) -> Any:
+    """The transformer blocks of a ViT, lowest first: a list of modules."""
+    return vit.transformer.resblocks if _is_clip(vit) else vit.blocks
+
+
+def _is_clip(vit: Any) -> bool:
+    return isinstance(vit, VisionTransformer)
+
+
+def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
+    """Fill in the sizes that a name stands for.
+
+    Raises:
+        ConfigError: the name is not open_clip's, is not of a ViT whose states can be bridged, or a size that is given
+            is not the named tower's.
+    """
+    if config.name == CUSTOM:
+        return config
+    return fill_sizes(config, "model.vision", _facts(config.name))
+
+
+@lru_cache
+def _facts(name: str) -> dict[str, int]:
+    """Sizes of a named ViT, read from the model itself, on torch's meta device."""
+    with torch.device("meta"):
+        vit: Any = _build_named(name, None)
+    blocks = blocks_of(vit)
+    clip = _is_clip(vit)
+    return {
+        "patch_size_px": int(vit.patch_size[0] if clip else vit.patch_embed.feat_ratio(as_scalar=True)),
+        "width": int(vit.conv1.out_channels if clip else vit.embed_dim),
+        "num_layers": len(blocks),
+        "num_heads": int(blocks[0].attn.num_heads),
+    }
+
+
+def _build_vit(config: VisionTowerConfig, image_size_px: int) -> Any:
+    if config.name != CUSTOM:
+        return _build_named(config.name, image_size_px)
+    vit = VisionTransformer(
+        image_size=image_size_px,
+        patch_size=config.patch_size_px,
+        width=config.width,
+        layers=config.num_layers,
+        heads=config.num_heads,
+        mlp_ratio=4.0,
+        act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
+        norm_layer=LayerNorm,
+    )
+    vit.proj = None
+    return vit
+
+
+def _build_named(name: str, image_size_px: int | None) -> Any:
+    """The image tower of an open_clip model without what comes after its last block's norm.
+
+    Args:
+        image_size_px: None takes the model's own.
+    """
+    model_config = _model_config(name)
+    cfg = CLIPVisionCfg(**model_config["vision_cfg"])
+    if cfg.timm_model_name:
+        return _build_timm(name, cfg.timm_model_name, image_size_px)
+    if isinstance(cfg.layers, (list, tuple)):
+        raise _unfit(name, "its image tower is a ResNet, whose layers have different shapes")
+    if cfg.attentional_pool and model_config["embed_dim"] != cfg.width:
+        raise _unfit(name, "the only norm after its blocks is one of the attention pool's output, of another width")
+    size = {} if image_size_px is None else {"image_size": image_size_px}
+    vit = open_clip.model._build_vision_tower(
+        model_config["embed_dim"],
+        dataclasses.replace(cfg, attentional_pool=False, patch_dropout=0.0, **size),
+        quick_gelu=model_config.get("quick_gelu", False),
+    )
+    vit.proj = None
+    return vit
+
+
+def _build_timm(name: str, timm_name: str, image_size_px: int | None) -> Any:
+    size: dict[str, Any] = {} if image_size_px is None else {"img_size": image_size_px}
+    if not any(family in timm_name for family in ("vit_", "vitamin", "eva", "siglip")) or "fastvit" in timm_name:
+        raise _unfit(name, f"its image tower is timm's {timm_name}, whose layers have different shapes")
+    # No pooling, so that the norm comes after the last block and not after the pool.
+    return timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", **size)
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        raise ConfigError(
+            f"model.vision.name={name} is no model of open_clip. Near it are: {', '.join(near) or 'none'}; "
+            f"{LIST_MODELS} lists all, and {CUSTOM} takes the sizes from the settings."
+        )
+    found: dict[str, Any] = open_clip.get_model_config(name)
+    return found
+
+
+def _unfit(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.vision.name={name} cannot be bridged: {reason}. BridgeTower reads the states of a ViT's blocks. What "
+        "fits: open_clip's ViT-*, EVA*, PE-*, MobileCLIP-B and *-SigLIP* models, e.g. ViT-B-16-quickgelu or "
+        "ViT-B-16-SigLIP2."
+    )
+
+
+def pixel_statistics(config: VisionTowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel that a tower's pixels are normalised with: those of its weights.
+
+    Without weights they are those of the first weights that open_clip lists for the name; a custom tower's are CLIP's.
+    """
+    tags = [] if config.name == CUSTOM else open_clip.list_pretrained_tags_by_model(config.name)
+    if not tags:
+        return OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    tag = config.weights if config.weights in tags else tags[0]
+    trained = open_clip.get_pretrained_cfg(config.name, tag)
+    return tuple(trained.get("mean", OPENAI_DATASET_MEAN)), tuple(trained.get("std", OPENAI_DATASET_STD))

@@ -13,6 +13,7 @@ from bridgetower.config.schema import ObjectivesConfig, OptimConfig
 from bridgetower.engine.optim import build_optimizer, chosen_implementation, lr_factor, parameter_groups, schedule
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
+from pretrain.assemble import active_heads
 from pretrain.presets import PRESETS
 from tests.small_models import small_task
 
@@ -28,7 +29,8 @@ def published_task(preset, itc=False) -> PretrainTask:
     """On the meta device: it has names and shapes, and takes no memory."""
     config = PRESETS[preset]()
     with torch.device("meta"):
-        return PretrainTask(BridgeTower(config.model), config.model, ObjectivesConfig(itc=itc))
+        objectives = ObjectivesConfig(itc=itc)
+        return PretrainTask(BridgeTower(config.model, active_heads(objectives)), objectives)
 
 
 def names_by_group(task, optim) -> dict[str, list[str]]:
@@ -99,22 +101,22 @@ def test_each_group_has_its_rate_and_its_decay():
         ("model.vision_tower.vit.positional_embedding", "base"),
         ("model.vision_tower.vit.class_embedding", "base_no_decay"),
         ("model.vision_tower.vit.ln_post.weight", "base_no_decay"),
-        ("model.text_tower.roberta.embeddings.word_embeddings.weight", "base"),
-        ("model.text_tower.roberta.embeddings.LayerNorm.weight", "base_no_decay"),
+        ("model.text_tower.encoder.embeddings.word_embeddings.weight", "base"),
+        ("model.text_tower.encoder.embeddings.LayerNorm.weight", "base_no_decay"),
         # Published: new, but with the rate of the towers.
         ("model.modality_embedding.weight", "base"),
-        ("itc.head.temperature", "base_no_decay"),
+        ("model.heads.itc.temperature", "base_no_decay"),
         ("model.text_transform.weight", "fusion"),
         ("model.image_transform.bias", "fusion_no_decay"),
         ("model.cross_modal.text_norm.weight", "fusion_no_decay"),
         ("model.cross_modal.image_bridges.4.norm.bias", "fusion_no_decay"),
         ("model.cross_modal.image_layers.5.cross_attention.value.weight", "fusion"),
         ("model.text_pooler.weight", "fusion"),
-        ("mlm.head.decoder.weight", "head"),
-        ("mlm.head.decoder.bias", "head_no_decay"),
-        ("mlm.head.norm.weight", "head_no_decay"),
-        ("itm.head.classifier.weight", "head"),
-        ("itc.head.image.weight", "head"),
+        ("model.heads.mlm.decoder.weight", "head"),
+        ("model.heads.mlm.bias", "head_no_decay"),
+        ("model.heads.mlm.norm.weight", "head_no_decay"),
+        ("model.heads.itm.classifier.weight", "head"),
+        ("model.heads.itc.image.weight", "head"),
     ],
 )
 def test_parameter_has_the_rate_and_decay_of_its_kind(name, group):
@@ -128,7 +130,7 @@ def test_decay_like_the_reference_adds_clips_vectors_and_the_temperature_and_not
     norms = {f"resblocks.{layer}.ln_{number}" for layer in range(12) for number in (1, 2)}
     expected = {f"model.vision_tower.vit.transformer.{norm}.weight" for norm in norms}
     expected |= {f"model.vision_tower.vit.{name}" for name in ("ln_pre.weight", "ln_post.weight", "class_embedding")}
-    assert set(theirs["base"]) - set(own["base"]) == expected | {"itc.head.temperature"}
+    assert set(theirs["base"]) - set(own["base"]) == expected | {"model.heads.itc.temperature"}
     for name in ("head", "head_no_decay", "fusion", "fusion_no_decay"):
         assert own[name] == theirs[name]
 

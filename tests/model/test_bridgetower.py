@@ -17,9 +17,8 @@ from transformers import (
     BridgeTowerVisionConfig,
 )
 
-from bridgetower.config.schema import FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
-from bridgetower.model.bridgetower import PIXEL_MEAN, PIXEL_STD, BridgeTower
-from bridgetower.model.heads import ITMHead, MLMHead
+from bridgetower.config.schema import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.model.bridgetower import BridgeTower
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config, small_model
 
 
@@ -132,8 +131,9 @@ def their_config() -> BridgeTowerConfig:
 def our_config() -> ModelConfig:
     return ModelConfig(
         image_size_px=24,
-        vision=VisionTowerConfig(patch_size_px=8, width=WIDTH, num_layers=LAYERS, num_heads=HEADS),
+        vision=VisionTowerConfig(name=CUSTOM, patch_size_px=8, width=WIDTH, num_layers=LAYERS, num_heads=HEADS),
         text=TextTowerConfig(
+            name=CUSTOM,
             vocabulary_size=VOCABULARY,
             max_tokens=12,
             width=WIDTH,
@@ -146,7 +146,7 @@ def our_config() -> ModelConfig:
 
 
 THEIR_NAMES = [
-    (r"text_model\.", "text_tower.roberta."),
+    (r"text_model\.", "text_tower.encoder."),
     (r"vision_model\.visual\.embeddings\.patch_embedding\.", "vision_tower.vit.conv1."),
     (r"vision_model\.visual\.embeddings\.class_embedding", "vision_tower.vit.class_embedding"),
     (r"vision_model\.visual\.embeddings\.position_embedding\.weight", "vision_tower.vit.positional_embedding"),
@@ -184,12 +184,13 @@ def theirs_and_ours():
     """Both implementations with one set of random weights, in float64."""
     theirs = BridgeTowerForMaskedLM(their_config()).double().eval()
     shake(theirs)
-    ours = BridgeTower(our_config()).double().eval()
+    ours = BridgeTower(our_config(), ("mlm", "itm")).double().eval()
     weights = {our_name(name): value for name, value in theirs.bridgetower.named_parameters()}
     # The pooler that nothing reads. All else has its place, and nothing is left over.
-    assert weights.pop("text_tower.roberta.pooler.dense.weight").shape == (WIDTH, WIDTH)
-    assert weights.pop("text_tower.roberta.pooler.dense.bias").shape == (WIDTH,)
-    ours.load_state_dict(weights, strict=True)
+    assert weights.pop("text_tower.encoder.pooler.dense.weight").shape == (WIDTH, WIDTH)
+    assert weights.pop("text_tower.encoder.pooler.dense.bias").shape == (WIDTH,)
+    report = ours.load_state_dict(weights, strict=False)
+    assert not report.unexpected_keys and all(name.startswith("heads.") for name in report.missing_keys)
     return theirs, ours
 
 
@@ -215,18 +216,18 @@ def test_masked_word_logits_equal_hugging_faces(theirs_and_ours, inputs):
     theirs, ours = theirs_and_ours
     mask = inputs["attention_mask"]
     expected = theirs(**{**inputs, "attention_mask": mask.long()}).logits
-    head = MLMHead(our_config()).double()
+    head = ours.mlm_head
     score = theirs.mlm_score
     head.load_state_dict(
         {
             **{f"transform.{name}": value for name, value in score.transform.dense.state_dict().items()},
             **{f"norm.{name}": value for name, value in score.transform.LayerNorm.state_dict().items()},
             "decoder.weight": score.decoder.weight,
-            "decoder.bias": score.bias,
+            "bias": score.bias,
         },
         strict=True,
     )
-    close(head(ours(**inputs).text_states[mask]), expected[mask])
+    close(ours.mlm_logits(ours(**inputs))[mask], expected[mask])
 
 
 @torch.no_grad()
@@ -234,10 +235,9 @@ def test_match_logits_equal_hugging_faces(theirs_and_ours, inputs):
     masked_lm, ours = theirs_and_ours
     theirs = BridgeTowerForImageAndTextRetrieval(their_config()).double().eval()
     theirs.bridgetower = masked_lm.bridgetower
-    head = ITMHead(our_config()).double()
-    head.classifier.load_state_dict(theirs.itm_score.fc.state_dict(), strict=True)
+    ours.itm_head.classifier.load_state_dict(theirs.itm_score.fc.state_dict(), strict=True)
     expected = theirs(**{**inputs, "attention_mask": inputs["attention_mask"].long()}).logits
-    close(head(ours(**inputs).pooled), expected)
+    close(ours.itm_logits(ours(**inputs)), expected)
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def test_epsilon_of_the_cross_modal_layers_is_the_settings_and_that_of_bridges_i
     norms = {name: module.eps for name, module in ported.named_modules() if hasattr(module, "eps")}
     assert set(norms.values()) == {1e-5}
     norms = {name: module.eps for name, module in published.named_modules() if hasattr(module, "eps")}
-    is_of_layer = {name: bool(re.search(r"cross_modal\.\w+_layers", name)) for name in norms}
+    is_of_layer = {name: bool(re.search(r"cross_modal\.\w+_layers|heads\.mlm", name)) for name in norms}
     assert norms == {name: 1e-12 if is_of_layer[name] else 1e-5 for name in norms}
 
 
@@ -318,7 +318,8 @@ def test_mask_of_numbers_is_read_as_one_of_booleans():
 def test_pixels_are_normalised_as_clips_and_given_in_the_precision_of_the_weights():
     model = BridgeTower(small_config())
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-    expected = torch.stack([(pixels[:, c] / 255 - PIXEL_MEAN[c]) / PIXEL_STD[c] for c in range(3)], dim=1)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+    expected = torch.stack([(pixels[:, c] / 255 - mean[c]) / std[c] for c in range(3)], dim=1)
     close(model.normalize(pixels), expected, tolerance=1e-6)
     # Mean and deviation stay in float32 when an engine casts the model, so that only the result is rounded.
     rounded = model.bfloat16().normalize(pixels)

@@ -8,7 +8,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
-from bridgetower.config.schema import TextTowerConfig, VisionTowerConfig
+from bridgetower.config.schema import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.text_tower import TextTower
 from bridgetower.model.vision_tower import VisionTower
 from tests.small_models import random_pixels, random_texts, shake, small_config
@@ -20,7 +20,9 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
 
 
 def vision_tower(**changes) -> VisionTower:
-    config = VisionTowerConfig(**{"patch_size_px": 8, "width": 48, "num_layers": 4, "num_heads": 3, **changes})
+    config = VisionTowerConfig(
+        **{"name": CUSTOM, "patch_size_px": 8, "width": 48, "num_layers": 4, "num_heads": 3, **changes}
+    )
     tower = VisionTower(config, 24)
     shake(tower)
     return tower.double().eval()
@@ -110,7 +112,7 @@ def test_text_tower_equals_transformers_hidden_states():
         attn_implementation="eager",
     )
     theirs = RobertaModel(config, add_pooling_layer=False).double().eval()
-    theirs.load_state_dict(tower.roberta.state_dict(), strict=True)
+    theirs.load_state_dict(tower.encoder.state_dict(), strict=True)
     ids, mask = random_texts(3, 9)
     # A mask of two dimensions, of numbers: transformers builds its own from it.
     expected = theirs(ids, mask.long(), output_hidden_states=True).hidden_states
@@ -127,7 +129,7 @@ def test_text_positions_count_from_two_over_real_tokens():
     tower = text_tower()
     ids, mask = random_texts(1, 6)
     before = tower(ids, mask, 1)[0]
-    table = tower.roberta.embeddings.position_embeddings.weight
+    table = tower.encoder.embeddings.position_embeddings.weight
     for row, is_read in ((0, False), (1, False), (2, True), (7, True), (8, False)):
         saved = table[row].clone()
         table[row, 0] += 1
@@ -137,6 +139,8 @@ def test_text_positions_count_from_two_over_real_tokens():
 
 @torch.no_grad()
 def test_longest_caption_that_the_settings_allow_has_a_position():
-    config = TextTowerConfig(vocabulary_size=50, max_tokens=18, width=32, num_layers=1, num_heads=2, num_positions=20)
+    config = TextTowerConfig(
+        name=CUSTOM, vocabulary_size=50, max_tokens=18, width=32, num_layers=1, num_heads=2, num_positions=20
+    )
     ids, mask = random_texts(1, 18)
     assert TextTower(config)(ids, mask, 1)[0].shape == (1, 18, 32)

@@ -6,20 +6,38 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import ModelConfig, TextTowerConfig, VisionTowerConfig
-from bridgetower.model.heads import MAX_TEMPERATURE, MIN_TEMPERATURE
-from bridgetower.objectives.itc import ImageTextContrast
+from bridgetower.config.schema import HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.model.heads import MAX_TEMPERATURE, MIN_TEMPERATURE, ITCHead
+from bridgetower.objectives.itc import image_text_contrast
 from tests.ranks import run_on_ranks
 
 # No model is built here: its libraries would be imported in every process below.
 WIDTH, TEMPERATURE = 12, 0.07
-CONFIG = ModelConfig(vision=VisionTowerConfig(width=48, num_heads=3), text=TextTowerConfig(width=32, num_heads=2))
+CONFIG = ModelConfig(
+    vision=VisionTowerConfig(width=48, num_heads=3),
+    text=TextTowerConfig(width=32, num_heads=2),
+    heads=HeadsConfig(itc_width=WIDTH),
+)
 
 
-def make_objective(temperature: float = TEMPERATURE) -> ImageTextContrast:
-    objective = ImageTextContrast(CONFIG, WIDTH, temperature)
+class Contrast(nn.Module):
+    """The heads, and the loss of their embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = ITCHead(CONFIG)
+
+    def forward(self, text, image, image_id):
+        head = self.head
+        return image_text_contrast(head.embed_text(text), head.embed_image(image), image_id, head.clamped_temperature())
+
+
+def make_objective(temperature: float = TEMPERATURE) -> Contrast:
+    objective = Contrast()
+    nn.init.constant_(objective.head.temperature, temperature)
     rng = torch.Generator().manual_seed(0)
     for linear in (objective.head.text, objective.head.image):
         for parameter in linear.parameters():

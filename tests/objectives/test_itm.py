@@ -6,14 +6,30 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from bridgetower.objectives.itm import ImageTextMatching
+from bridgetower.model.heads import ITMHead
+from bridgetower.objectives.itm import image_text_matching, match_log_odds
 from tests.small_models import shake, small_config
+
+
+class Matching(nn.Module):
+    """The head and what is made of its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = ITMHead(small_config())
+
+    def forward(self, pooled, labels):
+        return image_text_matching(self.head(pooled), labels)
+
+    def log_odds(self, pooled):
+        return match_log_odds(self.head(pooled))
 
 
 @pytest.fixture
 def objective():
-    objective = ImageTextMatching(small_config())
+    objective = Matching()
     shake(objective)
     return objective
 

@@ -5,17 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bridgetower.data.collate import mlm_weights
-from bridgetower.objectives.mlm import MaskedLanguageModeling
+from bridgetower.model.heads import MLMHead
+from bridgetower.objectives.mlm import masked_language_modeling
 from tests.small_models import shake, small_config
 
 WIDTH = small_config().fusion.width
+NOT_TIED = torch.empty(0)
+
+
+class Modeling(nn.Module):
+    """The head at the masked positions, and the loss of its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = MLMHead(small_config())
+
+    def logits(self, states, index):
+        return self.head(states.flatten(0, 1)[index], NOT_TIED)
+
+    def forward(self, states, index, labels, weights):
+        return masked_language_modeling(self.logits(states, index), labels, weights)
 
 
 @pytest.fixture
 def objective():
-    objective = MaskedLanguageModeling(small_config())
+    objective = Modeling()
     shake(objective)
     return objective
 
@@ -35,7 +52,7 @@ def weights_of(index, tokens, pairs, group):
 def nats(objective, states, place, label):
     """The loss of one token, from its probability."""
     row, column = divmod(int(place), states.shape[1])
-    logits = objective.head(states[row, column][None])[0].double()
+    logits = objective.head(states[row, column][None], NOT_TIED)[0].double()
     return -float(torch.log(torch.exp(logits) / torch.exp(logits).sum())[label])
 
 

@@ -73,5 +73,5 @@ def test_weights_of_a_checkpoint_come_back_in_their_precision(tmp_path, precisio
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):
     save(build_task(configured(objectives__itc="no")), tmp_path)
-    with pytest.raises(CheckpointError, match=r"(?s)does not hold this model.*itc\.head"):
+    with pytest.raises(CheckpointError, match=r"(?s)does not hold this model.*heads\.itc"):
         load_task(configured(), tmp_path, "fp32")

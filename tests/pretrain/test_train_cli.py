@@ -59,7 +59,7 @@ BEFORE_STARTING = {
         "offers: zero2_bf16, zero2_fp32",
     ),
     "unknown tower weights": (
-        ["base_4m", "--data.train_shards=SHARDS", "--data.eval_shards=", "--model.vision.weights=opnai", *SMALL_MODEL],
+        ["base_4m", "--data.train_shards=SHARDS", "--data.eval_shards=", "--model.vision.weights=opnai"],
         "model.vision.weights=opnai",
         "openai, ",
     ),
