@@ -10,7 +10,7 @@ import torch
 
 from bridgetower import draws
 from bridgetower.config.deepspeed import is_bf16, read_memory_config
-from bridgetower.config.schema import CUSTOM, ObjectivesConfig, RunConfig
+from bridgetower.config.schema import CUSTOM, RunConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.loader import PretrainStream
@@ -132,15 +132,10 @@ def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
     ]
 
 
-def active_heads(objectives: ObjectivesConfig) -> list[str]:
-    """The heads that the objectives need."""
-    return [name for name in ("mlm", "itm", "itc") if getattr(objectives, name)]
-
-
 def build_task(config: RunConfig) -> PretrainTask:
     """Model and objectives with their initial weights, a function of the seed and the towers' weights."""
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
-    model = BridgeTower(config.model, active_heads(config.objectives))
+    model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)
     return PretrainTask(model, config.objectives)
 
@@ -154,7 +149,7 @@ def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTa
     Raises:
         CheckpointError: the weights are not those of this model.
     """
-    task = PretrainTask(BridgeTower(config.model, active_heads(config.objectives)), config.objectives)
+    task = PretrainTask(BridgeTower(config.model, config.objectives.heads), config.objectives)
     if precision == "bf16":
         task.bfloat16()
     try:

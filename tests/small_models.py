@@ -17,7 +17,6 @@ from bridgetower.config.schema import (
 )
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
-from pretrain.assemble import active_heads
 
 PAD_ID = 1
 EVERY_OBJECTIVE = ObjectivesConfig(mlm=True, itm=True, itc=True)
@@ -64,7 +63,7 @@ def small_model(config: ModelConfig | None = None) -> BridgeTower:
 def small_task(objectives: ObjectivesConfig = EVERY_OBJECTIVE, *, dropout: float = 0.0) -> PretrainTask:
     """In float32 and training mode."""
     config = small_config(dropout=dropout)
-    task = PretrainTask(BridgeTower(config, active_heads(objectives)), objectives)
+    task = PretrainTask(BridgeTower(config, objectives.heads), objectives)
     shake(task)
     if objectives.itc:
         nn.init.constant_(task.model.itc_head.temperature, 0.07)

@@ -267,6 +267,11 @@ class ObjectivesConfig:
                 f"objectives.mlm_probability={self.mlm_probability} is not in (0, 1); the paper has 0.15."
             )
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The model's heads that the active objectives need."""
+        return tuple(name for name in ("mlm", "itm", "itc") if getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -326,6 +326,34 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return weights
 
 
+def load_master_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights in the float32 that the optimiser keeps them in; bfloat16 ones are these, rounded.
+
+    Raises:
+        CheckpointError: the files do not fit each other.
+    """
+    content = load_file(checkpoint / _WEIGHTS_FILE)
+    files = sorted(
+        (int(match[1]), path) for path in checkpoint.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))
+    )
+    states = [load_file(path)["optimizer_state_dict"] for _, path in files]
+    weights: dict[str, Tensor] = {name: value.float() for name, value in content["module"].items()}
+    for number, shapes in enumerate(content["param_shapes"]):
+        # Without padding, and in the order of the group's parameters.
+        flat = torch.cat([state["single_partition_of_fp32_groups"][number] for state in states]).float()
+        if len(flat) != sum(shape.numel() for shape in shapes.values()):
+            raise CheckpointError(
+                f"The optimiser files of {checkpoint} hold {len(flat):,} weights of group {number}, the model has "
+                f"{sum(shape.numel() for shape in shapes.values()):,}: a file is missing or of another run. Use an "
+                "earlier checkpoint."
+            )
+        offset = 0
+        for name, shape in shapes.items():
+            weights[name] = flat[offset : offset + shape.numel()].view(shape).clone()
+            offset += shape.numel()
+    return weights
+
+
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that at no moment half of it looks whole."""
     (folder / COMPLETE_NAME).unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from bridgetower.config.schema import ObjectivesConfig, OptimConfig
 from bridgetower.engine.optim import build_optimizer, chosen_implementation, lr_factor, parameter_groups, schedule
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
-from pretrain.assemble import active_heads
 from pretrain.presets import PRESETS
 from tests.small_models import small_task
 
@@ -30,7 +29,7 @@ def published_task(preset, itc=False) -> PretrainTask:
     config = PRESETS[preset]()
     with torch.device("meta"):
         objectives = ObjectivesConfig(itc=itc)
-        return PretrainTask(BridgeTower(config.model, active_heads(objectives)), objectives)
+        return PretrainTask(BridgeTower(config.model, objectives.heads), objectives)
 
 
 def names_by_group(task, optim) -> dict[str, list[str]]:

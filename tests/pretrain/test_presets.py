@@ -14,7 +14,7 @@ from bridgetower.data.order import cut_global_batch
 from bridgetower.data.text import Tokenizer
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
-from pretrain.assemble import active_heads, complete
+from pretrain.assemble import complete
 from pretrain.presets import PRESETS, base_4m, large_4m, tiny
 from tests.conftest import REPO
 
@@ -141,7 +141,7 @@ def test_tiny_has_a_few_million_parameters_and_every_objective():
     config = tiny()
     assert all((config.objectives.mlm, config.objectives.itm, config.objectives.itc))
     with torch.device("meta"):
-        task = PretrainTask(BridgeTower(config.model, active_heads(config.objectives)), config.objectives)
+        task = PretrainTask(BridgeTower(config.model, config.objectives.heads), config.objectives)
     assert 1.5e6 < sum(parameter.numel() for parameter in task.parameters()) < 5e6
 
 

@@ -1,0 +1,88 @@
+"""Floating-point operations of one pair, counted on torch's meta device by running the code itself.
+
+A multiplication and an addition count as two. Attention is counted in full, forward and backward: its products are
+seen as the matrix products that they are (torch's counter takes its fused kernels on a CPU for nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bridgetower.batch import PretrainBatch
+from bridgetower.config.schema import ModelConfig, ObjectivesConfig
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.task import PretrainTask
+
+# Enough pairs for shares of a masked token to show.
+_PAIRS = 20
+
+
+class ForwardFlops(NamedTuple):
+    """Of the parts of a model, forward, each run once for one pair."""
+
+    encode_image: int
+    """Vision tower and image transform."""
+    encode_text: int
+    """Text tower and text transform."""
+    fuse: int
+    """Bridges, cross-modal layers of both modalities, and poolers."""
+    heads: dict[str, int]
+    """MLM at every token, and ITM, where the model has them."""
+
+
+def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -> ForwardFlops:
+    """Count the forward pass of one pair.
+
+    Args:
+        text_tokens: length of the caption with its start and end.
+    """
+    with torch.device("meta"):
+        model = BridgeTower(config, heads)
+        side = model.config.image_size_px
+        pixels = torch.empty(1, 3, side, side)
+        ids, mask = torch.ones(1, text_tokens, dtype=torch.long), torch.ones(1, text_tokens, dtype=torch.bool)
+    image_flops, image = _count(lambda: model.encode_image(pixels))
+    text_flops, text = _count(lambda: model.encode_text(ids, mask))
+    fuse_flops, output = _count(lambda: model.fuse(text.states_KBND, image.states_KBND, mask))
+    scores = {"mlm": model.mlm_logits, "itm": model.itm_logits}
+    by_head = {name: _count(lambda score=score: score(output))[0] for name, score in scores.items() if name in heads}
+    return ForwardFlops(image_flops, text_flops, fuse_flops, by_head)
+
+
+def count_step(config: ModelConfig, objectives: ObjectivesConfig, text_tokens: int, masked_tokens: float) -> float:
+    """Count a pretraining step, forward and backward, per pair.
+
+    Args:
+        text_tokens: length of each caption with its start and end.
+        masked_tokens: of each caption, on average.
+    """
+    num_masked = max(1, round(masked_tokens * _PAIRS))
+    with torch.device("meta"):
+        task = PretrainTask(BridgeTower(config, objectives.heads), objectives)
+        side = task.model.config.image_size_px
+        ids = torch.ones(_PAIRS, text_tokens, dtype=torch.long)
+        batch = PretrainBatch(
+            pixels_B3SS=torch.empty(_PAIRS, 3, side, side, dtype=torch.uint8),
+            clean_ids_BL=ids,
+            masked_ids_BL=ids,
+            attention_mask_BL=torch.ones(_PAIRS, text_tokens, dtype=torch.bool),
+            mlm_index_M=torch.ones(num_masked, dtype=torch.long),
+            mlm_label_M=torch.ones(num_masked, dtype=torch.long),
+            mlm_weight_M=torch.ones(num_masked),
+            itm_image_B=torch.ones(_PAIRS, dtype=torch.long),
+            itm_label_B=torch.ones(_PAIRS, dtype=torch.long),
+            image_id_B=torch.ones(_PAIRS, dtype=torch.long),
+        )
+    flops, _ = _count(lambda: task(batch)[0].backward())
+    return flops / _PAIRS
+
+
+def _count(run: Callable[[], object]) -> tuple[int, object]:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = run()
+    return int(counter.get_total_flops()), result
