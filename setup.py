@@ -27,6 +27,7 @@ setup(
         "open_clip_torch>=3.3,<3.4",
         "timm>=1.0.28,<1.1",
         "tokenizers>=0.22,<0.24",
+        "safetensors>=0.6,<0.9",
         "wandb>=0.31,<0.32",
         "fire>=0.7.1,<0.8",
         "numpy>=2.2,<2.5",

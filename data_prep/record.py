@@ -16,6 +16,7 @@ class Record:
     """Unique in the corpus; letters, digits, ``_`` and ``-``."""
     image: Path
     image_id: str
+    """Equal for the same picture; empty: a hash of the image file."""
     captions: tuple[str, ...]
     """As the owner published them; the writer normalises them."""
     split: str = ""

@@ -17,7 +17,7 @@ import tarfile
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ _TAR_MODE = 0o644
 _PLAIN_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 _MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 # A part of the digest of a shard's inputs: to be raised when the same input gives other bytes.
-_WRITER_VERSION = 1
+_WRITER_VERSION = 2
 
 
 class Rejected(Exception):
@@ -67,10 +67,18 @@ class _Job:
         return self.folder / _STATE_FOLDER / f"{self.number:05d}.json"
 
     def digest(self) -> str:
-        """Changes when the shard's content would."""
+        """Changes when the shard's content would; an image file counts as another when its size or time is."""
         content = [_WRITER_VERSION, self.source, dataclasses.asdict(self.images)]
-        content += [[r.key, str(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records]
+        content += [[r.key, str(r.image), _stamp(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _stamp(file: Path) -> list[int]:
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +228,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, int], None]) -> dict[Path, _Outcome]:
-    outcomes = {job.shard: outcome for job in jobs if (outcome := _finished(job)) is not None}
+    with ThreadPoolExecutor(max(1, workers)) as threads:  # reading and hashing let other threads run
+        found = zip(jobs, threads.map(_finished, jobs), strict=True)
+        outcomes = {job.shard: outcome for job, outcome in found if outcome is not None}
     missing = [job for job in jobs if job.shard not in outcomes]
     images_written = 0
     for folder in {job.folder for job in missing}:
@@ -280,7 +290,7 @@ def _finished(job: _Job) -> _Outcome | None:
     if outcome.entry.samples:
         if not job.shard.is_file() or job.shard.stat().st_size != outcome.entry.bytes:
             return None
-        if not index_path(job.shard).is_file():
+        if not index_path(job.shard).is_file() or sha256_of(job.shard) != outcome.entry.sha256:
             return None
     return outcome
 
@@ -371,7 +381,7 @@ def make_sample(record: Record, source: str, images: ImagePolicy) -> Sample:
         key=record.key,
         image=content,
         image_suffix=suffix,
-        image_id=record.image_id,
+        image_id=record.image_id or f"sha256:{hashlib.sha256(raw).hexdigest()[:32]}",
         source=source,
         captions=captions,
         width_px=width,

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from bridgetower import draws
@@ -13,6 +15,7 @@ from bridgetower.config.deepspeed import is_bf16, read_memory_config
 from bridgetower.config.schema import CUSTOM, RunConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
+from bridgetower.data.index import ShardReader
 from bridgetower.data.loader import PretrainStream
 from bridgetower.data.manifest import load_manifest
 from bridgetower.data.order import Cut, Order
@@ -101,11 +104,12 @@ def build_stream(config: RunConfig, corpora: Corpora, cut: Cut, rank: int, token
     )
 
 
-def check_held_out(folders: Sequence[str]) -> None:
-    """Stop before anything starts if a held-out folder is not there or two have the same name.
+def check_held_out(folders: Sequence[str], train: Corpora | None = None) -> None:
+    """Stop before anything starts if a held-out folder is not there, is trained on, or two have the same name.
 
     Raises:
-        ConfigError: two folders have the same last name, which would name their scores.
+        ConfigError: two folders have the same last name, which would name their scores, or one has pictures that the
+            run trains on.
     """
     names = [Path(folder).name for folder in folders]
     for name in names:
@@ -113,8 +117,26 @@ def check_held_out(folders: Sequence[str]) -> None:
             raise ConfigError(
                 f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one."
             )
+    trained = image_ids(train) if train is not None and folders else None
     for folder in folders:
         load_manifest(folder)
+        if trained is not None:
+            shared = int(np.isin(np.unique(image_ids(Corpora([folder]))), trained).sum())
+            if shared:
+                raise ConfigError(
+                    f"{shared:,} pictures of the held-out {folder} are also in data.train_shards (same image_id), so "
+                    "its scores would be those of training. Take them out of one, or give other data.eval_shards."
+                )
+
+
+def image_ids(corpora: Corpora) -> npt.NDArray[np.uint64]:
+    """The 64-bit image ids of all samples, from the row indexes alone."""
+    readers = [ShardReader(path) for path in corpora.shard_paths]
+    try:
+        return np.concatenate([reader.image_ids() for reader in readers])
+    finally:
+        for reader in readers:
+            reader.close()
 
 
 def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:

@@ -21,11 +21,11 @@ from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import ConfigError
 from pretrain.presets import PRESETS
 
-USAGE = """Usage: python pretrain/describe.py MODEL [--model.section.field=value ...] [--text_tokens=13] [--tensors=false]
+USAGE = """Usage: python pretrain/describe.py MODEL [--model.section.field=value ...] [--text_tokens=N] [--tensors=true]
 
 MODEL is a model or run preset, or anything that can be loaded: a run or checkpoint folder, a safetensors export, a
 Hugging Face folder, a .ckpt of the published code. --text_tokens is the length of the caption that operations are
-counted for, with its start and end (CC3M's mean is 13). --tensors=true lists every tensor."""
+counted for, with its start and end (default: 13, the mean of CC3M). --tensors=true lists every tensor."""
 
 
 def main(model: str = "", *unexpected: str, text_tokens: str = "13", tensors: str = "false", **overrides: str) -> None:

@@ -19,7 +19,7 @@ from bridgetower.config.cli import config_from_cli, run_command, start_logging
 from bridgetower.config.deepspeed import merge_deepspeed_config
 from bridgetower.config.overrides import to_dict
 from bridgetower.config.schema import RunConfig
-from bridgetower.config.snapshot import Identity, check_same_run, write_run_file
+from bridgetower.config.snapshot import RUN_FILE, Identity, check_same_run, read_run_file, write_run_file
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.order import cut_global_batch
 from bridgetower.errors import EXIT_PREEMPTED, BridgeTowerError, CheckpointError, ConfigError
@@ -50,8 +50,10 @@ def run(config: RunConfig) -> bool:
     # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.engine import launch as launching
     from bridgetower.engine.optim import chosen_implementation
+    from bridgetower.engine.preemption import StopRequests
 
     place = launching.read_launch()
+    stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
     from pretrain import assemble  # imports DeepSpeed, which reads what read_launch has completed
 
@@ -59,7 +61,7 @@ def run(config: RunConfig) -> bool:
     config = assemble.complete(config)
     memory = assemble.find_memory_config(config, place.device)
     tokenizer = assemble.build_tokenizer(config)
-    assemble.check_held_out(data.eval_shards)
+    assemble.check_held_out(data.eval_shards, corpora)
     identity = Identity(
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
         optimizer=chosen_implementation(config.optim, place.device),
@@ -67,7 +69,7 @@ def run(config: RunConfig) -> bool:
         contrast_pairs=cut.micro_batch_size * cut.world_size if config.objectives.itc else 0,
     )
     folder = Path(config.run_root) / config.name
-    _check_resume(config, folder, identity)
+    started_from = _check_resume(config, folder, identity)
     deepspeed_config = merge_deepspeed_config(
         memory,
         micro_batch_size=cut.micro_batch_size,
@@ -79,11 +81,18 @@ def run(config: RunConfig) -> bool:
     launching.start(place, config.engine.threads_per_rank)
     try:
         if place.rank == 0:
-            write_run_file(folder, config, identity, world_size=place.world_size, device=str(place.device))
+            write_run_file(
+                folder,
+                config,
+                identity,
+                world_size=place.world_size,
+                device=str(place.device),
+                started_from=started_from,
+            )
             write_atomically(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=1).encode() + b"\n")
         stream = assemble.build_stream(config, corpora, cut, place.rank, tokenizer)
         splits = assemble.build_splits(config, tokenizer)
-        return _train(config, folder, deepspeed_config, place, task, stream, splits)
+        return _train(config, folder, deepspeed_config, place, task, stream, splits, stop)
     except BridgeTowerError as error:
         error.rank = place.rank
         raise
@@ -101,18 +110,19 @@ def _train(
     task: Any,
     stream: Any,
     splits: list[Any],
+    stop: Any,
 ) -> bool:
     from bridgetower.data.loader import micro_batches
     from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
     from bridgetower.engine.evaluate import write_scores
     from bridgetower.engine.initialize import build_engine
     from bridgetower.engine.loop import Plan, train
-    from bridgetower.engine.preemption import StopRequests, stay_until_killed
+    from bridgetower.engine.preemption import stay_until_killed
     from bridgetower.engine.tracker import Tracker
     from pretrain import assemble
     from pretrain.score_table import print_scores
 
-    stop = StopRequests()
+    stop.keep_interrupts()
     engine = build_engine(task, config.optim, deepspeed_config, place.device)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     state = TrainState()
@@ -183,25 +193,37 @@ def _train(
     return finished
 
 
-def _check_resume(config: RunConfig, folder: Path, identity: Identity) -> None:
-    """Stop at a folder that must not be continued, or cannot be with these settings."""
+def _check_resume(config: RunConfig, folder: Path, identity: Identity) -> str:
+    """Stop at a folder that must not be continued, or cannot be with these settings.
+
+    Returns: the path that the run started from, or starts from now; empty for one from scratch.
+    """
     has_own = any((folder / "checkpoints").glob("step*"))
-    if has_own and config.resume == "never":
-        raise ConfigError(
-            f"{folder} already holds a run with checkpoints, and resume=never. Give another --name, delete the folder, "
-            "or use --resume=auto to go on with it."
-        )
+    path = "" if config.resume in ("auto", "never") else str(Path(config.resume).resolve())
     if has_own:
-        check_same_run(folder, config, identity)
-    elif config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-        run_folder = path.parent.parent if path.parent.name == "checkpoints" else path
-        if not path.is_dir():
-            raise CheckpointError(
-                f"resume={path} is neither a run folder nor a checkpoint. Use auto, never, or a folder such as "
-                f"{Path(config.run_root) / 'NAME'} or .../checkpoints/step0001000."
+        started_from = str(read_run_file(folder / RUN_FILE)["started_from"])
+        if config.resume == "never":
+            raise ConfigError(
+                f"{folder} already holds a run with checkpoints, and resume=never. Give another --name, delete the "
+                "folder, or use --resume=auto to go on with it."
             )
+        # The command that started it may be repeated, as Slurm does; it then goes on from the run's own newest.
+        if path and path != started_from:
+            raise ConfigError(
+                f"{folder} has checkpoints of its own and did not start from resume={config.resume}. Use "
+                "--resume=auto to go on from its newest, or another --name for a run that starts from there."
+            )
+        check_same_run(folder, config, identity)
+        return started_from
+    if path:
+        if not Path(path).is_dir():
+            raise CheckpointError(
+                f"resume={config.resume} is neither a run folder nor a checkpoint. Use auto, never, or a folder "
+                f"such as {Path(config.run_root) / 'NAME'} or .../checkpoints/step0001000."
+            )
+        run_folder = Path(path).parent.parent if Path(path).parent.name == "checkpoints" else Path(path)
         check_same_run(run_folder, config, identity)
+    return path
 
 
 if __name__ == "__main__":

@@ -384,6 +384,8 @@ class EvaluationConfig:
     """Images, captions or pairs of one forward pass."""
     max_images: int = 1000
     """Of each split, its first images with all their captions; 0 takes all."""
+    max_images_without_itc: int = 100
+    """Without ITC, retrieval asks ITM for every pair of so many images and their captions."""
     rerank_top_k: int = 16
     """Candidates per query that the cross-modal encoder scores again, with ITC on."""
     rerank_score: Literal["itm_and_itc", "itm"] = "itm_and_itc"
@@ -394,6 +396,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _check_positive(evaluation__batch_size=self.batch_size, evaluation__rerank_top_k=self.rerank_top_k)
+        if self.max_images_without_itc < 2:
+            raise ConfigError(
+                f"evaluation.max_images_without_itc={self.max_images_without_itc} must be 2 or more, to choose from."
+            )
         if min(self.every_steps, self.max_images, self.num_samples) < 0:
             raise ConfigError(
                 f"evaluation.every_steps={self.every_steps}, evaluation.max_images={self.max_images} and "

@@ -37,6 +37,7 @@ _SECTIONS: dict[str, type] = {
     "optimizer": str,
     "precision": str,
     "contrast_pairs": int,
+    "started_from": str,
     "world_size": int,
     "device": str,
     "commit": str,
@@ -61,15 +62,19 @@ class Identity:
     """Pairs that ITC compares with each other: those of one micro-step on all ranks. 0 without ITC."""
 
 
-def write_run_file(folder: Path, config: RunConfig, identity: Identity, *, world_size: int, device: str) -> None:
+def write_run_file(
+    folder: Path, config: RunConfig, identity: Identity, *, world_size: int, device: str, started_from: str = ""
+) -> None:
     """Write ``run.json`` for a run that starts or goes on.
 
     Args:
         device: what it runs on, for people.
+        started_from: the checkpoint of another run, or empty.
     """
     content = {
         "config": to_dict(config),
         **dataclasses.asdict(identity),
+        "started_from": started_from,
         "world_size": world_size,
         "device": device,
         "command": sys.argv,

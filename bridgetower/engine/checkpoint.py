@@ -189,14 +189,19 @@ class Checkpoints:
             os.replace(temporary, final)
             _flush_folder(self.folder)
             write_atomically(self.folder / "latest", name.encode())
-            self._prune()
+            self._prune(state.step)
 
         self._on_first_rank(publish)
         return final
 
-    def _prune(self) -> None:
-        complete = [path for path, _ in self._candidates()]
-        for old in complete[self._keep_last :] if self._keep_last else []:
+    def _prune(self, newest_step: int) -> None:
+        """Delete what is too old, and what is of a later step: the run came back to before that, as it was damaged."""
+        found = list(self._candidates())
+        for path, step in found:
+            if step > newest_step:
+                _remove(path)
+        own = [path for path, step in found if step <= newest_step]
+        for old in own[self._keep_last :] if self._keep_last else []:
             _remove(old)
 
     def _candidates(self) -> Iterator[tuple[Path, int]]:

@@ -178,6 +178,10 @@ def evaluate_split(
         asked_TN = candidates_TN.copy()
         asked_TN[np.arange(split.num_captions), image_of_T] = True
         asked_TN[np.arange(split.num_captions), negative_T] = True
+        gallery = min(split.num_images, config.max_images_without_itc)
+        in_gallery_T = image_of_T < gallery
+        if similarity_TN is None:
+            asked_TN[in_gallery_T, :gallery] = True
         log_odds_TN = _score_pairs(scorer, captions, states_by_block, asked_TN, batch_size, device)
         own_T = log_odds_TN[np.arange(split.num_captions), image_of_T]
         other_T = log_odds_TN[np.arange(split.num_captions), negative_T]
@@ -190,6 +194,10 @@ def evaluate_split(
             ranking_TN = np.where(candidates_TN, reranked_TN, -np.inf)
             scores |= _recalls("", ranking_TN, is_match_TN)
             chance |= _chance("", is_match_TN)
+        else:
+            right_TN = is_match_TN[in_gallery_T, :gallery]
+            scores |= _recalls("", log_odds_TN[in_gallery_T, :gallery], right_TN)
+            chance |= _chance("", right_TN)
     samples = {}
     if dist.rank() == 0:
         samples = _describe_samples(split, shown, words, ranking_TN, log_odds_TN, is_match_TN)

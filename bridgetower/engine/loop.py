@@ -63,7 +63,7 @@ def train(
     Returns: True if it came to the end.
 
     Raises:
-        TrainingError: the loss is not a finite number.
+        TrainingError: a loss, the gradient or a weight is not a finite number.
     """
     means, throughput = Means(), Throughput()
     batches = throughput.watch(batches)
@@ -84,13 +84,15 @@ def train(
         tracker.show_step(state.step)
         is_asked_to_stop = is_due(state.step, _STOP_CHECK_STEPS[engine.device.type], 0) and stop.agreed(engine.device)
         saves = is_asked_to_stop or is_due(state.step, plan.checkpoint_every_steps, plan.total_steps)
-        # Never a checkpoint without a look at the losses: it must not be one of a run that has diverged.
+        # Never a checkpoint without a look at losses, gradient and weights: it must not be one of a run that diverged.
         if saves or is_due(state.step, plan.log_every_steps, plan.total_steps):
             figures = {f"train/{name}": value for name, value in means.take().items()}  # the only host sync
+            figures |= _grad_norm(engine)
             _stop_if_not_finite(state.step, figures)
             figures |= {f"optim/lr/{name}": rate for name, rate in rates.items()}
-            tracker.write(state.step, {**figures, **_grad_norm(engine), **throughput.report(world_size)})
+            tracker.write(state.step, {**figures, **throughput.report(world_size)})
         if saves:
+            _stop_if_not_finite(state.step, {"a weight": _lost_weights(engine)})
             with throughput.paused():
                 checkpoints.save(engine, state)
         if is_asked_to_stop and state.step < plan.total_steps:
@@ -114,10 +116,17 @@ def _grad_norm(engine: Any) -> dict[str, float]:
     return {} if norm is None else {"optim/grad_norm": float(norm)}
 
 
+def _lost_weights(engine: Any) -> float:
+    """Nan if a weight is not finite, else 0; all ranks have the same weights and so the same answer."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in engine.module.parameters()]).all()
+    return 0.0 if finite else math.nan
+
+
 def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
     for name, value in figures.items():
-        if name.startswith("train/loss/") and not math.isfinite(value):
+        if not math.isfinite(value) and not name.startswith("train/accuracy/"):
             raise TrainingError(
-                f"{name} is {value} at step {step}: training diverged. The last checkpoint is from before it. "
-                "Start a run of another --name with a lower optim.base_lr, or with optim.max_grad_norm=1."
+                f"{name} is {value} at step {step}: training diverged, and this step was not saved. Going on from an "
+                "earlier checkpoint leads here again: start a run of another --name with a lower optim.base_lr, or "
+                "with optim.max_grad_norm=1."
             )

@@ -22,10 +22,14 @@ class StopRequests:
     """
 
     def __init__(self) -> None:
-        """Take over the three signals."""
+        """Take over the two signals of a job; Ctrl-C still ends a program that has not begun to train."""
         self._received: int | None = None
-        for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note)
+
+    def keep_interrupts(self) -> None:
+        """Take over Ctrl-C too."""
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

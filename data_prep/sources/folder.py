@@ -4,7 +4,8 @@ The caption file is a CSV with a header, or JSONL. Columns or fields:
     image     path below --raw (required)
     caption   text, or `captions`, a list of texts (JSONL) (required)
     split     optional; each split becomes a corpus folder of its own below --out
-    image_id  optional; pairs with the same id are never each other's negatives (default: the path)
+    image_id  optional; pairs with the same id are never each other's negatives (default: a hash of the image file, so
+              that a picture is the same one under any name)
 Rows of the same image are joined. Any other column is kept in the sample's json.
 """
 
@@ -62,7 +63,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
         yield Record(
             key=safe_key(Path(name).with_suffix("").as_posix()),
             image=root / name,
-            image_id=str(entry.get("image_id") or name),
+            image_id=str(entry.get("image_id") or ""),
             captions=tuple(entry["captions"]),
             split=str(entry.get("split") or ""),
             meta={field: value for field, value in entry.items() if field not in _OWN_FIELDS and value is not None},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -155,6 +156,32 @@ def test_a_record_that_changed_changes_its_shard_alone(built, tmp_path):
     ]
     assert len(same) == 8
     assert load_manifest(tmp_path / "out").totals.rows == 43
+
+
+def test_an_image_file_that_changed_under_its_name_changes_its_shard_alone(built, tmp_path):
+    records, _ = built
+    copies = []
+    for record in records:
+        copy = tmp_path / "raw" / record.image.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(record.image.read_bytes() if record.image.is_file() else b"")
+        copies.append(dataclasses.replace(record, image=copy))
+    build(copies, tmp_path / "out")
+    before = {shard.name: shard.read_bytes() for shard in (tmp_path / "out").glob("*.tar")}
+    copies[0].image.write_bytes(file_of(draw(99, 60, 40)))
+    build(copies, tmp_path / "out")
+    changed = [name for name, content in before.items() if (tmp_path / "out" / name).read_bytes() != content]
+    assert len(changed) == 1
+
+
+def test_a_shard_that_was_damaged_in_place_is_made_again(built, tmp_path):
+    records, out = built
+    build(records, tmp_path / "out")
+    with (tmp_path / "out/00003.tar").open("r+b") as file:  # of the same size; only its checksum tells
+        file.seek(1000)
+        file.write(b"damage")
+    build(records, tmp_path / "out")
+    assert files_in(tmp_path / "out") == files_in(out)
 
 
 def test_shards_beyond_a_smaller_input_are_removed(built, tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bridgetower.engine.checkpoint import Checkpoints, find_checkpoint, load_file, read_description
+from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint, load_file, read_description
 from bridgetower.errors import CheckpointError
 
 
@@ -59,3 +61,38 @@ def test_checkpoints_that_are_all_damaged_are_an_error_and_not_a_fresh_start(tmp
     (tmp_path / "step0000005").mkdir()
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is intact"):
         Checkpoints(tmp_path, 3).newest_good()
+
+
+class Engine:
+    """What a checkpoint asks of DeepSpeed's engine: that it writes its files through ``checkpoint_engine``."""
+
+    checkpoint_engine: Any = None
+
+    def save_checkpoint(self, folder, tag, client_state, save_latest):
+        (Path(folder) / tag).mkdir(parents=True)
+        self.checkpoint_engine.save({"module": torch.zeros(2)}, f"{folder}/{tag}/mp_rank_00_model_states.pt")
+
+
+def damage(checkpoint):
+    with (checkpoint / "mp_rank_00_model_states.pt").open("r+b") as file:
+        file.write(b"damage")
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3, 0])
+def test_checkpoints_of_later_steps_that_a_run_came_back_from_never_push_out_good_ones(tmp_path, keep_last):
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in (200, 300, 400):
+        checkpoints.save(Engine(), TrainState(step=step))
+    if keep_last == 1:  # all three are there again, as after a lower keep_last was set
+        checkpoints = Checkpoints(tmp_path, 3)
+        checkpoints.save(Engine(), TrainState(step=300))
+        checkpoints.save(Engine(), TrainState(step=400))
+        checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in (300, 400):
+        if (tmp_path / f"step0000{step}").exists():
+            damage(tmp_path / f"step0000{step}")
+    # The run goes on from 200 and saves at 250, before the damaged ones.
+    saved = checkpoints.save(Engine(), TrainState(step=250))
+    assert checkpoints.newest_good() == saved
+    assert (tmp_path / "latest").read_text() == "step0000250"
+    assert not [path for path in tmp_path.glob("step*") if path.name > "step0000250"]

@@ -75,6 +75,15 @@ def test_other_settings_of_the_evaluation_can_be_given(root):
     (root / "whole/eval.json").write_bytes(saved)
 
 
+def test_without_contrast_retrieval_asks_for_every_pair_of_a_smaller_gallery(root, emoji_shards):
+    few = ["--objectives.itc=false", "--evaluation.max_images_without_itc=12", "--evaluation.num_samples=2"]
+    train(root, emoji_shards, "plain", 2, *few, f"--data.eval_shards={emoji_shards / 'combination'}")
+    content = json.loads((root / "plain/eval.json").read_text())["splits"]["combination"]
+    names = {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    assert names <= set(content["scores"]) and not any(name.startswith("itc_") for name in content["scores"])
+    assert content["chance"]["t2i_r1"] == content["chance"]["i2t_r1"] == pytest.approx(1 / 12)
+
+
 def test_wandb_without_a_key_writes_an_offline_run(root):
     assert list((root / "whole/wandb").glob("offline-run-*"))
 

@@ -132,6 +132,28 @@ def test_other_settings_are_refused(root, emoji_shards):
     assert "pairs that ITC compares (data.micro_batch_size x ranks): 64 -> 32" in output.stderr
 
 
+def test_run_that_starts_from_another_runs_checkpoint_can_be_asked_for_again(root, emoji_shards):
+    # As Slurm asks again after a requeue: the first time it starts from there, then it goes on from its own.
+    origin = root / "whole/checkpoints/step0000003"
+    from_there = [*LIVELY, "--checkpoint.every_steps=3", f"--resume={origin}"]
+    output = train(root, emoji_shards, "branch", STEPS, *from_there, ranks=2)
+    assert f"resuming from {origin}: step 3" in output.stderr
+    ours, whole = weights(root, "branch"), weights(root, "whole")
+    assert_same_tensors(list(ours.values()), list(whole.values()))
+    output = train(root, emoji_shards, "branch", STEPS, *from_there, ranks=2)
+    assert "branch is complete" in output.stderr
+    # To go back to a checkpoint is another run, and never happens in silence.
+    for resume, said in (
+        (root / "whole/checkpoints/step0000006", "did not start from resume="),
+        ("/nowhere", "did not start from resume="),
+        ("never", "already holds a run with checkpoints"),
+    ):
+        output = train(root, emoji_shards, "branch", STEPS, *LIVELY, f"--resume={resume}", ranks=0, code=2)
+        assert said in output.stderr and "--resume=auto" in output.stderr
+    output = train(root, emoji_shards, "new", STEPS, *LIVELY, "--resume=/nowhere", ranks=0, code=2)
+    assert "neither a run folder nor a checkpoint" in output.stderr
+
+
 def test_two_at_once_are_refused(root, emoji_shards):
     process = start(root, emoji_shards, "once")
     tree = psutil.Process(process.pid).children(recursive=True)

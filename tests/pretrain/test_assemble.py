@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bridgetower.config.overrides import apply_overrides
+from bridgetower.data.corpora import Corpora
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError
 from pretrain.assemble import build_task, build_tokenizer, check_held_out, find_memory_config, load_task, precision_of
@@ -42,6 +43,13 @@ def test_model_for_another_vocabulary_than_the_tokenizers_is_refused_with_its_si
 def test_two_held_out_folders_of_one_name_are_refused_as_scores_go_by_it():
     with pytest.raises(ConfigError, match="two folders 'test'"):
         check_held_out(["shards/a/test", "shards/b/test"])
+
+
+def test_held_out_folder_whose_pictures_are_trained_on_is_refused(emoji_shards):
+    train = Corpora([emoji_shards / "train", emoji_shards / "concept"])
+    check_held_out([str(emoji_shards / "combination")], train)
+    with pytest.raises(ConfigError, match=r"131 pictures of the held-out .*concept are also in data\.train_shards"):
+        check_held_out([str(emoji_shards / "combination"), str(emoji_shards / "concept")], train)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():

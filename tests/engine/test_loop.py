@@ -1,0 +1,92 @@
+"""What the training loop refuses to save."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bridgetower.engine.checkpoint import Checkpoints, TrainState
+from bridgetower.engine.loop import Plan, train
+from bridgetower.engine.tracker import Tracker
+from bridgetower.errors import TrainingError
+from tests.small_models import random_batch
+
+PLAN = Plan(
+    total_steps=4,
+    accumulation_steps=1,
+    global_batch_size=4,
+    log_every_steps=1,
+    checkpoint_every_steps=1,
+    evaluate_every_steps=0,
+    seed=0,
+)
+
+
+class Engine:
+    """An engine whose loss is always fine; what becomes of gradient and weights is up to the test."""
+
+    def __init__(self, grad_norm: float, weight: float) -> None:
+        self.module, self.device = nn.Linear(1, 1), torch.device("cpu")
+        self.optimizer = SimpleNamespace(param_groups=[{"name": "base", "lr": 0.1}])
+        self.grad_norm, self.weight = grad_norm, weight
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.ones(()), {"loss/mlm": torch.ones(2)}
+
+    def train(self) -> None:
+        pass
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self) -> None:
+        nn.init.constant_(self.module.weight, self.weight)
+
+    def get_global_grad_norm(self) -> float:
+        return self.grad_norm
+
+
+class Saved(Checkpoints):
+    """Notes what would have been saved."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, engine: Any, state: TrainState) -> Any:
+        self.steps.append(state.step)
+
+
+def run(tmp_path, saved, **lost) -> None:
+    tracker = Tracker(
+        tmp_path, total_steps=4, first_step=0, wandb_mode="off", wandb_project="", wandb_entity="", run_config={}
+    )
+    services = {"tracker": tracker, "checkpoints": saved, "evaluate": lambda step: {}}
+    services["stop"] = SimpleNamespace(agreed=lambda device: False)
+    engine = Engine(**{"grad_norm": 1.0, "weight": 0.5, **lost})
+    try:
+        train(engine, repeat(random_batch()), PLAN, TrainState(), rank=0, world_size=1, **services)
+    finally:
+        tracker.close()
+
+
+def test_run_whose_figures_are_finite_is_saved_at_every_step(tmp_path):
+    saved = Saved()
+    run(tmp_path, saved)
+    assert saved.steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [({"grad_norm": float("nan")}, "optim/grad_norm is nan"), ({"weight": float("inf")}, "a weight is nan")],
+    ids=["gradient", "weight"],
+)
+def test_nothing_is_saved_once_gradient_or_weights_are_lost_though_the_loss_looks_fine(tmp_path, lost, said):
+    saved = Saved()
+    with pytest.raises(TrainingError, match=f"{said} at step 1.*lower optim.base_lr"):
+        run(tmp_path, saved, **lost)
+    assert saved.steps == []
