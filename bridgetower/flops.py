@@ -7,7 +7,8 @@ seen as the matrix products that they are (torch's counter takes its fused kerne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +18,8 @@ from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ModelConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
+
+Result = TypeVar("Result")
 
 # Enough pairs for shares of a masked token to show.
 _PAIRS = 20
@@ -50,7 +53,7 @@ def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -
     text_flops, text = _count(lambda: model.encode_text(ids, mask))
     fuse_flops, output = _count(lambda: model.fuse(text.states_KBND, image.states_KBND, mask))
     scores = {"mlm": model.mlm_logits, "itm": model.itm_logits}
-    by_head = {name: _count(lambda score=score: score(output))[0] for name, score in scores.items() if name in heads}
+    by_head = {name: _count(partial(score, output))[0] for name, score in scores.items() if name in heads}
     return ForwardFlops(image_flops, text_flops, fuse_flops, by_head)
 
 
@@ -82,7 +85,7 @@ def count_step(config: ModelConfig, objectives: ObjectivesConfig, text_tokens: i
     return flops / _PAIRS
 
 
-def _count(run: Callable[[], object]) -> tuple[int, object]:
+def _count(run: Callable[[], Result]) -> tuple[int, Result]:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = run()
     return int(counter.get_total_flops()), result

@@ -188,12 +188,15 @@ class HeadsConfig:
     """Classes of the VQA head."""
     classifier_scale: float = 2.0
     """Hidden channels of the VQA and SNLI-VE heads, as a multiple of the pooled pair's; 1 for training from scratch."""
+    nlvr2_scale: float = 1.5
+    """Hidden channels of the NLVR2 head, as a multiple of the pooled pair's; METER has 1."""
 
     def __post_init__(self) -> None:
         _check_positive(
             model__heads__itc_width=self.itc_width,
             model__heads__num_answers=self.num_answers,
             model__heads__classifier_scale=self.classifier_scale,
+            model__heads__nlvr2_scale=self.nlvr2_scale,
         )
         if not 0.001 <= self.itc_initial_temperature <= 0.5:
             raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower.config.schema import ModelConfig
-from bridgetower.errors import DataError
+from bridgetower.errors import ConfigError, DataError
 from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
@@ -113,12 +113,15 @@ class BridgeTower(nn.Module):
 
         Args:
             name: one of ``bridgetower.model.heads.HEADS``.
+
+        Raises:
+            ConfigError: there is no such head.
         """
         if name not in HEADS:
-            raise ValueError(f"There is no head {name!r}; there are {', '.join(HEADS)}.")
+            raise ConfigError(f"There is no head {name!r}. Use one of {', '.join(HEADS)}.")
         device, dtype = self.text_pooler.weight.device, self.text_pooler.weight.dtype
         with device:
-            self.heads[name] = build_head(name, self.config).to(dtype)
+            self.heads[name] = build_head(name, self.config).to(dtype).train(self.training)
         with torch.no_grad():
             if name == "nlvr2" and self.config.fusion.num_layers:
                 rows = self.modality_embedding.weight
@@ -153,7 +156,7 @@ class BridgeTower(nn.Module):
 
     def _head(self, name: str) -> nn.Module:
         if name not in self.heads:
-            raise ValueError(
+            raise ConfigError(
                 f"This model has no {name} head; it has {', '.join(self.heads) or 'none'}. Load a checkpoint with one, "
                 f"or add one with random weights: model.add_head({name!r})."
             )
@@ -173,17 +176,13 @@ class BridgeTower(nn.Module):
 
         Raises:
             DataError: another shape or type.
+            ConfigError: there is no such row.
         """
-        side = self.config.image_size_px
-        if pixels_B3SS.ndim != 4 or pixels_B3SS.shape[1:] != (3, side, side):
-            raise DataError(
-                f"pixel_values have shape {tuple(pixels_B3SS.shape)}, the model reads (pairs, 3, {side}, {side}). "
-                f"Resize the images, or load the model with image_size_px={_nearest_side(self.config, pixels_B3SS)}."
-            )
-        if not pixels_B3SS.is_floating_point():
-            raise DataError(
-                f"pixel_values are {pixels_B3SS.dtype}, the model reads normalised floating-point pixels. "
-                "Call model.normalize on uint8 ones."
+        self._check_pixels(pixels_B3SS)
+        if self.config.fusion.num_layers and not 0 <= image_row < self.modality_embedding.num_embeddings:
+            raise ConfigError(
+                f"image_row={image_row}, but the modality embedding has {self.modality_embedding.num_embeddings} rows. "
+                "The row of a second image comes with an NLVR2 head: model.add_head('nlvr2')."
             )
         states = self.vision_tower(pixels_B3SS, self._num_states(self.config.vision.num_layers))
         class_BD = states[-1][:, 0]
@@ -199,27 +198,17 @@ class BridgeTower(nn.Module):
 
         Args:
             ids_BL: token ids, padded with the text tower's pad id (RoBERTa: 1).
-            attention_mask_BL: bool, True for real tokens.
+            attention_mask_BL: True or non-zero for real tokens.
 
         Raises:
-            DataError: another shape or type, or more tokens than the text tower has positions.
+            DataError: another shape or type, more tokens than the text tower has positions, or (on a CPU) an id that
+                the vocabulary lacks.
         """
-        if ids_BL.ndim != 2 or ids_BL.dtype not in (torch.int64, torch.int32):
-            raise DataError(
-                f"input_ids have shape {tuple(ids_BL.shape)} and type {ids_BL.dtype}, the model reads whole numbers of "
-                "shape (pairs, tokens). Give the tokenizer's ids, one row per text."
-            )
-        if attention_mask_BL.shape != ids_BL.shape:
-            raise DataError(
-                f"attention_mask has shape {tuple(attention_mask_BL.shape)}, input_ids {tuple(ids_BL.shape)}. Give one "
-                "value per token: non-zero for real ones, 0 for padding."
-            )
-        if ids_BL.shape[1] > self._longest_text:
-            raise DataError(
-                f"input_ids have {ids_BL.shape[1]} tokens, the text tower has positions for {self._longest_text}. "
-                "Cut the texts to so many."
-            )
-        states = self.text_tower(ids_BL, attention_mask_BL, self._num_states(self.config.text.num_layers))
+        self._check_ids(ids_BL)
+        if ids_BL.device.type == "cpu":  # elsewhere the host would wait for the device
+            self._check_vocabulary(ids_BL)
+        _check_mask(attention_mask_BL, ids_BL.shape)
+        states = self.text_tower(ids_BL, attention_mask_BL.bool(), self._num_states(self.config.text.num_layers))
         class_BD = states[-1][:, 0]
         if self.config.fusion.multi_layer_fusion:
             states = [self.text_gate(states)]
@@ -239,12 +228,19 @@ class BridgeTower(nn.Module):
         """Run the cross-modal encoder on encoded texts and images; row b of both is one pair.
 
         Args:
-            attention_mask_BL: bool, True for real tokens.
+            attention_mask_BL: True or non-zero for real tokens.
             return_attention: also give the cross-attention of each layer, for figures; slower.
+
+        Raises:
+            DataError: states of other layers than the bridged ones, of another width or number of pairs, or a mask of
+                another shape.
         """
+        self._check_states(text_KBLD, image_KBPD)
+        _check_mask(attention_mask_BL, text_KBLD.shape[1:3])
+        mask_BL = attention_mask_BL.bool()
         maps = AttentionMaps([], []) if return_attention else None
         if self.config.fusion.num_layers:
-            text_BLD, image_BPD = self.cross_modal(text_KBLD, image_KBPD, attention_mask_BL, maps)
+            text_BLD, image_BPD = self.cross_modal(text_KBLD, image_KBPD, mask_BL, maps)
         else:
             text_BLD, image_BPD = text_KBLD[-1], image_KBPD[-1]
         pooled_B2D = torch.cat([self.text_pooler(text_BLD[:, 0]), self.image_pooler(image_BPD[:, 0])], dim=-1).tanh()
@@ -262,24 +258,76 @@ class BridgeTower(nn.Module):
             return_attention: also give the cross-attention of each layer.
 
         Raises:
-            DataError: a shape, type or id that the model cannot read.
+            DataError: a shape, type or id that the model cannot read. On a GPU the look at the ids makes the host wait
+                once; encode_text and fuse never do.
         """
+        self._check_pixels(pixel_values)
+        self._check_ids(input_ids)
         if len(pixel_values) != len(input_ids):
             raise DataError(
                 f"There are {len(pixel_values)} images and {len(input_ids)} texts; row b of both is one pair. Repeat "
                 "the images, or encode both apart (encode_image, encode_text) and fuse the rows that you want."
             )
-        if input_ids.numel():
-            lowest, highest = (int(bound) for bound in torch.aminmax(input_ids))
-            if lowest < 0 or highest >= self.config.text.vocabulary_size:
+        self._check_vocabulary(input_ids)
+        text, image = self.encode_text(input_ids, attention_mask), self.encode_image(pixel_values)
+        return self.fuse(text.states_KBND, image.states_KBND, attention_mask, return_attention=return_attention)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        side, patch, dtype = self.config.image_size_px, self.config.vision.patch_size_px, self.text_pooler.weight.dtype
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not len(pixels):
+            given = tuple(pixels.shape)
+            if len(given) != 4 or given[1] != 3 or not given[0]:
+                cure = "Give one or more RGB images, channels before height and width."
+            elif given[2] != given[3] or not given[3] or given[3] % patch:
+                cure = f"Resize the images to {side} x {side} pixels."
+            else:
+                cure = f"Resize the images, or load the model with image_size_px={given[3]}."
+            raise DataError(f"pixel_values have shape {given}, the model reads (pairs, 3, {side}, {side}). {cure}")
+        if not pixels.is_floating_point():
+            raise DataError(
+                f"pixel_values are {pixels.dtype}, the model reads normalised floating-point pixels. "
+                "Call model.normalize on uint8 ones."
+            )
+        if pixels.dtype != dtype and not torch.is_autocast_enabled(pixels.device.type):
+            raise DataError(
+                f"pixel_values are {pixels.dtype}, the weights {dtype}. Use pixel_values.to({dtype}), or torch.autocast."
+            )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+            raise DataError(
+                f"input_ids have shape {tuple(ids.shape)} and type {ids.dtype}, the model reads whole numbers (int64) "
+                "of shape (pairs, tokens). Give the tokenizer's ids, one row per text."
+            )
+        if ids.shape[1] > self._longest_text:
+            raise DataError(
+                f"input_ids have {ids.shape[1]} tokens, the text tower has positions for {self._longest_text}. "
+                "Cut the texts to so many."
+            )
+
+    def _check_vocabulary(self, ids: Tensor) -> None:
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+        if lowest < 0 or highest >= self.config.text.vocabulary_size:
+            raise DataError(
+                f"input_ids hold {lowest if lowest < 0 else highest}, the vocabulary has ids from 0 to "
+                f"{self.config.text.vocabulary_size - 1}. Use the tokenizer that the model was trained with "
+                f"({self.config.text.tokenizer})."
+            )
+
+    def _check_states(self, text_KBLD: Tensor, image_KBPD: Tensor) -> None:
+        fusion, (text, image) = self.config.fusion, (tuple(text_KBLD.shape), tuple(image_KBPD.shape))
+        layers = max(1, fusion.num_bridged)
+        for name, found in (("text", text), ("image", image)):
+            if len(found) != 4 or found[0] != layers or found[3] != fusion.width:
                 raise DataError(
-                    f"input_ids hold {lowest if lowest < 0 else highest}, the vocabulary has ids from 0 to "
-                    f"{self.config.text.vocabulary_size - 1}. Use the tokenizer that the model was trained with "
-                    f"({self.config.text.tokenizer})."
+                    f"The {name} states have shape {found}, the cross-modal encoder reads ({layers}, pairs, positions, "
+                    f"{fusion.width}). Give it states_KBND of encode_{name}."
                 )
-        mask_BL = attention_mask.bool()
-        text, image = self.encode_text(input_ids, mask_BL), self.encode_image(pixel_values)
-        return self.fuse(text.states_KBND, image.states_KBND, mask_BL, return_attention=return_attention)
+        if text[1] != image[1]:
+            raise DataError(
+                f"There are states of {image[1]} images and {text[1]} texts; row b of both is one pair. Repeat or "
+                "choose rows: states_KBND[:, rows]."
+            )
 
     def word_logits(self, states_ND: Tensor) -> Tensor:
         """MLM's logits at some positions, shape (..., V). Needs the mlm head.
@@ -300,7 +348,9 @@ class BridgeTower(nn.Module):
         return logits
 
 
-def _nearest_side(config: ModelConfig, pixels: Tensor) -> int:
-    patch = config.vision.patch_size_px
-    side = int(pixels.shape[-1]) if pixels.ndim else patch
-    return max(1, round(side / patch)) * patch
+def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    if tuple(mask.shape) != tuple(shape):
+        raise DataError(
+            f"attention_mask has shape {tuple(mask.shape)}, the tokens {tuple(shape)}. Give one value per token: "
+            "non-zero for real ones, 0 for padding."
+        )

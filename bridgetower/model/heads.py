@@ -126,7 +126,7 @@ def _snli_ve(config: ModelConfig) -> nn.Module:
 
 def _nlvr2(config: ModelConfig) -> nn.Module:
     pooled = 2 * config.fusion.width
-    return ClassifierHead(2 * pooled, int(pooled * 1.5), 2, dropout=0.1)
+    return ClassifierHead(2 * pooled, int(pooled * config.heads.nlvr2_scale), 2, dropout=0.1)
 
 
 _HEADS: dict[str, Callable[[ModelConfig], nn.Module]] = {

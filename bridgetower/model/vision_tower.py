@@ -1,6 +1,6 @@
 """The vision tower: a ViT of open_clip or timm that gives the states of its last layers.
 
-Shapes: B images, S image side in pixels, P positions (class token first), N patches, D width.
+Shapes: B images, S image side in pixels, P positions (class token first), R registers, N patches, D width.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.named_sizes import fill_sizes
 
+_TIMM_VITS = (timm.models.VisionTransformer, timm.models.Eva, timm.models.VisionTransformerRelPos)
 LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
 
 
@@ -64,9 +65,14 @@ class VisionTower(nn.Module):
             output_fmt="NLC",
             intermediates_only=True,
         )
-        if self.vit.num_prefix_tokens:
+        if self.vit.cls_token is not None:
             return [torch.cat([prefix_BRD, patches_BND], dim=1) for patches_BND, prefix_BRD in states]
-        return [torch.cat([patches_BND.mean(dim=1, keepdim=True), patches_BND], dim=1) for patches_BND in states]
+        # Without a class token there may be registers, of which none stands for the image.
+        pairs = states if self.vit.num_prefix_tokens else [(patches_BND, patches_BND[:, :0]) for patches_BND in states]
+        return [
+            torch.cat([patches_BND.mean(dim=1, keepdim=True), registers_BRD, patches_BND], dim=1)
+            for patches_BND, registers_BRD in pairs
+        ]
 
     @staticmethod
     def _clip_states(vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int) -> list[Tensor]:
@@ -162,10 +168,11 @@ def _build_named(name: str, image_size_px: int | None) -> Any:
 
 def _build_timm(name: str, timm_name: str, image_size_px: int | None) -> Any:
     size: dict[str, Any] = {} if image_size_px is None else {"img_size": image_size_px}
-    if not any(family in timm_name for family in ("vit_", "vitamin", "eva", "siglip")) or "fastvit" in timm_name:
-        raise _unfit(name, f"its image tower is timm's {timm_name}, whose layers have different shapes")
     # No pooling, so that the norm comes after the last block and not after the pool.
-    return timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", **size)
+    vit = timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", **size)
+    if not isinstance(vit, _TIMM_VITS):
+        raise _unfit(name, f"its image tower is timm's {timm_name}, a {type(vit).__name__} and no plain ViT")
+    return vit
 
 
 def _model_config(name: str) -> dict[str, Any]:

@@ -129,9 +129,10 @@ def image_ids(raw, out, **images):
     for name, content in images.items():
         (raw / f"{name}.png").write_bytes(content)
     records = read(raw, "c.jsonl", lines(*({"image": f"{name}.png", "caption": "x"} for name in images)))
-    policy = ImagePolicy(short_side_px=0)
-    sizes = {"samples_per_shard": 10, "seed": 0, "workers": 0}
-    build_corpus(records, out, source="folder", attribution="", images=policy, **sizes)
+    build_corpus(
+        records, out, source="folder", attribution="", images=ImagePolicy(short_side_px=0),
+        samples_per_shard=10, seed=0, workers=0,
+    )  # fmt: skip
     return set(ShardReader(out / "00000.tar").image_ids().tolist())
 
 

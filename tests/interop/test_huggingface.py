@@ -1,0 +1,551 @@
+"""Models of transformers, in both directions: the same numbers, the same bits, and nothing skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BridgeTowerConfig,
+    BridgeTowerForContrastiveLearning,
+    BridgeTowerForImageAndTextRetrieval,
+    BridgeTowerForMaskedLM,
+    BridgeTowerImageProcessor,
+    BridgeTowerModel,
+    BridgeTowerProcessor,
+    RobertaConfig,
+    RobertaModel,
+    RobertaTokenizer,
+)
+
+from bridgetower.config.models import base
+from bridgetower.config.schema import FusionConfig
+from bridgetower.errors import CheckpointError
+from bridgetower.interop import huggingface, names
+from bridgetower.interop.huggingface import from_huggingface, save_huggingface, to_huggingface
+from bridgetower.interop.huggingface_config import write_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.pretrained import resize_positions
+from tests.conftest import REPO
+from tests.interop.models import assert_same, filled, port_like_config
+from tests.interop.port import (
+    build_port,
+    differences,
+    fill,
+    gradient_fault,
+    numbers_of_ours,
+    numbers_of_port,
+    port_config,
+    ragged_batch,
+)
+
+ROBERTA = REPO / "bridgetower/data/assets/roberta"
+
+SHAPES = {
+    "one head": {"width": 64, "layers": 2, "bridged": 2},
+    "two heads": {"width": 128, "layers": 4, "bridged": 3, "image": 40},
+    "all layers bridged": {"width": 192, "layers": 3, "bridged": 3, "patch": 14, "image": 42},
+    "one layer bridged": {"width": 128, "layers": 3, "bridged": 1},
+    "towers of two widths": {"width": 128, "vision_width": 192, "layers": 3, "bridged": 2},
+    "text heads of 32": {"width": 128, "heads": 4, "layers": 3, "bridged": 2},
+}
+
+
+def ours_of(port):
+    model = from_huggingface(port.masked_lm)
+    model.add_head("itm")
+    model.itm_head.classifier.load_state_dict(port.retrieval.itm_score.fc.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_states_logits_and_gradients_equal_those_of_transformers(shape):
+    config = port_config(**shape)
+    port = build_port(config)
+    model = ours_of(port)
+    batch = ragged_batch(config, lengths=(11, 3, 7))
+    expected, found = numbers_of_port(port, batch), numbers_of_ours(model, batch)
+    assert all(value <= 1e-5 for value in differences(found, expected).values())
+    assert 0.1 < expected.text.std() < 10 and 0.1 < expected.word_logits.std() < 10
+    expected.loss.backward()
+    found.loss.backward()
+    theirs = {name: value.grad for name, value in port.parameters().items() if value.grad is not None}
+    largest = max(float(gradient.norm()) for gradient in theirs.values())
+    ours = dict(model.named_parameters())
+    assert {names.from_huggingface(name) for name in theirs} == set(ours)
+    for name, gradient in theirs.items():
+        mine = ours[names.from_huggingface(name) or ""].grad
+        assert mine is not None
+        fault, limit = gradient_fault(name, mine, gradient, largest)
+        assert fault <= limit, name
+
+
+@torch.no_grad()
+def test_with_the_published_epsilon_the_numbers_are_those_of_transformers_with_that_epsilon():
+    config = port_config()
+    port = build_port(config)
+    model = from_huggingface(port.masked_lm, layer_norm_eps=1e-12)
+    # Cross-modal layers and the MLM head's transform; not the towers, bridges and first norms.
+    changed = [
+        part
+        for name, part in port.masked_lm.named_modules()
+        if isinstance(part, nn.LayerNorm) and ("cross_modal_text_layers" in name or "cross_modal_image_layers" in name)
+    ] + [port.masked_lm.mlm_score.transform.LayerNorm]
+    assert len(changed) == 3 * 2 * 3 + 1
+    batch = ragged_batch(config, lengths=(11, 3, 7))
+    model.add_head("itm")
+    model.itm_head.classifier.load_state_dict(port.retrieval.itm_score.fc.state_dict())
+    ported = numbers_of_port(port, batch)
+    for norm in changed:
+        norm.eps = 1e-12
+    published, found = numbers_of_port(port, batch), numbers_of_ours(model, batch)
+    assert all(value <= 1e-5 for value in differences(found, published).values())
+    # It shows: the numbers with the port's own epsilon are others.
+    assert differences(published, ported)["word_logits"] > 2e-5
+
+
+@torch.no_grad()
+def test_their_classes_give_the_same_logits_when_called_as_people_do():
+    port = build_port(port_config())
+    model = ours_of(port)
+    batch = ragged_batch(port.masked_lm.config, lengths=(9, 4))
+    inputs = {"pixel_values": batch.pixels, "input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    output = model(batch.pixels, batch.ids, batch.mask)
+    assert (port.masked_lm(**inputs).logits - model.mlm_logits(output))[batch.mask].abs().max() <= 1e-5
+    assert (port.retrieval(**inputs).logits - model.itm_logits(output)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("heads", [("mlm",), ("itm",), ()])
+def test_a_class_of_transformers_gives_the_same_model_back(heads):
+    model = filled(BridgeTower(port_like_config(), heads))
+    theirs = to_huggingface(model)
+    assert (
+        type(theirs)
+        is {
+            ("mlm",): BridgeTowerForMaskedLM,
+            ("itm",): BridgeTowerForImageAndTextRetrieval,
+            (): BridgeTowerModel,
+        }[heads]
+    )
+    assert not theirs.training
+    assert_same(from_huggingface(theirs), model)
+    batch = ragged_batch(theirs.config, lengths=(9, 4))
+    with torch.no_grad():
+        their_output = theirs(pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long())
+        output = model(batch.pixels, batch.ids, batch.mask)
+        if heads == ("mlm",):
+            difference = (their_output.logits - model.mlm_logits(output))[batch.mask]
+        else:
+            difference = (
+                their_output.logits - model.itm_logits(output) if heads else their_output.pooler_output - output.pooled
+            )
+    assert difference.abs().max() <= 1e-5
+    # A copy: training one leaves the other as it was.
+    theirs.get_input_embeddings().weight.data.zero_()
+    assert model.text_tower.encoder.get_input_embeddings().weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_no_bit_is_lost_in_any_floating_point_type(dtype, tmp_path):
+    model = filled(BridgeTower(port_like_config(), ("mlm",))).to(dtype)
+    assert_same(from_huggingface(to_huggingface(model)), model)
+    save_huggingface(model, tmp_path)
+    assert_same(from_huggingface(tmp_path), model)
+
+
+def test_of_two_heads_one_has_to_be_named():
+    model = filled(BridgeTower(port_like_config(), ("mlm", "itm")))
+    with pytest.raises(CheckpointError, match=r"mlm, itm, a class of transformers has one\. Say which"):
+        to_huggingface(model)
+    assert isinstance(to_huggingface(model, "itm"), BridgeTowerForImageAndTextRetrieval)
+    assert isinstance(to_huggingface(model, "none"), BridgeTowerModel)
+    with pytest.raises(CheckpointError, match="head='vqa'"):
+        to_huggingface(model, "vqa")
+
+
+@pytest.mark.parametrize("heads", [("mlm", "itm"), ("mlm",), ("itm",), ()])
+def test_a_folder_opens_in_transformers_and_here(heads, tmp_path):
+    model = filled(BridgeTower(port_like_config(vocabulary_size=50265, num_positions=80), heads))
+    save_huggingface(model, tmp_path, tokenizer_folder=ROBERTA)
+    assert_same(from_huggingface(tmp_path), model)
+    classes = {"mlm": BridgeTowerForMaskedLM, "itm": BridgeTowerForImageAndTextRetrieval}
+    beside = {"mlm": {"itm_score.fc.weight", "itm_score.fc.bias"}, "itm": {"mlm_score.bias"}}
+    for head, their_class in [(head, classes[head]) for head in heads] or [("none", BridgeTowerModel)]:
+        theirs, report = their_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"] and not report["mismatched_keys"]
+        # With one head nothing is left over; with two, the other one's.
+        left_over = set(report["unexpected_keys"])
+        assert left_over == set() if len(heads) < 2 else beside[head] <= left_over
+        assert all(name.startswith(("mlm_score.", "itm_score.")) for name in left_over)
+        batch = ragged_batch(theirs.config, lengths=(9, 4))
+        with torch.no_grad():
+            expected = theirs(pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long())
+            output = model(batch.pixels, batch.ids, batch.mask)
+            if head == "mlm":
+                assert (expected.logits - model.mlm_logits(output))[batch.mask].abs().max() <= 1e-5
+            elif head == "itm":
+                assert (expected.logits - model.itm_logits(output)).abs().max() <= 1e-5
+            else:
+                assert (expected.pooler_output - output.pooled).abs().max() <= 1e-5
+
+
+def test_the_processor_of_a_folder_reads_texts_as_ours_and_images_of_the_models_size(tmp_path):
+    model = BridgeTower(port_like_config(vocabulary_size=50265, num_positions=80), ("mlm",))
+    save_huggingface(model, tmp_path, tokenizer_folder=ROBERTA)
+    processor = BridgeTowerProcessor.from_pretrained(tmp_path)
+    assert processor.image_processor.size["shortest_edge"] == 24
+    assert tuple(processor.image_processor.image_mean) == model.pixel_statistics[0]
+    assert tuple(processor.image_processor.image_std) == model.pixel_statistics[1]
+    pixels = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    inputs = processor(images=pixels, text="A dog, and a <mask>.", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 24, 24)
+    # Ids of roberta-base: <s>, "A", " dog", ",", " and", " a", <mask>, ".", </s>.
+    assert inputs["input_ids"].tolist() == [[0, 250, 2335, 6, 8, 10, 50264, 4, 2]]
+    assert processor.tokenizer.model_max_length == 78
+    with torch.no_grad():
+        theirs = BridgeTowerForMaskedLM.from_pretrained(tmp_path)
+        assert theirs(**inputs).logits.shape == (1, 9, 50265)
+
+
+def test_the_image_processor_pads_no_image_of_the_large_models_size(tmp_path):
+    # transformers' own size_divisor of 32 makes 288 of 294 pixels and fills up with black.
+    config = dataclasses.replace(port_like_config(patch_size_px=14), image_size_px=294)
+    save_huggingface(BridgeTower(config), tmp_path)
+    processor = BridgeTowerImageProcessor.from_pretrained(tmp_path)
+    white = torch.full((3, 300, 400), 255, dtype=torch.uint8)
+    pixels = processor(white, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 294, 294)
+    assert (pixels.amin(dim=(2, 3)) == pixels.amax(dim=(2, 3))).all()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"50265 ids .* model\.text\.vocabulary_size=50 "):
+        save_huggingface(BridgeTower(port_like_config()), tmp_path, tokenizer_folder=ROBERTA)
+    with pytest.raises(CheckpointError, match=r"There is no .*vocab\.json"):
+        save_huggingface(BridgeTower(port_like_config()), tmp_path, tokenizer_folder=tmp_path / "none")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as transformers itself writes it, and the model in it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    port = build_port(port_config())
+    port.masked_lm.save_pretrained(folder)
+    return folder, from_huggingface(port.masked_lm)
+
+
+def test_a_folder_that_transformers_wrote_is_read(saved):
+    folder, model = saved
+    assert_same(from_huggingface(folder), model)
+    assert_same(from_huggingface(str(folder)), model)
+
+
+def test_a_folder_of_the_bare_class_is_read(tmp_path):
+    port = build_port(port_config())
+    port.masked_lm.bridgetower.save_pretrained(tmp_path)
+    assert not any(name.startswith("bridgetower.") for name in load_file(tmp_path / "model.safetensors"))
+    assert_same(from_huggingface(tmp_path), from_huggingface(port.masked_lm.bridgetower))
+
+
+def test_a_folder_of_several_files_is_read(saved, tmp_path):
+    _, model = saved
+    to_huggingface(model).save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same(from_huggingface(tmp_path), model)
+    next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-.* cannot be read"):
+        from_huggingface(tmp_path)
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(saved, tmp_path):
+    shutil.copy(saved[0] / "config.json", tmp_path)
+    index = {"weight_map": {"mlm_score.bias": "../other/model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        from_huggingface(tmp_path)
+
+
+def test_an_old_folder_with_a_pickle_and_stored_position_ids_is_read(saved, tmp_path):
+    folder, model = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bridgetower.text_model.embeddings.position_ids"] = torch.arange(20)[None]
+    tensors["bridgetower.vision_model.visual.embeddings.position_ids"] = torch.arange(10)[None]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    shutil.copy(folder / "config.json", tmp_path)
+    assert_same(from_huggingface(tmp_path), model)
+
+
+def test_a_folder_of_both_heads_gives_both(saved, tmp_path):
+    folder, _ = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"itm_score.fc.weight": torch.randn(2, 256), "itm_score.fc.bias": torch.randn(2)}
+    write_folder(tmp_path, folder, tensors)
+    model = from_huggingface(tmp_path)
+    assert list(model.heads) == ["mlm", "itm"]
+    assert torch.equal(model.itm_head.classifier.weight, tensors["itm_score.fc.weight"])
+
+
+def write_folder(place: Path, like: Path, tensors: dict[str, Tensor], **config: object) -> None:
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((like / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**content, **config}))
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved, tmp_path):
+    folder, _ = saved
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bridgetower.cross_modal_text_layers.2.crossattention.self.key.bias"]
+    tensors["bridgetower.cross_modal_text_layers.3.output.dense.bias"] = torch.zeros(128)
+    tensors["mlm_score.bias"] = torch.zeros(51)
+    tensors["bridgetower.text_model.pooler.dense.bias"] = torch.zeros(7)  # unused, but not of that shape
+    write_folder(tmp_path, folder, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        from_huggingface(tmp_path)
+    message = str(caught.value)
+    assert "1 missing: bridgetower.cross_modal_text_layers.2.crossattention.self.key.bias (128,)" in message
+    assert "1 not expected: bridgetower.cross_modal_text_layers.3.output.dense.bias (128,)" in message
+    assert "2 of another shape: " in message
+    assert "mlm_score.bias (51,), needed (50,)" in message
+    assert "bridgetower.text_model.pooler.dense.bias (7,), needed (128,)" in message
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(saved, tmp_path):
+    folder, _ = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mlm_score.decoder.weight"] = tensors["mlm_score.decoder.weight"].to(torch.int8)
+    write_folder(tmp_path, folder, tensors)
+    with pytest.raises(CheckpointError, match=r"1 of another type .*: mlm_score.decoder.weight torch.int8"):
+        from_huggingface(tmp_path)
+
+
+def test_the_unused_pooler_may_be_left_out(saved, tmp_path):
+    folder, model = saved
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if "text_model.pooler" not in k}
+    write_folder(tmp_path, folder, tensors)
+    assert_same(from_huggingface(tmp_path), model)
+
+
+def test_the_position_table_is_resized_as_published(saved):
+    folder, model = saved
+    larger = from_huggingface(folder, image_size_px=40)
+    own = model.vision_tower.vit.positional_embedding
+    assert larger.config.image_size_px == 40
+    assert torch.equal(larger.vision_tower.vit.positional_embedding, resize_positions(own, 5))
+    batch = ragged_batch(port_config(image=40), lengths=(5, 3))
+    assert larger(batch.pixels, batch.ids, batch.mask).image_states.shape == (2, 26, 128)
+
+
+def test_a_tied_decoder_is_tied_here_and_there(tmp_path):
+    theirs = BridgeTowerForMaskedLM(port_config(tie_word_embeddings=True)).eval()
+    fill(theirs, 0.05)
+    model = from_huggingface(theirs)
+    assert model.config.heads.mlm_tied and model.mlm_head.decoder is None
+    batch = ragged_batch(theirs.config, lengths=(9, 4))
+    inputs = {"pixel_values": batch.pixels, "input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    with torch.no_grad():
+        expected = theirs(**inputs).logits
+        assert (model.mlm_logits(model(batch.pixels, batch.ids, batch.mask)) - expected)[batch.mask].abs().max() <= 1e-5
+    back = to_huggingface(model)
+    assert back.mlm_score.decoder.weight is back.bridgetower.text_model.embeddings.word_embeddings.weight
+    assert_same(from_huggingface(back), model)
+    save_huggingface(model, tmp_path)
+    opened, report = BridgeTowerForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert opened.mlm_score.decoder.weight is opened.bridgetower.text_model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        assert torch.equal(opened(**inputs).logits, expected)
+    assert_same(from_huggingface(tmp_path), model)
+
+
+def test_a_decoder_that_says_tied_and_is_not_is_refused(saved, tmp_path):
+    write_folder(tmp_path, saved[0], load_file(saved[0] / "model.safetensors"), tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="says tie_word_embeddings=true, but"):
+        from_huggingface(tmp_path)
+
+
+OPTIONS: dict[str, Any] = {
+    "share_cross_modal_transformer_layers": False,
+    "share_link_tower_layers": True,
+    "link_tower_type": "interpolate",
+    "init_layernorm_from_vision_encoder": True,
+    "hidden_act": "relu",
+    "layer_norm_eps": 1e-12,
+    "hidden_size": 64,
+    "text_hidden_act": "gelu_new",
+    "text_layer_norm_eps": 1e-12,
+    "text_intermediate_size": 100,
+    "text_type_vocab_size": 2,
+    "text_pad_token_id": 0,
+    "text_is_decoder": True,
+    "text_add_cross_attention": True,
+    "text_attention_probs_dropout_prob": 0.2,
+    "text_num_hidden_layers": 3,
+    "vision_layer_norm_eps": 1e-6,
+    "vision_num_channels": 1,
+    "vision_share_layernorm": False,
+    "vision_stop_gradient": True,
+    "vision_remove_last_layer": True,
+    "vision_hidden_size": 200,
+    "vision_patch_size": [8, 8],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_ours_has_no_setting_for_is_named(option, tmp_path):
+    config = port_config(**{option: OPTIONS[option]})
+    config.save_pretrained(tmp_path)
+    save_file({"mlm_score.bias": torch.zeros(50)}, tmp_path / "model.safetensors")
+    named = option.replace("text_", "text_config.").replace("vision_", "vision_config.")
+    named = {
+        "layer_norm_eps_from_vision_config.encoder": "layer_norm_eps",
+        "init_layernorm_from_vision_config.encoder": "init_layernorm_from_vision_encoder",
+        # What is wrong is that the towers are of unequal depth.
+        "text_config.num_hidden_layers": "vision_config.num_hidden_layers",
+        "vision_config.remove_last_layer": "vision_config.num_hidden_layers",
+    }.get(named, named)
+    with pytest.raises(CheckpointError, match=rf"no setting for: .*{named}="):
+        from_huggingface(tmp_path)
+
+
+def test_a_vision_tower_without_its_last_layer_is_read_where_it_fits():
+    theirs = BridgeTowerForMaskedLM(port_config(vision_num_hidden_layers=5, vision_remove_last_layer=True)).eval()
+    fill(theirs, 0.05)
+    model = from_huggingface(theirs)
+    assert model.config.vision.num_layers == 4
+    batch = ragged_batch(theirs.config, lengths=(9, 4))
+    with torch.no_grad():
+        expected = theirs(pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        assert (model.mlm_logits(model(batch.pixels, batch.ids, batch.mask)) - expected)[batch.mask].abs().max() <= 1e-5
+
+
+def test_heads_of_the_cross_modal_layers_are_the_text_towers_whatever_the_whole_says():
+    theirs = BridgeTowerForMaskedLM(port_config(num_attention_heads=8)).eval()
+    fill(theirs, 0.05)
+    model = from_huggingface(theirs)
+    assert model.config.fusion.num_heads == 2
+    batch = ragged_batch(theirs.config, lengths=(9, 4))
+    with torch.no_grad():
+        expected = theirs(pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        assert (model.mlm_logits(model(batch.pixels, batch.ids, batch.mask)) - expected)[batch.mask].abs().max() <= 1e-5
+
+
+def test_a_norm_whose_epsilon_was_changed_by_hand_is_noticed():
+    theirs = BridgeTowerForMaskedLM(port_config())
+    theirs.mlm_score.transform.LayerNorm.eps = 1e-12
+    with pytest.raises(CheckpointError, match=r"1 norms .* mlm_score\.transform\.LayerNorm with 1e-12"):
+        from_huggingface(theirs)
+
+
+def test_the_contrastive_class_is_refused_and_all_else_of_it_can_be_had(tmp_path):
+    config = port_config(contrastive_hidden_size=32, logit_scale_init_value=2.6592)
+    theirs = BridgeTowerForContrastiveLearning(config).eval()
+    with pytest.raises(CheckpointError, match=r"no ITC heads .* drop_contrastive_heads=True"):
+        from_huggingface(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="itc_cross_modal_head"):
+        from_huggingface(tmp_path)
+    model = from_huggingface(tmp_path, drop_contrastive_heads=True)
+    assert_same(model, from_huggingface(theirs.bridgetower))
+
+
+def test_something_else_is_refused(tmp_path):
+    roberta = RobertaModel(
+        RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+    with pytest.raises(CheckpointError, match="RobertaModel is no model of BridgeTower"):
+        from_huggingface(roberta)
+    roberta.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json .* model_type is 'roberta'"):
+        from_huggingface(tmp_path)
+    with pytest.raises(CheckpointError, match="no folder of transformers"):
+        from_huggingface(tmp_path / "nowhere")
+
+
+def test_a_folder_without_weights_or_with_a_pointer_is_refused(saved, tmp_path):
+    shutil.copy(saved[0] / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="has no weights"):
+        from_huggingface(tmp_path)
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        from_huggingface(tmp_path)
+    pointer.write_bytes((saved[0] / "model.safetensors").read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        from_huggingface(tmp_path)
+
+
+def test_a_hub_name_that_cannot_be_had_is_refused(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(huggingface, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match=r"BridgeTower/bridgetower-base .* no route to the hub"):
+        from_huggingface("BridgeTower/bridgetower-base")
+
+
+def _fusion(**changes) -> FusionConfig:
+    return dataclasses.replace(port_like_config().fusion, **changes)
+
+
+UNFIT = {
+    "bridge=product": lambda c: dataclasses.replace(c, fusion=_fusion(bridge="product")),
+    "num_external_layers=1": lambda c: dataclasses.replace(c, fusion=_fusion(num_external_layers=1)),
+    "num_layers=0": lambda c: dataclasses.replace(c, fusion=_fusion(num_layers=0)),
+    "fusion.width=192": lambda c: dataclasses.replace(c, fusion=_fusion(width=192)),
+    "fusion.num_heads=4": lambda c: dataclasses.replace(c, fusion=_fusion(num_heads=4)),
+    "fusion.dropout=0.3": lambda c: dataclasses.replace(c, fusion=_fusion(dropout=0.3)),
+    "vision.num_layers=5": lambda c: dataclasses.replace(c, vision=dataclasses.replace(c.vision, num_layers=5)),
+    "vision.num_heads=4": lambda c: dataclasses.replace(c, vision=dataclasses.replace(c.vision, num_heads=4)),
+    "has GELU": lambda c: dataclasses.replace(c, vision=dataclasses.replace(c.vision, activation="gelu")),
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_a_model_that_transformers_cannot_hold_is_refused_with_the_reason(reason, tmp_path):
+    model = BridgeTower(UNFIT[reason](port_like_config()), ("mlm",))
+    for export in (lambda: to_huggingface(model), lambda: save_huggingface(model, tmp_path)):
+        with pytest.raises(CheckpointError, match=rf"transformers cannot hold this model: .*{reason}"):
+            export()
+
+
+def test_another_epsilon_is_said_and_does_not_change_the_weights(tmp_path, caplog):
+    config = dataclasses.replace(port_like_config(), fusion=_fusion(layer_norm_eps=1e-12))
+    model = filled(BridgeTower(config, ("mlm",)))
+    save_huggingface(model, tmp_path)
+    assert "an epsilon of 1e-05 in all norms, this model 1e-12" in caplog.text
+    assert from_huggingface(tmp_path).config.fusion.layer_norm_eps == 1e-5
+    assert_same(from_huggingface(tmp_path, layer_norm_eps=1e-12), model)
+
+
+def test_heads_without_a_class_are_left_out_on_purpose_only(tmp_path):
+    model = filled(BridgeTower(port_like_config(), ("mlm", "itc", "vqa")))
+    with pytest.raises(CheckpointError, match=r"no class for the head\(s\) itc, vqa .*drop_heads=\['itc', 'vqa'\]"):
+        save_huggingface(model, tmp_path)
+    save_huggingface(model, tmp_path, drop_heads=("itc", "vqa"))
+    assert list(from_huggingface(tmp_path).heads) == ["mlm"]
+
+
+def test_the_published_base_has_the_ports_defaults():
+    # reference_spec 1.9: all defaults of their configuration, with images of 288 pixels.
+    config = base()
+    model = BridgeTower(dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, layer_norm_eps=1e-5)))
+    written, default = write_config(model, "BridgeTowerModel").to_dict(), BridgeTowerConfig().to_dict()
+    for section in ("text_config", "vision_config"):
+        assert written.pop(section) == default.pop(section)
+    different = {name for name in written if written[name] != default.get(name)}
+    assert different <= {"architectures", "dtype"}
+
+
+def test_the_tokenizer_of_a_folder_is_robertas(tmp_path):
+    save_huggingface(BridgeTower(port_like_config(vocabulary_size=50265)), tmp_path, tokenizer_folder=ROBERTA)
+    tokenizer = RobertaTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer)) == (1, 50264, 50265)
+    assert tokenizer.decode(tokenizer("two dogs")["input_ids"], skip_special_tokens=True) == "two dogs"

@@ -1,0 +1,135 @@
+"""The models of the paper, at their true sizes, against Hugging Face's port and through the published file format."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bridgetower.config.models import MODELS, base, large
+from bridgetower.interop import names
+from bridgetower.interop.huggingface import from_huggingface, save_huggingface
+from bridgetower.interop.reference import from_reference, reference_tensors, to_reference
+from bridgetower.interop.reference_config import read_config, write_settings
+from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from tests.interop.port import (
+    Numbers,
+    build_port,
+    differences,
+    gradient_fault,
+    numbers_of_ours,
+    numbers_of_port,
+    port_config,
+    ragged_batch,
+)
+
+BASE = {"width": 768, "layers": 12, "patch": 16, "image": 288}
+LARGE = {"width": 1024, "layers": 24, "patch": 14, "image": 294}
+# Parameters of a pretraining checkpoint: reference_spec 1.8, with RoBERTa's pooler and CLIP's left-overs.
+COUNTS = {"base": (707, 365_636_444), "large": (1043, 917_152_092)}
+PRESETS = {"base": base, "large": large}
+both_sizes = pytest.mark.parametrize("name", ["base", pytest.param("large", marks=pytest.mark.slow)])
+
+
+@both_sizes
+def test_states_logits_and_gradients_equal_hugging_faces(name):
+    """One after the other, so that a large model's weights are never there three times.
+
+    Measured on a CPU: 5.4 GB and 36 s (base), 12.3 GB and 150 s (large).
+    """
+    size = {"base": BASE, "large": LARGE}[name]
+    config = port_config(bridged=6, vocabulary=50265, positions=514, **size)
+    # Small enough for differences to stay those of float32's last digits.
+    port = build_port(config, std=0.02)
+    batch = ragged_batch(config, lengths=(12, 7) if name == "base" else (9, 5))
+    expected = numbers_of_port(port, batch)
+    expected.loss.backward()
+    expected = Numbers(*(value.detach() for value in expected))
+    gradients: dict[str, Tensor] = {}
+    for theirs, parameter in port.parameters().items():
+        if parameter.grad is not None:
+            ours = names.from_huggingface(theirs)
+            assert ours is not None
+            gradients[ours] = parameter.grad
+            parameter.grad = None
+    model = from_huggingface(port.masked_lm)
+    model.add_head("itm")
+    model.itm_head.classifier.load_state_dict(port.retrieval.itm_score.fc.state_dict())
+    assert model.config.vision == complete_model_config(PRESETS[name]()).vision
+    assert model.config.text == complete_model_config(PRESETS[name]()).text
+    del port
+    gc.collect()
+
+    found = numbers_of_ours(model, batch)
+    unlike = differences(found, expected)
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    faults: dict[str, tuple[float, float]] = {}
+
+    def compare(ours: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        faults[ours] = gradient_fault(ours, parameter.grad, gradients.pop(ours), largest)
+        parameter.grad = None
+
+    for ours, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda tensor, ours=ours: compare(ours, tensor))
+    found.loss.backward()
+    assert gradients == {}
+    assert set(faults) == {ours for ours, _ in model.named_parameters()}
+    assert all(value <= 1e-5 for value in unlike.values()), unlike
+    assert {ours: fault for ours, fault in faults.items() if fault[0] > fault[1]} == {}
+    # The numbers are of a size that shows differences.
+    assert 0.1 < expected.text.std() < 10 and 0.1 < expected.word_logits.std() < 10
+
+
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_a_pretraining_checkpoint_has_the_published_tensors(name):
+    with torch.device("meta"):
+        tensors = reference_tensors(BridgeTower(PRESETS[name](), ("mlm", "itm")))
+    positions = tensors.pop("text_transformer.embeddings.position_ids")
+    assert positions.shape == (1, 514) and positions.dtype == torch.int64  # the only one that is no parameter
+    assert (len(tensors), sum(value.numel() for value in tensors.values())) == COUNTS[name]
+
+
+# All models of the tables that the published code has a class for.
+PUBLISHED = ["base", "large", "meter", "meter_fusion", "meter_original", *(f"base_{n}_layers" for n in range(13))]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shapes_of_a_checkpoint_tell_the_model(name):
+    with torch.device("meta"):
+        model = BridgeTower(MODELS[name](), ("mlm", "itm"))
+    config = complete_model_config(read_config(reference_tensors(model), write_settings(model), "it"))
+    if not model.config.fusion.num_bridged and model.config.fusion.num_layers:
+        # METER's classifiers are as wide as the pooled pair.
+        config = replace(config, heads=replace(config.heads, classifier_scale=2.0))
+    assert config == model.config
+
+
+def random_model(name: str) -> BridgeTower:
+    """In bfloat16, half of the memory; a file keeps its bits as those of any type."""
+    torch.manual_seed(0)
+    return BridgeTower(PRESETS[name](), ("mlm", "itm")).bfloat16()
+
+
+def assert_same(one: BridgeTower, other: BridgeTower) -> None:
+    assert one.config == other.config and list(one.heads) == list(other.heads)
+    mine, yours = one.state_dict(), other.state_dict()
+    assert mine.keys() == yours.keys()
+    assert all(value.dtype == yours[key].dtype and torch.equal(value, yours[key]) for key, value in mine.items())
+
+
+@both_sizes
+def test_a_file_of_the_published_code_gives_the_same_model_back(name, tmp_path):
+    model = random_model(name)
+    to_reference(model, tmp_path / "model.ckpt")
+    assert_same(from_reference(tmp_path / "model.ckpt"), model)
+
+
+@both_sizes
+def test_a_folder_of_hugging_face_gives_the_same_model_back(name, tmp_path):
+    model = random_model(name)
+    save_huggingface(model, tmp_path)
+    assert_same(from_huggingface(tmp_path, layer_norm_eps=1e-12), model)
