@@ -47,6 +47,8 @@ class PretrainTask(nn.Module):
         parts: list[nn.Module] = [model.text_pooler, model.image_pooler]
         if model.config.fusion.num_layers:
             parts.append(model.cross_modal.image_layers[-1])
+        elif not self.objectives.itc:
+            parts.append(model.vision_tower)  # without cross-modal layers MLM sees no image
         for part in parts:
             part.requires_grad_(False)
 

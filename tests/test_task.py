@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bridgetower.config.schema import ObjectivesConfig
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
-from tests.small_models import random_batch, small_task
+from tests.small_models import random_batch, shake, small_config, small_task
 
 COMBINATIONS = [
     ObjectivesConfig(mlm=mlm, itm=itm, itc=itc) for mlm, itm, itc in product((True, False), repeat=3) if mlm or itm
@@ -22,6 +24,23 @@ KEY_BIAS = "key.bias"
 
 def name_of(objectives: ObjectivesConfig) -> str:
     return "+".join(name for name in ("mlm", "itm", "itc") if getattr(objectives, name))
+
+
+@pytest.mark.parametrize("objectives", COMBINATIONS, ids=name_of)
+def test_gradient_reaches_each_trainable_parameter_also_without_cross_modal_layers(objectives):
+    sizes = {"width": 40, "num_heads": 4}
+    config = small_config()
+    config = replace(
+        config,
+        vision=replace(config.vision, **sizes),
+        text=replace(config.text, **sizes),
+        fusion=replace(config.fusion, num_layers=0),
+    )
+    task = PretrainTask(BridgeTower(config, objectives.heads), objectives)
+    shake(task)
+    task(random_batch())[0].backward()
+    trainable = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.requires_grad}
+    assert trainable and [name for name, gradient in trainable.items() if gradient is None] == []
 
 
 def losses_of(task: PretrainTask) -> dict[str, float]:

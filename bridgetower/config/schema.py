@@ -225,14 +225,16 @@ class ModelConfig:
                 f"Use {lower} or {lower + patch}."
             )
         fusion, towers = self.fusion, (("vision", self.vision), ("text", self.text))
+        # The shallower one decides, so that the number that the error names fits both.
+        depths = [(tower.num_layers, name) for name, tower in towers if tower.num_layers]
+        if depths and fusion.num_bridged > min(depths)[0]:
+            depth, name = min(depths)
+            raise ConfigError(
+                f"model.fusion.num_layers={fusion.num_layers} with {fusion.num_external_layers} external bridges "
+                f"{fusion.num_bridged} layers, more than the {name} tower has ({depth}). Use "
+                f"--model.fusion.num_layers={depth + fusion.num_external_layers} or fewer, or more of them external."
+            )
         for name, tower in towers:
-            if tower.num_layers and fusion.num_bridged > tower.num_layers:
-                raise ConfigError(
-                    f"model.fusion.num_layers={fusion.num_layers} with {fusion.num_external_layers} external bridges "
-                    f"{fusion.num_bridged} layers, more than the {name} tower has ({tower.num_layers}). Use "
-                    f"--model.fusion.num_layers={tower.num_layers + fusion.num_external_layers} or fewer, or more of "
-                    "them external."
-                )
             if not fusion.num_layers and tower.width not in (0, fusion.width):
                 raise ConfigError(
                     f"model.fusion.num_layers=0 pools the towers' own states, so that model.{name}.width="

@@ -127,7 +127,7 @@ class BridgeTower(nn.Module):
                 rows = self.modality_embedding.weight
                 grown = nn.Embedding(3, rows.shape[1], device=device, dtype=dtype)
                 grown.weight.copy_(torch.cat([rows[:2], rows[IMAGE_ROW : IMAGE_ROW + 1]]))
-                self.modality_embedding = grown
+                self.modality_embedding = grown.train(self.training)
             if name == "rank" and "itm" in self.heads:
                 match = self.itm_head.classifier
                 rank = cast(RankHead, self.heads["rank"]).classifier
@@ -290,7 +290,8 @@ class BridgeTower(nn.Module):
             )
         if pixels.dtype != dtype and not torch.is_autocast_enabled(pixels.device.type):
             raise DataError(
-                f"pixel_values are {pixels.dtype}, the weights {dtype}. Use pixel_values.to({dtype}), or torch.autocast."
+                f"pixel_values are {pixels.dtype}, the weights are {dtype}. Use pixel_values.to({dtype}), or "
+                "torch.autocast."
             )
 
     def _check_ids(self, ids: Tensor) -> None:

@@ -175,6 +175,12 @@ def _named(name: str) -> PretrainedConfig:
             f"model.text.name={name} is a {found.model_type}, which cannot be bridged here: its layers or positions "
             f"work otherwise than RoBERTa's. What fits: {', '.join(_CLASSES)}, e.g. roberta-base or xlm-roberta-base."
         )
+    # transformers 5.23 reads the setting no more, and would build a tower that computes something else.
+    if (positions := getattr(found, "position_embedding_type", "absolute")) != "absolute":
+        raise ConfigError(
+            f"model.text.name={name} has {positions} positions (position_embedding_type in its config.json), which "
+            "transformers does not build any more. Use an encoder with absolute ones, e.g. bert-base-uncased."
+        )
     if getattr(found, "is_decoder", False):
         raise ConfigError(f"model.text.name={name} is a decoder, which does not see later words. Use an encoder.")
     return found

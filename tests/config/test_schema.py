@@ -16,6 +16,7 @@ REFUSED = [
     ({"model.image_size_px": "70"}, "70 is not a multiple of model.vision.patch_size_px=18", "Use 54 or 72"),
     ({"model.image_size_px": "10"}, "model.image_size_px=10 is not a multiple", "Use 18 or 36"),
     ({"model.fusion.num_layers": "4"}, "bridges 4 layers, more than the text tower has (3)", "num_layers=3 or fewer"),
+    ({"model.fusion.num_layers": "5"}, "more than the text tower has (3)", "num_layers=3 or fewer"),
     ({"model.fusion.num_layers": "-1"}, "model.fusion.num_layers=-1", "0 or more"),
     ({"model.fusion.num_external_layers": "3"}, "model.fusion.num_external_layers=3", "from 0 to"),
     ({"model.fusion.multi_layer_fusion": "yes"}, "model.fusion.multi_layer_fusion=True", "num_external_layers=2"),
