@@ -28,12 +28,11 @@ def name_of(objectives: ObjectivesConfig) -> str:
 
 @pytest.mark.parametrize("objectives", COMBINATIONS, ids=name_of)
 def test_gradient_reaches_each_trainable_parameter_also_without_cross_modal_layers(objectives):
-    sizes = {"width": 40, "num_heads": 4}
     config = small_config()
     config = replace(
         config,
-        vision=replace(config.vision, **sizes),
-        text=replace(config.text, **sizes),
+        vision=replace(config.vision, width=40, num_heads=4),
+        text=replace(config.text, width=40, num_heads=4),
         fusion=replace(config.fusion, num_layers=0),
     )
     task = PretrainTask(BridgeTower(config, objectives.heads), objectives)

@@ -31,6 +31,7 @@ def corpus_of_long_captions(folder):
     return folder / "shards"
 
 
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.slow  # FusedAdam's CPU kernel is compiled (65 s), then 366 million parameters take a step
 def test_one_step_of_base_with_fused_adam_stays_below_12_gb(tmp_path):
     arguments = [

@@ -35,6 +35,7 @@ both_sizes = pytest.mark.parametrize("name", ["base", pytest.param("large", mark
 
 
 @both_sizes
+@pytest.mark.usefixtures("much_memory")
 def test_states_logits_and_gradients_equal_hugging_faces(name):
     """One after the other, so that a large model's weights are never there three times.
 
@@ -122,6 +123,7 @@ def assert_same(one: BridgeTower, other: BridgeTower) -> None:
 
 
 @both_sizes
+@pytest.mark.usefixtures("much_memory")
 def test_a_file_of_the_published_code_gives_the_same_model_back(name, tmp_path):
     model = random_model(name)
     to_reference(model, tmp_path / "model.ckpt")
@@ -129,6 +131,7 @@ def test_a_file_of_the_published_code_gives_the_same_model_back(name, tmp_path):
 
 
 @both_sizes
+@pytest.mark.usefixtures("much_memory")
 def test_a_folder_of_hugging_face_gives_the_same_model_back(name, tmp_path):
     model = random_model(name)
     save_huggingface(model, tmp_path)
