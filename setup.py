@@ -28,6 +28,7 @@ setup(
         "timm>=1.0.28,<1.1",
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.6,<0.9",
+        "huggingface_hub>=2.0,<3",
         "wandb>=0.31,<0.32",
         "fire>=0.7.1,<0.8",
         "numpy>=2.2,<2.5",
