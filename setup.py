@@ -16,7 +16,7 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=find_packages(include=["bridgetower*", "pretrain*", "data_prep*"]),
+    packages=find_packages(include=["bridgetower*", "pretrain*", "data_prep*", "benchmarks*"]),
     package_data={"bridgetower": ["py.typed", "data/assets/*/*"], "pretrain": ["*.j2"]},
     install_requires=[
         "torch>=2.14.1,<2.15",
@@ -31,8 +31,15 @@ setup(
         "huggingface_hub>=2.0,<3",
         "wandb>=0.31,<0.32",
         "fire>=0.7.1,<0.8",
+        "universal_pathlib>=0.3.10,<0.4",
+        "fsspec>=2026.2",
+        "ijson>=3.4,<4",
+        "requests>=2.32,<3",
+        "urllib3>=2.2,<3",
         "numpy>=2.2,<2.5",
         "pillow>=12.3,<14",
+        "opencv-python-headless>=4.12,<6",
+        "simplejpeg>=1.9,<2",
         "rich>=14,<16",
         "jinja2>=3.1,<4",
         "matplotlib>=3.10,<3.12",
@@ -47,10 +54,20 @@ setup(
             "pytest-timeout>=2.4,<3",
             "pytest-xdist>=3.8,<4",
             "psutil>=7,<8",
+            "moto[server]>=5.2,<6",
+            "s3fs>=2026.2",
+            "pyarrow>=20",
+            "pandas>=2.2,<4",  # of open_clip's training data pipeline
             "hypothesis>=6.150,<7",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
+        # Object stores and Parquet, for data_prep.
+        "s3": ["s3fs>=2026.2"],
+        "gs": ["gcsfs>=2026.2"],
+        "parquet": ["pyarrow>=20"],
+        # Photographs for benchmarks.
+        "benchmarks": ["scikit-image>=0.25,<1"],
         # The downloader of the corpora that are lists of URLs.
         "download": ["img2dataset>=1.47,<2"],
         # W&B workspaces as code.

@@ -9,6 +9,7 @@ change with a library version.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,14 @@ def key(*parts: int | str) -> int:
             number = hash64(part) if isinstance(part, str) else int(part) & 0xFFFFFFFFFFFFFFFF
             state = _mix((state + _GOLDEN) ^ _mix(np.array([number], np.uint64)))
     return int(state[0])
+
+
+def keys(stream: int, texts: Sequence[str]) -> U64:
+    """``key(stream, text)`` of each text, in one go."""
+    numbers = np.array([hash64(text) for text in texts], np.uint64)
+    with np.errstate(over="ignore"):
+        state = _mix(np.zeros(1, np.uint64) + _GOLDEN ^ _mix(np.array([stream & 0xFFFFFFFFFFFFFFFF], np.uint64)))
+        return _mix((state + _GOLDEN) ^ _mix(numbers))
 
 
 def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:

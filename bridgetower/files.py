@@ -34,8 +34,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def claim_folder(folder: Path) -> int:
+def claim_folder(folder: Path, *, shared: bool = False, name: str = ".lock") -> int:
     """Make a folder and keep every other program that asks from writing to it.
+
+    Args:
+        shared: allow other programs that ask so, too.
+        name: of the lock file.
 
     Returns: a descriptor; closing it, or the end of the process, gives the folder free.
 
@@ -44,13 +48,13 @@ def claim_folder(folder: Path) -> int:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written to ({error.strerror}). Use another folder, or correct its permissions."
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             os.close(lock)

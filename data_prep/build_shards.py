@@ -2,15 +2,16 @@
 
 python data_prep/build_shards.py emoji --out=shards/emoji
 python data_prep/build_shards.py folder --raw=photos --captions=photos.csv --out=shards/photos
+python data_prep/build_shards.py cc3m --raw=/data/cc3m --out=s3://bucket/shards/cc3m
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
+import re
 import sys
-import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,29 +19,35 @@ from types import ModuleType
 import fire
 from fire.decorators import SetParseFn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.data.manifest import Manifest
-from bridgetower.errors import ConfigError
-from data_prep.record import SourceOptions
-from data_prep.shard_writer import build_corpus
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.storage import is_remote, place
+from data_prep.build import Settings, Slice, build_corpus, num_cores
+from data_prep.exclusion import load_exclusion
+from data_prep.plan import planning
+from data_prep.progress import ProgressLine
+from data_prep.record import ImagePolicy, SourceOptions
 
 _FLAGS = {
-    "raw": "folder with the images, or the files as their owner published them",
-    "captions": "caption file (source folder: CSV or JSONL)",
-    "out": "folder for the shards (required)",
+    "raw": "folder with the images and texts as their owner published them",
+    "out": "folder for the shards (required); a path, or a URL such as s3://bucket/folder, as --raw can be",
     "workers": "processes (default: all cores); the result does not depend on them",
     "samples_per_shard": "images of a shard (default: by source)",
     "short_side_px": "scale longer short sides down to this, 0 never (default: by source)",
     "jpeg_quality": "of re-encoded images (default 95)",
     "keep_original": "store every image file that is plain RGB or gray as it is",
     "seed": "of the order of the images (default 0)",
+    "exclude": "folders of other shards, separated by commas: drop the images that are in them",
+    "exclude_distance": "bits of 64 in which the perceptual hashes of equal pictures may differ (default 4)",
+    "slice": "NUMBER/COUNT: build only that part of the shards, as one of COUNT jobs",
+    "merge": "build nothing, write the manifest of what the slices built",
+    "scratch": "folder for the plan (default: beside the shards, or the system's for temporary files)",
 }
-_PLAIN_PROGRESS_SECONDS = 10.0
 
 
 def _sources() -> dict[str, ModuleType]:
@@ -51,7 +58,11 @@ def _sources() -> dict[str, ModuleType]:
 
 def _usage() -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
-    sources = "\n".join(f"  {name:8} {(module.__doc__ or '').splitlines()[0]}" for name, module in _sources().items())
+    lines = []
+    for name, module in _sources().items():
+        lines.append(f"  {name:15} {(module.__doc__ or '').splitlines()[0]}")
+        lines += [f"  {'':15}   --{flag}  {meaning}" for flag, meaning in module.FLAGS.items()]
+    sources = "\n".join(lines)
     return f"Usage: python data_prep/build_shards.py SOURCE --out=DIR [flags]\n\nSources:\n{sources}\n\nFlags:\n{flags}"
 
 
@@ -59,7 +70,6 @@ def main(
     source: str = "",
     *unexpected: str,
     raw: str = "",
-    captions: str = "",
     out: str = "",
     workers: str = "",
     samples_per_shard: str = "",
@@ -67,23 +77,78 @@ def main(
     jpeg_quality: str = "",
     keep_original: str = "false",
     seed: str = "0",
-    **unknown: str,
+    exclude: str = "",
+    exclude_distance: str = "4",
+    slice: str = "",  # the flag's name
+    merge: str = "false",
+    scratch: str = "",
+    **own: str,
 ) -> None:
     """Build the shards of a source."""
-    refuse_unknown(unexpected, unknown, list(_FLAGS), _usage())
     sources = _sources()
+    flags_of_sources = {flag for module in sources.values() for flag in module.FLAGS}
+    unknown = {name: value for name, value in own.items() if name not in flags_of_sources}
+    refuse_unknown(unexpected, unknown, [*_FLAGS, *sorted(flags_of_sources)], _usage())
     if not source:
         raise ConfigError(f"Which source? {_usage()}")
     if source not in sources:
         raise ConfigError(unknown_name("source", source, sources))
+    module = sources[source]
+    for flag, value in own.items():
+        if flag not in module.FLAGS:
+            readers = ", ".join(name for name, other in sources.items() if flag in other.FLAGS)
+            raise ConfigError(f"The source {source} does not read --{flag}={value}; {readers} does.")
     if not out:
         raise ConfigError("Where to? Give --out=DIR, the folder for the shards.")
-    module = sources[source]
-    for flag, value in (("raw", raw), ("captions", captions)):
-        if value and flag not in module.FLAGS:
-            raise ConfigError(f"The source {source} does not read --{flag}={value}: it brings its own data.")
-    images = module.IMAGES
-    if parse_bool("keep_original", keep_original):
+    options = SourceOptions(raw=place(raw) if raw else None, flags=own)
+    settings = Settings(
+        source=source,
+        attribution=module.ATTRIBUTION,
+        images=_policy(module.IMAGES, short_side_px, jpeg_quality, parse_bool("keep_original", keep_original)),
+        samples_per_shard=parse_whole("samples_per_shard", samples_per_shard or str(module.SAMPLES_PER_SHARD), 1),
+        seed=parse_whole("seed", seed, 0),
+        keep_repeats=module.KEEP_REPEATS,
+        exclusion=load_exclusion(
+            [name for name in exclude.split(",") if name], parse_whole("exclude_distance", exclude_distance, 0)
+        ),
+    )
+    part, only_merge = _slice(slice), parse_bool("merge", merge)
+    if part is not None and only_merge:
+        raise ConfigError(f"--slice={slice} and --merge contradict each other: give one.")
+    num_workers = parse_whole("workers", workers or str(num_cores()), 0)
+    folder = place(out)
+    room = _scratch(folder, scratch)
+    with (
+        ProgressLine(source) as progress,
+        planning(module.records(options), seed=settings.seed, scratch=room, on_progress=progress.planned) as plan,
+    ):
+        result = build_corpus(
+            plan,
+            folder,
+            settings,
+            workers=num_workers,
+            part=part,
+            only_merge=only_merge,
+            extra_files=module.extra_files(options) if hasattr(module, "extra_files") else None,
+            show=progress.show,
+        )
+    if isinstance(result, list):
+        print(
+            f"This slice is done; {len(result)} shards of other slices are not. The last job writes the manifest; if "
+            "none did, run the same command with --merge instead of --slice."
+        )
+    else:
+        _print_table(folder, result)
+        if not any(manifest.shards for manifest in result.values()):
+            raise DataError(
+                f"No image of {source} could be used; the table says why. Is --raw={raw} the folder that the source "
+                "describes (--help)?"
+            )
+
+
+def _policy(default: ImagePolicy, short_side_px: str, jpeg_quality: str, keep_original: bool) -> ImagePolicy:
+    images = default
+    if keep_original:
         if short_side_px:
             raise ConfigError("--keep_original and --short_side_px contradict each other: give one.")
         images = replace(images, short_side_px=0)
@@ -94,60 +159,25 @@ def main(
         if quality > 100:
             raise ConfigError(f"--jpeg_quality={quality} must be at most 100.")
         images = replace(images, jpeg_quality=quality)
-    options = SourceOptions(raw=Path(raw) if raw else None, captions=Path(captions) if captions else None)
-    with _ProgressLine(source) as progress:
-        manifests = build_corpus(
-            module.records(options),
-            Path(out),
-            source=source,
-            attribution=module.ATTRIBUTION,
-            images=images,
-            samples_per_shard=parse_whole("samples_per_shard", samples_per_shard or str(module.SAMPLES_PER_SHARD), 1),
-            seed=parse_whole("seed", seed, 0),
-            workers=parse_whole("workers", workers or str(os.cpu_count() or 1), 0),
-            on_progress=progress.show,
-        )
-    _print_table(Path(out), manifests)
+    return images
 
 
-class _ProgressLine:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._console = Console(stderr=True)
-        self._start = self._last = time.monotonic()
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards  {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=None, rate="")
-
-    def __enter__(self) -> _ProgressLine:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: int, total: int, images: int) -> None:
-        now = time.monotonic()
-        rate = f"{images / max(now - self._start, 1e-9):.0f} images/s"
-        self._bar.update(self._task, completed=done, total=total, rate=rate)
-        if not self._console.is_terminal and now - self._last > _PLAIN_PROGRESS_SECONDS:
-            self._last = now
-            print(f"{self._title}: {done} of {total} shards, {rate}", file=sys.stderr, flush=True)
+def _slice(text: str) -> Slice | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--slice={text} is not NUMBER/COUNT with NUMBER < COUNT, such as 0/16 for the first of 16.")
+    return Slice(int(match[1]), int(match[2]))
 
 
-def _print_table(out: Path, manifests: dict[str, Manifest]) -> None:
-    """A row per split, as in the paper's Table 9, and where every rejected record went."""
+def _scratch(out: Path, scratch: str) -> Path | None:
+    """Beside the shards there is room; the folder of temporary files is memory on some machines."""
+    return Path(scratch) if scratch else None if is_remote(out) else out
+
+
+def _print_table(out: Path, manifests: Mapping[str, Manifest]) -> None:
+    """A row per split, as in the paper's Table 9, and below why texts were rejected."""
     table = Table("folder", title=f"Shards in {out}", title_justify="left")
     for name in ("images", "captions", "words a caption", "MB", "shards", "rejected"):
         table.add_column(name, justify="right")
@@ -160,9 +190,16 @@ def _print_table(out: Path, manifests: dict[str, Manifest]) -> None:
             f"{totals.caption_words / max(totals.captions, 1):.1f}",
             f"{totals.bytes / 1e6:.1f}",
             f"{len(manifest.shards):,}",
-            "; ".join(f"{count} {reason}" for reason, count in totals.rejects.items()) or "0",
+            f"{sum(totals.rejects.values()):,}",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    for split, manifest in manifests.items():
+        rejects = sorted(manifest.totals.rejects.items(), key=lambda item: (-item[1], item[0]))
+        if rejects:
+            reasons = "; ".join(f"{count:,} {reason}" for reason, count in rejects)
+            name = f" of {split}" if split else ""
+            console.print(f"Rejected captions{name}: {reasons}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

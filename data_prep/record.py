@@ -1,4 +1,4 @@
-"""What a source yields: one input image with everything known about it, before its bytes are read."""
+"""What a source yields: input rows with everything known about them, before the bytes of an image are read."""
 
 from __future__ import annotations
 
@@ -9,19 +9,48 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """Where the bytes of an image lie: a file, or a part of one."""
+
+    path: Path
+    """Local, or in an object store (bridgetower.storage.place)."""
+    offset: int = 0
+    num_bytes: int = -1
+    """For a member of a tar, its place in it; -1: the whole file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
-    """One image. Reading and converting it is left to the worker that writes its shard."""
+    """An image (NLVR2: two) with one text or more. Reading and converting it is left to the worker of its shard.
+
+    A source may give an image as several records, in any order: those of the same split and key become one sample, with
+    the texts in the order in which they came. Their images, image ids and meta have to be equal.
+    """
 
     key: str
-    """Unique in the corpus; letters, digits, ``_`` and ``-``."""
-    image: Path
+    """Names the sample in its split; letters, digits, ``_`` and ``-`` (bridgetower.data.sample.safe_key makes one)."""
+    image: ImageFile
+    second_image: ImageFile | None = None
     image_id: str
     """Equal for the same picture; empty: a hash of the image file."""
     captions: tuple[str, ...]
-    """As the owner published them; the writer normalises them."""
+    """The texts: captions, questions, hypotheses. As their owner published them; the writer normalises them."""
+    annotations: tuple[Mapping[str, Any], ...] = ()
+    """What belongs to each text, in the same order (answers, labels, ids), or nothing. Ends up in the sample's json."""
     split: str = ""
     """Each split becomes a corpus folder of its own below --out; empty: --out itself."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    """What belongs to the image: ``coco_id``, ``url``. Ends up in the sample's json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """Input rows that a source itself drops, so that they are counted: an SNLI-VE pair without a gold label."""
+
+    reason: str
+    """A few words that name a kind of reason, not the row: they are counted together and shown to people."""
+    rows: int = 1
+    split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,5 +70,5 @@ class SourceOptions:
 
     raw: Path | None
     """Folder with the files as their owner published them."""
-    captions: Path | None
-    """Caption file, for sources that have one of free name."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """The source's own flags (its FLAGS), those that were given."""

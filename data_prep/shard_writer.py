@@ -1,7 +1,8 @@
 """Writes shards, their row indexes and the manifest: the same bytes for any number of workers, complete or not at all.
 
-Records are put in a seeded order and cut into shards by their number, before anything is read. So a shard depends on
-its own records alone: workers build shards in any order, and a build that was stopped goes on with the missing ones.
+A plan (data_prep.plan) fixes the order of all samples and cuts it into shards before any image is read. So a shard
+depends on its own records alone: workers and jobs of a cluster build shards in any order, and a build that was stopped
+goes on with the missing ones.
 """
 
 from __future__ import annotations
@@ -9,440 +10,380 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
-import multiprocessing
 import os
 import tarfile
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from bridgetower.data.index import index_bytes, index_path, scan_tar
+from bridgetower.data.manifest import MANIFEST_NAME, ShardEntry, Totals
+from bridgetower.data.sample import Sample, clean_caption
+from bridgetower.errors import DataError
+from bridgetower.files import sha256_of
+from bridgetower.storage import is_remote, publish_bytes, publish_file, read_part
+from data_prep.convert import Converted, Rejected, convert
+from data_prep.exclusion import Exclusion
+from data_prep.plan import Plan
+from data_prep.record import ImageFile, ImagePolicy, Record
 
-from bridgetower import draws
-from bridgetower.data.index import index_path, scan_tar
-from bridgetower.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
-from bridgetower.data.picture import PictureTooLarge, flatten, opened, orientation_of
-from bridgetower.data.sample import Sample, clean_captions
-from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import claim_folder, sha256_of, write_atomically
-from data_prep.record import ImagePolicy, Record
-
-_STATE_FOLDER = ".build"
-_TAR_MODE = 0o644
-_PLAIN_FORMATS = {"JPEG": "jpg", "PNG": "png"}
-_MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
+STATE_FOLDER = ".build"
 # A part of the digest of a shard's inputs: to be raised when the same input gives other bytes.
-_WRITER_VERSION = 2
-
-
-class Rejected(Exception):
-    """A record cannot become a sample; the text is the reason, counted in the manifest."""
+_WRITER_VERSION = 3
+_TAR_MODE = 0o644
+_NOTE_SECONDS = 0.5
+_READS_AHEAD = 16
+"""Of an object store, in which each read takes tens of milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """One shard to build; handed to a worker process."""
 
     folder: Path
     number: int
+    plan: Path
+    first: int
+    """Number of its first sample in the plan."""
+    count: int
     source: str
     images: ImagePolicy
-    records: tuple[Record, ...]
+    keep_repeats: bool
+    exclusion_digest: str
 
     @property
     def shard(self) -> Path:
+        """The tar."""
         return self.folder / f"{self.number:05d}.tar"
 
     @property
     def state(self) -> Path:
-        return self.folder / _STATE_FOLDER / f"{self.number:05d}.json"
-
-    def digest(self) -> str:
-        """Changes when the shard's content would; an image file counts as another when its size or time is."""
-        content = [_WRITER_VERSION, self.source, dataclasses.asdict(self.images)]
-        content += [[r.key, str(r.image), _stamp(r.image), r.image_id, r.captions, dict(r.meta)] for r in self.records]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _stamp(file: Path) -> list[int]:
-    try:
-        status = file.stat()
-    except (OSError, ValueError):
-        return []
-    return [status.st_size, status.st_mtime_ns]
+        """What is written down about the shard when it is finished."""
+        return self.folder / STATE_FOLDER / f"{self.number:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
+class Outcome:
     """A finished shard, as its worker wrote it down."""
 
     entry: ShardEntry
     totals: Totals
 
 
-def build_corpus(
-    records: Iterable[Record],
-    out: Path,
-    *,
-    source: str,
-    attribution: str,
-    images: ImagePolicy,
-    samples_per_shard: int,
-    seed: int,
-    workers: int,
-    on_progress: Callable[[int, int, int], None] = lambda done, total, images_written: None,
-) -> dict[str, Manifest]:
-    """Build or complete a corpus; each split of the records becomes a folder with shards and a manifest.
+@dataclass(frozen=True)
+class Progress:
+    """What was done since the last note."""
 
-    Args:
-        seed: of the order of the records.
-        workers: processes; the result does not depend on them.
-        on_progress: called after each shard with shards done, all shards, and images written in this call.
+    samples: int = 0
+    """Images read, rejected ones too."""
+    images: int = 0
+    bytes: int = 0
+    rejects: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    Returns: the manifest of each split ("" where the source has no splits).
+
+Note = Callable[[Progress], None]
+
+
+def build_shard(job: Job, exclusion: Exclusion, note: Note) -> Outcome:
+    """Write one shard with its index, if an earlier run has not; runs in a worker.
 
     Raises:
-        ConfigError: ``out`` holds a corpus built with other settings.
-        DataError: the records contradict each other, or the disk does not take a shard.
+        DataError: it cannot be written.
     """
-    settings = {
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        **dataclasses.asdict(images),
-    }
-    plans = {split: _plan(own, seed) for split, own in _by_split(records).items()}
-    jobs = [
-        _Job(
-            folder=out / split,
-            number=first // samples_per_shard,
-            source=source,
-            images=images,
-            records=tuple(ordered[first : first + samples_per_shard]),
-        )
-        for split, ordered in plans.items()
-        for first in range(0, len(ordered), samples_per_shard)
-    ]
-    manifests = {}
-    with ExitStack() as claimed:
-        for split in plans:
-            claimed.callback(os.close, _claim(out / split, {"source": source, "split": split, **settings}))
-        outcomes = _run(jobs, workers, on_progress)
-        for split in plans:
-            folder = out / split
-            own = [outcomes[job.shard] for job in jobs if job.folder == folder]
-            _remove_beyond(folder, len(own))
-            manifests[split] = Manifest(
-                source=source,
-                split=split,
-                settings=settings,
-                attribution=attribution,
-                totals=_add_up([outcome.totals for outcome in own]),
-                shards=tuple(outcome.entry for outcome in own if outcome.entry.samples),
-            )
-            with _writing(folder / MANIFEST_NAME):
-                write_manifest(folder, manifests[split])
-    return manifests
-
-
-def _by_split(records: Iterable[Record]) -> dict[str, list[Record]]:
-    splits: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        splits[record.split].append(record)
-    if not splits:
-        raise DataError("The source gave no records: is --raw the right folder, and its caption file not empty?")
-    if "" in splits and len(splits) > 1:
-        named = ", ".join(name for name in splits if name)
-        raise DataError(f"{len(splits[''])} records have no split, others are in {named}. Give each one a split.")
-    for name in splits:
-        if name and not all(letter.isalnum() or letter in "_-" for letter in name):
-            raise DataError(f"The split {name!r} cannot be a folder name: use letters, digits, _ and -.")
-    return dict(splits)
-
-
-def _plan(records: list[Record], seed: int) -> list[Record]:
-    """The records in an order that depends on the seed and their keys alone."""
-    stream = draws.key(seed, "order of records")
-    placed = sorted(records, key=lambda record: (draws.key(stream, record.key), record.key))
-    for first, second in itertools.pairwise(placed):
-        if first.key == second.key:
-            raise DataError(
-                f"Two images have the key {first.key!r}: {first.image} and {second.image}. Keys are made from file "
-                "names; rename one."
-            )
-    return placed
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> int:
-    """Take a folder for this build; a second build at the same time, or one with other settings, is refused.
-
-    Returns: the descriptor whose closing gives the folder free.
-    """
-    state = folder / _STATE_FOLDER
-    lock = claim_folder(state)
-    try:
-        _check_settings(folder, settings)
-        # What a build that was killed had begun to write.
-        for leftover in (*folder.glob(".*.tmp"), *state.glob(".*.tmp")):
+    digest = input_digest(job)
+    outcome = finished(job, digest, check_content=True)
+    if outcome is not None:
+        note(Progress(samples=job.count, rejects=Counter(outcome.totals.rejects)))
+        return outcome
+    with writing(job.shard):
+        # Until all of its shards are there again, the folder is not a corpus; and shard and index are two files: only
+        # what is noted afterwards belongs together.
+        (job.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        job.state.unlink(missing_ok=True)
+        if is_remote(job.shard):
+            with tempfile.TemporaryDirectory(prefix="shard-") as folder:
+                return _write(job, exclusion, Path(folder) / job.shard.name, digest, note)
+        for leftover in job.folder.glob(f".{job.shard.name}.*.tmp"):  # of a build that was killed
             leftover.unlink(missing_ok=True)
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    known = folder / _STATE_FOLDER / "settings.json"
-    if known.exists():
-        before = json.loads(known.read_bytes())
-        changed = [f"{n}: {before.get(n)} -> {settings.get(n)}" for n in settings if before.get(n) != settings.get(n)]
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a build with other settings ({'; '.join(changed)}). Use another --out, or delete it."
-            )
-    elif (folder / MANIFEST_NAME).exists() or any(folder.glob("*.tar")):
-        raise ConfigError(f"{folder} already holds shards that this program did not build. Use another --out.")
-    else:
-        with _writing(known):
-            write_atomically(known, json.dumps(settings, indent=1).encode())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say what to do when the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}). Make room or correct the permissions, and run the "
-            "command again: finished shards are kept."
-        ) from error
-
-
-def _run(jobs: Sequence[_Job], workers: int, on_progress: Callable[[int, int, int], None]) -> dict[Path, _Outcome]:
-    with ThreadPoolExecutor(max(1, workers)) as threads:  # reading and hashing let other threads run
-        found = zip(jobs, threads.map(_finished, jobs), strict=True)
-        outcomes = {job.shard: outcome for job, outcome in found if outcome is not None}
-    missing = [job for job in jobs if job.shard not in outcomes]
-    images_written = 0
-    for folder in {job.folder for job in missing}:
-        # Until all of its shards are there again, the folder is not a corpus.
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-
-    def note(job: _Job, outcome: _Outcome) -> None:
-        nonlocal images_written
-        outcomes[job.shard] = outcome
-        images_written += outcome.entry.samples
-        on_progress(len(outcomes), len(jobs), images_written)
-
-    on_progress(len(outcomes), len(jobs), 0)
-    if workers <= 1 or len(missing) <= 1:
-        for job in missing:
-            note(job, _build(job))
-        return outcomes
-    # A clean server process forks the workers: no threads of this one are copied.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(_build, job): job for job in missing}
+        temporary = job.shard.with_name(f".{job.shard.name}.{os.getpid()}.tmp")
         try:
-            for future in as_completed(futures):
-                note(futures[future], future.result())
-        except BrokenProcessPool:
-            raise DataError(
-                "A worker process died, most likely for want of memory. Run the command again with fewer --workers: "
-                "finished shards are kept."
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return outcomes
+            return _write(job, exclusion, temporary, digest, note)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def _end_with_parent() -> None:
-    """Runs in a new worker: one whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def input_digest(job: Job) -> str:
+    """Changes when the shard's content would; a local image file counts as another when its size or time is."""
+    digest = hashlib.sha256()
+    policy = [_WRITER_VERSION, job.source, dataclasses.asdict(job.images), job.keep_repeats, job.exclusion_digest]
+    digest.update(json.dumps(policy).encode())
+    stamp = lru_cache(maxsize=64)(_stamp)  # thousands of records can lie in the same tar
+    for record in _plan(job.plan).records(job.first, job.count):
+        images = [
+            [str(image.path), image.offset, image.num_bytes, stamp(image.path)]
+            for image in (record.image, record.second_image)
+            if image is not None
+        ]
+        line = [record.key, images, record.image_id, record.captions, record.annotations, record.meta]
+        digest.update(json.dumps(line, sort_keys=True).encode())
+    return digest.hexdigest()
 
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+@lru_cache(maxsize=1)
+def _plan(file: Path) -> Plan:
+    return Plan(file)
 
 
-def _finished(job: _Job) -> _Outcome | None:
-    """What an earlier run wrote down for a shard, if its input and its files are still the same."""
+def _stamp(file: Path) -> tuple[int, ...]:
+    if is_remote(file):  # a question per file would take hours
+        return ()
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_size, status.st_mtime_ns
+
+
+def finished(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
+    """What an earlier run wrote down for a shard, if its input and its files are still the same.
+
+    Args:
+        check_content: compare the checksum of a local shard, too; of a remote one only the size is known.
+    """
     try:
         state = json.loads(job.state.read_bytes())
-        outcome = _Outcome(entry=ShardEntry(**state["entry"]), totals=Totals(**state["totals"]))
+        if state["digest"] != digest:
+            return None
+        outcome = Outcome(entry=ShardEntry(**state["entry"]), totals=Totals(**state["totals"]))
+        if outcome.entry.samples:
+            if job.shard.stat().st_size != outcome.entry.bytes or not index_path(job.shard).is_file():
+                return None
+            if check_content and not is_remote(job.shard) and sha256_of(job.shard) != outcome.entry.sha256:
+                return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if state["digest"] != job.digest():
-        return None
-    if outcome.entry.samples:
-        if not job.shard.is_file() or job.shard.stat().st_size != outcome.entry.bytes:
-            return None
-        if not index_path(job.shard).is_file() or sha256_of(job.shard) != outcome.entry.sha256:
-            return None
     return outcome
 
 
-def _build(job: _Job) -> _Outcome:
-    """Write one shard with its index; runs in a worker."""
-    temporary = job.shard.with_name(f".{job.shard.name}.{os.getpid()}.tmp")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what to do when the disk or the store refuses."""
+    cure = "Make room or correct the permissions, and run the command again: finished shards are kept."
     try:
-        with _writing(job.shard):
-            return _write(job, temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}). {cure}") from error
+    except DataError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        # Clients of object stores have error classes of their own.
+        raise DataError(f"{path} cannot be written ({type(error).__name__}: {error}). {cure}") from error
 
 
-def _write(job: _Job, temporary: Path) -> _Outcome:
-    rejects: Counter[str] = Counter()
-    captions = words = 0
+def _write(job: Job, exclusion: Exclusion, temporary: Path, digest: str, note: Note) -> Outcome:
+    ledger = Ledger(note)
     with temporary.open("wb") as file:
         # webdataset's TarWriter writes the same bytes, but to import it is to import torch, in every worker.
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for record in job.records:
-                try:
-                    sample = make_sample(record, job.source, job.images)
-                except Rejected as reason:
-                    rejects[str(reason)] += 1
-                    continue
-                _add(tar, sample)
-                captions += len(sample.captions)
-                words += sum(len(caption.split()) for caption in sample.captions)
+            for record, raw in _read_ahead(_plan(job.plan).records(job.first, job.count)):
+                sample = make_sample(record, raw, job, exclusion, ledger)
+                if sample is not None:
+                    _add(tar, sample)
         file.flush()
         os.fsync(file.fileno())
-    num_samples = len(job.records) - sum(rejects.values())
     entry = ShardEntry(name=job.shard.name, samples=0, pairs=0, bytes=0, sha256="")
-    job.state.unlink(missing_ok=True)  # shard and index are two files: only what is noted afterwards belongs together
-    if num_samples:
+    if ledger.images:
         index = scan_tar(temporary, job.shard.name)
-        assert len(index) == num_samples and int(index["num_captions"].sum()) == captions
-        index_file = io.BytesIO()
-        np.save(index_file, index)
+        assert len(index) == ledger.images and int(index["num_captions"].sum()) == ledger.captions
         entry = ShardEntry(
             name=job.shard.name,
-            samples=num_samples,
-            pairs=captions,
+            samples=ledger.images,
+            pairs=ledger.captions,
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
         )
-        write_atomically(index_path(job.shard), index_file.getvalue())
-        os.replace(temporary, job.shard)
-    totals = Totals(
-        rows=len(job.records),
-        images=num_samples,
-        captions=captions,
-        bytes=entry.bytes,
-        caption_words=words,
-        rejects=dict(sorted(rejects.items())),
-    )
-    state = {"digest": job.digest(), "entry": dataclasses.asdict(entry), "totals": dataclasses.asdict(totals)}
-    write_atomically(job.state, json.dumps(state).encode())
-    return _Outcome(entry=entry, totals=totals)
+        publish_bytes(index_path(job.shard), index_bytes(index))
+        publish_file(temporary, job.shard)
+    else:
+        job.shard.unlink(missing_ok=True)
+        index_path(job.shard).unlink(missing_ok=True)
+    totals = ledger.totals(entry.bytes)
+    assert totals.rows == totals.captions + sum(totals.rejects.values()), totals
+    state = {"digest": digest, "entry": dataclasses.asdict(entry), "totals": dataclasses.asdict(totals)}
+    publish_bytes(job.state, json.dumps(state).encode())
+    ledger.flush()
+    return Outcome(entry=entry, totals=totals)
+
+
+class Ledger:
+    """Where every row and every image of a shard went."""
+
+    def __init__(self, note: Note) -> None:
+        """Begin a shard.
+
+        Args:
+            note: is told now and then what was done since the last time.
+        """
+        self.rows = self.images_in = self.images = self.captions = self.words = 0
+        self.rejects: Counter[str] = Counter()
+        self.image_rejects: Counter[str] = Counter()
+        self._note, self._last = note, time.monotonic()
+        self._samples = self._images = self._bytes = 0
+        self._rejects: Counter[str] = Counter()
+
+    def reject(self, reason: str, rows: int = 1) -> None:
+        """Count texts that do not become captions."""
+        self.rejects[reason] += rows
+        self._rejects[reason] += rows
+
+    def reject_image(self, reason: str, rows: int) -> None:
+        """Count an image that does not become a sample, with those of its texts that are not counted yet."""
+        self.image_rejects[reason] += 1
+        self.reject(reason, rows)
+        self._tick()
+
+    def accept(self, sample: Sample) -> None:
+        """Count a sample."""
+        self.images += 1
+        self.captions += len(sample.captions)
+        self.words += sum(len(caption.split()) for caption in sample.captions)
+        self._images += 1
+        self._bytes += len(sample.image) + len(sample.second_image)
+        self._tick()
+
+    def _tick(self) -> None:
+        self._samples += 1
+        now = time.monotonic()
+        if now - self._last > _NOTE_SECONDS:
+            self._last = now
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell what is not told yet."""
+        self._note(Progress(self._samples, self._images, self._bytes, self._rejects))
+        self._samples, self._images, self._bytes, self._rejects = 0, 0, 0, Counter()
+
+    def totals(self, num_bytes: int) -> Totals:
+        """The sums, for the manifest."""
+        return Totals(
+            rows=self.rows,
+            images_in=self.images_in,
+            images=self.images,
+            captions=self.captions,
+            bytes=num_bytes,
+            caption_words=self.words,
+            rejects=dict(sorted(self.rejects.items())),
+            image_rejects=dict(sorted(self.image_rejects.items())),
+        )
+
+
+_Raw = bytes | Rejected
+
+
+def _read(image: ImageFile) -> _Raw:
+    try:
+        return read_part(image.path, image.offset, image.num_bytes)
+    except FileNotFoundError:
+        return Rejected("image file missing")
+    except OSError as error:
+        return Rejected(f"image file unreadable: {error.strerror or type(error).__name__}")
+    except ValueError:  # a name with a NUL
+        return Rejected("image file missing")
+
+
+def _read_both(record: Record) -> tuple[_Raw, ...]:
+    return tuple(_read(image) for image in (record.image, record.second_image) if image is not None)
+
+
+def _read_ahead(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[_Raw, ...]]]:
+    """Each record with the bytes of its images; several at once where a store answers slowly."""
+    pending: deque[tuple[Record, Future[tuple[_Raw, ...]]]] = deque()
+    with ThreadPoolExecutor(_READS_AHEAD) as threads:
+        for record in records:
+            if not is_remote(record.image.path):
+                yield record, _read_both(record)
+                continue
+            pending.append((record, threads.submit(_read_both, record)))
+            if len(pending) > _READS_AHEAD:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
+
+
+def make_sample(record: Record, raw: tuple[_Raw, ...], job: Job, exclusion: Exclusion, ledger: Ledger) -> Sample | None:
+    """Bring one record into its final form, or note why that cannot be."""
+    ledger.rows += max(1, len(record.captions))
+    ledger.images_in += 1
+    captions: list[str] = []
+    annotations: list[Mapping[str, Any]] = []
+    seen: set[str] = set()
+    for number, text in enumerate(record.captions):
+        caption = clean_caption(text)
+        if not caption:
+            ledger.reject("empty caption")
+        elif caption in seen and not job.keep_repeats:
+            ledger.reject("repeated caption")
+        else:
+            seen.add(caption)
+            captions.append(caption)
+            annotations += record.annotations[number : number + 1]
+    if not captions:
+        reason = "empty caption" if record.captions else "no caption"
+        ledger.reject_image(reason, 0 if record.captions else 1)
+        return None
+    try:
+        if exclusion.has_id(record.image_id, record.meta):
+            raise Rejected("excluded: the id of an excluded image")
+        converted = [_converted(part, job.images, str(record.image.path)) for part in raw]
+        for one in converted:
+            if exclusion.has_hash(one.phash):
+                raise Rejected("excluded: looks like an excluded image")
+        sample = Sample(
+            key=record.key,
+            image=converted[0].content,
+            image_suffix=converted[0].suffix,
+            image_id=record.image_id or _content_id(raw[0]),
+            source=job.source,
+            captions=tuple(captions),
+            annotations=tuple(annotations),
+            width_px=converted[0].width_px,
+            height_px=converted[0].height_px,
+            phash=converted[0].phash,
+            second_image=converted[1].content if len(converted) > 1 else b"",
+            second_image_suffix=converted[1].suffix if len(converted) > 1 else "",
+            meta=record.meta,
+        )
+    except Rejected as reason:
+        ledger.reject_image(str(reason), len(captions))
+        return None
+    ledger.accept(sample)
+    return sample
+
+
+def _converted(raw: _Raw, images: ImagePolicy, where: str) -> Converted:
+    if isinstance(raw, Rejected):
+        raise raw
+    return convert(raw, images, where)
+
+
+def _content_id(raw: _Raw) -> str:
+    assert isinstance(raw, bytes)
+    return f"sha256:{hashlib.sha256(raw).hexdigest()[:32]}"
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:
-    for suffix, content in sorted(sample.members().items()):
+    for suffix, content in sample.members().items():
         member = tarfile.TarInfo(f"{sample.key}.{suffix}")  # of owner 0, without names, from 1970
         member.size, member.mode = len(content), _TAR_MODE
         tar.addfile(member, io.BytesIO(content))
-
-
-def make_sample(record: Record, source: str, images: ImagePolicy) -> Sample:
-    """Read one record and bring it into its final form.
-
-    Raises:
-        Rejected: with the reason.
-    """
-    captions = clean_captions(record.captions)
-    if not captions:
-        raise Rejected("no caption")
-    try:
-        raw = record.image.read_bytes()
-    except FileNotFoundError:
-        raise Rejected("image file missing") from None
-    except OSError as error:
-        raise Rejected(f"image file unreadable: {error.strerror}") from None
-    if not raw:
-        raise Rejected("image file empty")
-    content, suffix, (width, height) = _convert(raw, images, str(record.image))
-    return Sample(
-        key=record.key,
-        image=content,
-        image_suffix=suffix,
-        image_id=record.image_id or f"sha256:{hashlib.sha256(raw).hexdigest()[:32]}",
-        source=source,
-        captions=captions,
-        width_px=width,
-        height_px=height,
-        meta=record.meta,
-    )
-
-
-def _convert(raw: bytes, images: ImagePolicy, where: str) -> tuple[bytes, str, tuple[int, int]]:
-    """The bytes to store, their suffix, and the size in pixels. Decodes fully, so that damaged files are found."""
-    try:
-        with opened(raw, where) as image:
-            is_plain = (
-                image.format in _PLAIN_FORMATS
-                and image.mode in ("RGB", "L")
-                and orientation_of(image) == 1
-                and "transparency" not in image.info
-                and not getattr(image, "is_animated", False)
-            )
-            is_small = not images.short_side_px or min(image.size) <= images.short_side_px
-            if is_plain and is_small:
-                image.load()
-                return raw, _PLAIN_FORMATS[str(image.format)], image.size
-            picture = flatten(image)
-    except PictureTooLarge:
-        raise Rejected("image has too many pixels") from None
-    except DataError:
-        raise Rejected("image cannot be decoded") from None
-    if images.short_side_px and min(picture.size) > images.short_side_px:
-        scale = images.short_side_px / min(picture.size)
-        longer = max(images.short_side_px, round(max(picture.size) * scale))
-        is_wide = picture.width >= picture.height
-        new_size = (longer, images.short_side_px) if is_wide else (images.short_side_px, longer)
-        picture = picture.resize(new_size, Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    if images.lossless:
-        picture.save(stream, "PNG", optimize=True)
-        return stream.getvalue(), "png", picture.size
-    if max(picture.size) > _MAX_JPEG_SIDE_PX:
-        raise Rejected(f"image longer than {_MAX_JPEG_SIDE_PX:,} pixels")
-    picture.save(stream, "JPEG", quality=images.jpeg_quality, subsampling=0)
-    return stream.getvalue(), "jpg", picture.size
-
-
-def _add_up(parts: Sequence[Totals]) -> Totals:
-    rejects: Counter[str] = Counter()
-    for part in parts:
-        rejects.update(part.rejects)
-    return Totals(
-        rows=sum(part.rows for part in parts),
-        images=sum(part.images for part in parts),
-        captions=sum(part.captions for part in parts),
-        bytes=sum(part.bytes for part in parts),
-        caption_words=sum(part.caption_words for part in parts),
-        rejects=dict(sorted(rejects.items())),
-    )
-
-
-def _remove_beyond(folder: Path, num_shards: int) -> None:
-    """Delete shards of an earlier build of the same settings from more input."""
-    for shard in folder.glob("[0-9]" * 5 + ".tar"):
-        if int(shard.stem) >= num_shards:
-            shard.unlink()
-            index_path(shard).unlink(missing_ok=True)

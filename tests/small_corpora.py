@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_prep.record import ImagePolicy, Record
-from data_prep.shard_writer import build_corpus
+from bridgetower.data.manifest import Manifest
+from data_prep.build import Settings, Show, build_corpus
+from data_prep.exclusion import Exclusion
+from data_prep.plan import planning
+from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 
 
 def draw(number: int, width: int = 24, height: int = 24) -> Image.Image:
@@ -38,6 +41,34 @@ def png_that_claims(width: int, height: int) -> bytes:
     )
 
 
+def build_records(
+    records: Iterable[Record | Reject],
+    out: Path,
+    *,
+    images: ImagePolicy | None = None,
+    samples_per_shard: int = 5,
+    seed: int = 0,
+    workers: int = 0,
+    keep_repeats: bool = False,
+    exclusion: Exclusion | None = None,
+    show: Show = lambda state: None,
+) -> dict[str, Manifest]:
+    """Build the corpus of some records, as build_shards.py does. Returns: the manifest of each split."""
+    settings = Settings(
+        source="test",
+        attribution="drawn here",
+        images=images or ImagePolicy(short_side_px=0),
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        keep_repeats=keep_repeats,
+        exclusion=exclusion or Exclusion(),
+    )
+    with planning(records, seed=seed) as plan:
+        manifests = build_corpus(plan, out, settings, workers=workers, show=show)
+    assert isinstance(manifests, dict)
+    return manifests
+
+
 def write_corpus(
     folder: Path,
     captions_per_image: Sequence[int],
@@ -60,16 +91,7 @@ def write_corpus(
         captions = tuple(
             f"{name} picture {number}, caption {which}" + " longer" * (number % 5) for which in range(count)
         )
-        records.append(Record(key=f"k{number}", image=path, image_id=f"{name}:{number}", captions=captions))
-    out = folder / name
-    build_corpus(
-        records,
-        out,
-        source="test",
-        attribution="",
-        images=ImagePolicy(short_side_px=0),
-        samples_per_shard=samples_per_shard,
-        seed=0,
-        workers=0,
-    )
-    return out
+        image = ImageFile(path=path)
+        records.append(Record(key=f"k{number}", image=image, image_id=f"{name}:{number}", captions=captions))
+    build_records(records, folder / name, samples_per_shard=samples_per_shard)
+    return folder / name

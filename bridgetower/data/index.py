@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bridgetower.data.sample import IMAGE_SUFFIXES, parse_record
+from bridgetower.data.sample import IMAGE_SUFFIXES, SECOND_IMAGE_FIELD, SECOND_IMAGE_PREFIX, parse_record
 from bridgetower.draws import hash64
 from bridgetower.errors import DataError
+from bridgetower.storage import EndOfFile, read_part, reading
 
 INDEX_SUFFIX = ".index.npy"
 
@@ -50,7 +52,7 @@ def scan_tar(shard: Path, name: str | None = None) -> Index:
     rows = []
     name = name or shard.name
     with shard.open("rb") as file:
-        for key, members in _samples(shard, name):
+        for key, members in samples_of_tar(shard, name):
             where = f"{name}:{key}"
             images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
             if len(images) != 1 or "json" not in members:
@@ -61,23 +63,87 @@ def scan_tar(shard: Path, name: str | None = None) -> Index:
             image, record = members[images[0]], members["json"]
             file.seek(record.offset_data)
             content = parse_record(file.read(record.size), where)
-            rows.append(
-                (
-                    image.offset_data,
-                    image.size,
-                    record.offset_data - image.offset_data,
-                    record.size,
-                    hash64(content["image_id"]),
-                    len(content["captions"]),
-                )
-            )
+            rows.append(index_row(image, record, content))
+            _check_second_image(members, image, record, content, where)
     return np.array(rows, INDEX_DTYPE)
 
 
-def _samples(shard: Path, name: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def index_row(image: tarfile.TarInfo, record: tarfile.TarInfo, content: Mapping[str, Any]) -> tuple[int, ...]:
+    """The row of a sample, from its members and what parse_record gives."""
+    return (
+        image.offset_data,
+        image.size,
+        record.offset_data - image.offset_data,
+        record.size,
+        hash64(content["image_id"]),
+        len(content["captions"]),
+    )
+
+
+def index_bytes(index: Index) -> bytes:
+    """The file of a row index."""
+    stream = io.BytesIO()
+    np.save(stream, index)
+    return stream.getvalue()
+
+
+def _check_second_image(
+    members: dict[str, tarfile.TarInfo],
+    image: tarfile.TarInfo,
+    record: tarfile.TarInfo,
+    content: dict[str, Any],
+    where: str,
+) -> None:
+    """The row index says nothing of a second image, so it has to lie where second_image_offset computes it."""
+    second = [member for suffix, member in members.items() if suffix.startswith(SECOND_IMAGE_PREFIX)]
+    expected = content.get(SECOND_IMAGE_FIELD)
+    if not second and expected is None:
+        return
+    after = max(image.offset_data + image.size, record.offset_data + record.size)
+    if len(second) != 1 or second[0].size != expected or second[0].offset_data != second_image_offset(after):
+        raise DataError(
+            f"{where} has the members {sorted(members)} and {SECOND_IMAGE_FIELD}={expected!r}: its second image has to "
+            "follow image and json at once. Build the shard with data_prep/build_shards.py."
+        )
+
+
+def second_image_offset(end: int) -> int:
+    """Where the content of a tar member starts that follows a member whose content ends at byte ``end``."""
+    blocks = -(-end // tarfile.BLOCKSIZE) + 1  # padding, and a header of one block
+    return blocks * tarfile.BLOCKSIZE
+
+
+def load_index(shard: Path) -> Index:
+    """The whole row index of a shard, local or remote.
+
+    Raises:
+        DataError: it is missing, damaged or of another version.
+    """
+    sidecar = index_path(shard)
+    cure = "Run data_prep/check_shards.py --repair on the folder, or build the shards again."
+    try:
+        with reading(sidecar):
+            index: Index = np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"The row index {sidecar} is damaged ({error}). {cure}") from error
+    if index.dtype != INDEX_DTYPE:
+        raise DataError(
+            f"The row index {sidecar} has the fields {index.dtype.names}; this version reads {INDEX_DTYPE.names}. "
+            f"{cure}"
+        )
+    return index
+
+
+def samples_of_tar(shard: Path, name: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Group the members of a tar as webdataset does: the key ends at the first dot of the file name.
 
     Files without a key or without a dot are passed over, as there.
+
+    Args:
+        name: what errors call the shard.
+
+    Raises:
+        DataError: the tar is damaged, or a key or a member is there twice.
     """
     current: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
@@ -125,6 +191,57 @@ class RawSample:
     record: dict[str, Any]
     image_id: int
     """64-bit hash of the record's image_id."""
+    second_image: bytes = b""
+    """NLVR2's right picture."""
+
+
+def read_row(shard: Path, row: np.void) -> RawSample:
+    """Read one sample of a shard, local or remote, by its row of the index.
+
+    Raises:
+        DataError: the shard is shorter than its index says, the record is damaged, or the index is another's.
+    """
+
+    def read(offset: int, num_bytes: int) -> bytes:
+        try:
+            with reading(shard):
+                return read_part(shard, offset, num_bytes)
+        except EndOfFile:
+            return b""
+
+    return _read_row(shard, row, f"at byte {int(row['image_offset'])}", read)
+
+
+def _read_row(shard: Path, row: np.void, sample: str, read: Callable[[int, int], bytes]) -> RawSample:
+    image_start = int(row["image_offset"])
+    record_start = image_start + int(row["record_offset"])
+    start = min(image_start, record_start)
+    image_end = image_start + int(row["image_bytes"])
+    record_end = record_start + int(row["record_bytes"])
+    end = max(image_end, record_end)
+    block = _read_whole(shard, sample, start, end - start, read)
+    record = parse_record(block[record_start - start : record_end - start], f"{shard}:{sample}")
+    image_id = int(row["image_id"])
+    if len(record["captions"]) != row["num_captions"] or hash64(record["image_id"]) != image_id:
+        raise DataError(
+            f"Sample {sample} of {shard} is not the one that its row index {index_path(shard).name} describes: shard "
+            "and index are of different builds. Copy both again, or delete them and run the build_shards.py command "
+            "again."
+        )
+    second = b""
+    if record.get(SECOND_IMAGE_FIELD):
+        second = _read_whole(shard, sample, second_image_offset(end), record[SECOND_IMAGE_FIELD], read)
+    return RawSample(block[image_start - start : image_end - start], record, image_id, second)
+
+
+def _read_whole(shard: Path, sample: str, offset: int, num_bytes: int, read: Callable[[int, int], bytes]) -> bytes:
+    block = read(offset, num_bytes)
+    if len(block) != num_bytes:
+        raise DataError(
+            f"{shard} ends before byte {offset + num_bytes:,}, to which sample {sample} reaches: the file was cut "
+            "short. Copy or build it again."
+        )
+    return block
 
 
 class ShardReader:
@@ -180,33 +297,15 @@ class ShardReader:
         return self._index["num_captions"].astype(np.int64)
 
     def read(self, sample: int) -> RawSample:
-        """Read one sample, with one system call.
+        """Read one sample, with one system call (two where it has a second image).
 
         Raises:
             DataError: the shard is shorter than its index says, the record is damaged, or the index is another's.
         """
-        row = self._index[sample]
-        image_start = int(row["image_offset"])
-        record_start = image_start + int(row["record_offset"])
-        start = min(image_start, record_start)
-        image_end = image_start + int(row["image_bytes"])
-        record_end = record_start + int(row["record_bytes"])
-        num_bytes = max(image_end, record_end) - start
-        block = os.pread(self._file, num_bytes, start)
-        if len(block) != num_bytes:
-            raise DataError(
-                f"{self.shard} ends at byte {os.fstat(self._file).st_size}, but sample {sample} reaches to byte "
-                f"{start + num_bytes}: the file was cut short. Copy or build it again."
-            )
-        record = parse_record(block[record_start - start : record_end - start], f"{self.shard}:{sample}")
-        image_id = int(row["image_id"])
-        if len(record["captions"]) != row["num_captions"] or hash64(record["image_id"]) != image_id:
-            raise DataError(
-                f"Sample {sample} of {self.shard} is not the one that its row index {index_path(self.shard).name} "
-                "describes: shard and index are of different builds. Copy both again, or delete them and run the "
-                "build_shards.py command again."
-            )
-        return RawSample(block[image_start - start : image_end - start], record, image_id)
+        return _read_row(self.shard, self._index[sample], str(sample), self._pread)
+
+    def _pread(self, offset: int, num_bytes: int) -> bytes:
+        return os.pread(self._file, num_bytes, offset)
 
     def close(self) -> None:
         """Give the file back; the reader is of no use afterwards."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from bridgetower.data.index import index_path
 from bridgetower.errors import DataError
-from bridgetower.files import write_atomically
+from bridgetower.storage import place, publish_bytes, reading
 
 MANIFEST_NAME = "shards.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,18 @@ class Totals:
     """The row of the corpus in a table like the paper's Table 9, and where every input row went."""
 
     rows: int
-    """Input records: rows = images + the sum of rejects."""
+    """Input texts (captions, questions): rows = captions + the sum of rejects."""
+    images_in: int
+    """Input images: images_in = images + the sum of image_rejects."""
     images: int
     captions: int
     bytes: int
     caption_words: int
     """Words of all captions, white-space separated; divided by captions this is the mean caption length."""
     rejects: dict[str, int]
-    """Records that did not become a sample, by reason."""
+    """Texts that did not become a caption, by reason."""
+    image_rejects: dict[str, int]
+    """Images that did not become a sample, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish a manifest: it appears whole or not at all."""
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
-    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    publish_bytes(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -78,9 +82,11 @@ def load_manifest(folder: str | Path) -> Manifest:
     Raises:
         DataError: no such folder, no manifest, an unknown version, or a shard that is missing or of another size.
     """
-    folder = Path(folder)
+    folder = place(folder)
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
+    with reading(folder):
+        is_there = folder.is_dir()
+    if not is_there:
         raise DataError(
             f"The shard folder {folder} does not exist. Build it with "
             f"`python data_prep/build_shards.py SOURCE --raw=DIR --out={folder}`, or correct data.train_shards "

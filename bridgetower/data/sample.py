@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,10 @@ from bridgetower.errors import DataError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MAX_KEY = 80  # with its suffix it has to fit into the 100 bytes of a plain tar header
-_OWN_FIELDS = ("image_id", "source", "captions", "width", "height")
+SECOND_IMAGE_PREFIX = "right."
+SECOND_IMAGE_FIELD = "second_image_bytes"
+_OTHER_NAMES = ("sha256", "uid", "url")
+_OWN_FIELDS = ("image_id", "source", "captions", "width", "height", "phash", "annotations", SECOND_IMAGE_FIELD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +35,40 @@ class Sample:
     captions: tuple[str, ...]
     width_px: int
     height_px: int
+    phash: int
+    """64 bits that copies of the picture mostly share (data_prep.convert.perceptual_hash)."""
+    annotations: tuple[Mapping[str, Any], ...] = ()
+    """What belongs to each caption, or nothing: answers, labels, ids."""
+    second_image: bytes = b""
+    """NLVR2's right picture."""
+    second_image_suffix: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What the source knows beside: ``url``, ``coco_id``, ``split``, questions and answers."""
+    """What the source knows beside: ``url``, ``coco_id``."""
 
     def members(self) -> dict[str, bytes]:
-        """The tar members by suffix: the image, ``txt`` with the first caption, ``json`` with everything else."""
+        """The tar members by suffix: the image, ``txt`` with the first caption, ``json`` with everything else.
+
+        A second image gets the suffix ``right.jpg``, so that readers which know of one image find the first.
+        """
         record = {
             "image_id": self.image_id,
             "source": self.source,
             "captions": list(self.captions),
             "width": self.width_px,
             "height": self.height_px,
+            "phash": f"{self.phash:016x}",
+            **({"annotations": [dict(one) for one in self.annotations]} if self.annotations else {}),
+            **({SECOND_IMAGE_FIELD: len(self.second_image)} if self.second_image else {}),
             **{name: value for name, value in self.meta.items() if name not in _OWN_FIELDS},
         }
-        return {
+        found = {
             self.image_suffix: self.image,
             "json": json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
             "txt": self.captions[0].encode(),
         }
+        if self.second_image:
+            found[f"{SECOND_IMAGE_PREFIX}{self.second_image_suffix}"] = self.second_image
+        return dict(sorted(found.items()))
 
 
 def safe_key(name: str) -> str:
@@ -60,20 +79,21 @@ def safe_key(name: str) -> str:
     return f"{readable}-{hash64(name):016x}"
 
 
-def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Normalise to NFC, fold white space, drop empty captions and repeats; the order stays.
+def clean_caption(caption: str) -> str:
+    """Normalise to NFC and fold white space.
 
     Half a surrogate pair, which a cut through an emoji leaves in scraped JSON, is no text and becomes U+FFFD.
-    Nothing else is touched: the paper feeds raw captions (no lower-casing, no prompt). The published code removes
-    repeats through an unordered set, so that each process has its own order.
+    Nothing else is touched: the paper feeds raw captions (no lower-casing, no prompt).
     """
-    whole = (caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for caption in captions)
-    folded = (" ".join(unicodedata.normalize("NFC", caption).split()) for caption in whole)
-    return tuple(dict.fromkeys(caption for caption in folded if caption))
+    whole = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return " ".join(unicodedata.normalize("NFC", whole).split())
 
 
 def parse_record(raw: bytes, where: str) -> dict[str, Any]:
     """Read the ``json`` member of a sample and check what every reader relies on.
+
+    Samples of img2dataset, LAION and DataComp have a ``caption`` and no ``image_id``: they get ``captions`` and a name
+    of the picture from its checksum, their ``uid`` or its address.
 
     Args:
         where: names the sample in errors, as ``shard.tar:key``.
@@ -87,6 +107,11 @@ def parse_record(raw: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}.json is not JSON ({error}). Rebuild the shard.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}.json holds a {type(record).__name__}, not an object. Rebuild the shard.")
+    if "captions" not in record and isinstance(record.get("caption"), str):
+        record["captions"] = [caption for caption in [clean_caption(record["caption"])] if caption]
+    if "image_id" not in record:
+        names = [f"{field}:{record[field]}" for field in _OTHER_NAMES if isinstance(record.get(field), str)]
+        record["image_id"] = names[0] if names else None
     captions = record.get("captions")
     if (
         not isinstance(captions, list)

@@ -22,10 +22,11 @@ from pathlib import Path
 from PIL import Image
 
 from bridgetower.draws import hash64
-from bridgetower.errors import DataError
-from data_prep.record import ImagePolicy, Record, SourceOptions
+from bridgetower.errors import ConfigError, DataError
+from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
-FLAGS = ()
+FLAGS: dict[str, str] = {}
+KEEP_REPEATS = False
 SAMPLES_PER_SHARD = 500
 IMAGES = ImagePolicy(short_side_px=0, lossless=True)
 ATTRIBUTION = (
@@ -48,8 +49,11 @@ def records(options: SourceOptions) -> Iterator[Record]:
     """One record per distinct picture.
 
     Raises:
+        ConfigError: a folder was given.
         DataError: the packages are missing or of other versions, which have other pictures.
     """
+    if options.raw is not None:
+        raise ConfigError(f"The source emoji does not read --raw={options.raw}: it brings its own data.")
     pictures = _distinct_pictures(_asset_folder())
     held_out = _held_out_files(pictures)
     captions = {files[0]: _captions(files) for files in pictures}
@@ -65,7 +69,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
                 continue
         yield Record(
             key=name,
-            image=_asset_folder() / f"{name}.png",
+            image=ImageFile(path=_asset_folder() / f"{name}.png"),
             image_id=f"twemoji:{name}",
             captions=tuple(own),
             split=split_of[name],

@@ -57,7 +57,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
         (["folder", "--out=OUT"], ["needs --raw=DIR", "--captions=FILE"]),
         (["folder", "--out=OUT", "--raw=/nowhere", "--captions=/nowhere.csv"], ["--raw=/nowhere is not a folder"]),
         (["folder", "--out=OUT", "--raw=.", "--captions=/nowhere.csv"], ["/nowhere.csv cannot be read"]),
-        (["folder", "--out=OUT", "--raw=.", "--captions=a.txt"], ["must end in .csv or .jsonl"]),
+        (["folder", "--out=OUT", "--raw=.", "--captions=a.txt"], ["must end in .csv, .jsonl or .parquet"]),
         (["folder", "--out=OUT", "--raw=.", "--captions="], ["needs --raw=DIR"]),
     ],
 )

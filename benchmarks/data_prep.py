@@ -1,0 +1,145 @@
+"""Images per second and core: this project's conversion beside img2dataset's resizer, on the same photographs.
+
+python benchmarks/data_prep.py [--img2dataset_python=PYTHON] [--images=48] [--rounds=5] [--out=FILE.json]
+
+img2dataset pins versions that this project cannot have, so it runs under a Python of its own (`python3 -m venv ENV &&
+ENV/bin/pip install img2dataset`; give --img2dataset_python=ENV/bin/python). Both sides take turns in one run; the best
+round of each counts, in CPU seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import fire
+import numpy as np
+import PIL
+import simplejpeg
+from fire.decorators import SetParseFn
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.photos import SIZES, cut_photos
+from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.errors import ConfigError
+
+_FLAGS = {
+    "img2dataset_python": "a python that can import img2dataset; without, only this project is measured",
+    "images": "photographs of each size (default 48)",
+    "rounds": "turns of each side (default 5)",
+    "out": "JSON file for the results",
+}
+_USAGE = "Usage: python benchmarks/data_prep.py [flags]\n\nFlags:\n" + "\n".join(
+    f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
+)
+_SHORT_SIDE_PX = 304
+# Each is run by its own python with the folder of photographs; prints seconds by operation, best of a few passes.
+_TIMING = """
+import json, sys, time
+from pathlib import Path
+images = [file.read_bytes() for file in sorted(Path(sys.argv[1]).glob("*.jpg"))]
+def best(function):
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        for raw in images:
+            assert len(function(raw)) > 1000
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+"""
+_OURS = f"""
+from data_prep.convert import convert
+from data_prep.record import ImagePolicy
+def run(short_side_px):
+    policy = ImagePolicy(short_side_px=short_side_px)
+    return best(lambda raw: convert(raw, policy, "x").content)
+print(json.dumps({{"resize": run({_SHORT_SIDE_PX}), "copy": run(0)}}))
+"""
+_THEIRS = f"""
+import io, cv2
+cv2.setNumThreads(1)
+from img2dataset.resizer import Resizer
+def run(**options):
+    resizer = Resizer(image_size={_SHORT_SIDE_PX}, encode_quality=95, **options)
+    def resize(raw):
+        content, *_, error = resizer(io.BytesIO(raw))
+        assert error is None, error
+        return content
+    return best(resize)
+resize = run(resize_mode="keep_ratio", resize_only_if_bigger=True)
+print(json.dumps({{"resize": resize, "copy": run(resize_mode="no", resize_only_if_bigger=False, skip_reencode=True)}}))
+"""
+
+
+def main(
+    *unexpected: str,
+    img2dataset_python: str = "",
+    images: str = "48",
+    rounds: str = "5",
+    out: str = "",
+    **unknown: str,
+) -> None:
+    """Measure and print a table."""
+    refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
+    count, turns = parse_whole("images", images, 1), parse_whole("rounds", rounds, 1)
+    sides = {"ours": (sys.executable, _OURS)}
+    if img2dataset_python:
+        sides["img2dataset"] = (img2dataset_python, _THEIRS)
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for name, size in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for number, raw in enumerate(cut_photos(size, count)):
+                (Path(folder) / f"{number:04d}.jpg").write_bytes(raw)
+            rates[name] = _measure(sides, folder, count, turns)
+    _print(rates)
+    if out:
+        content = {"images_per_second_and_core": rates, "short_side_px": _SHORT_SIDE_PX, **_machine()}
+        Path(out).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _measure(sides: dict[str, tuple[str, str]], folder: str, count: int, turns: int) -> dict[str, dict[str, float]]:
+    """Images per second of each operation and side: the best of several turns."""
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(turns):
+        for side, (python, code) in sides.items():
+            result = subprocess.run(
+                [python, "-W", "ignore", "-c", _TIMING + code, folder],
+                cwd=Path(__file__).resolve().parent.parent,
+                capture_output=True,
+                text=True,
+            )
+            if result.returncode:
+                raise ConfigError(f"{python} cannot run the side {side}:\n{result.stderr[-2000:]}")
+            for operation, seconds in json.loads(result.stdout.splitlines()[-1]).items():
+                rate = best.setdefault(operation, {})
+                rate[side] = max(rate.get(side, 0.0), count / seconds)
+    return best
+
+
+def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table(title=f"Images per second and core (resize: short side {_SHORT_SIDE_PX} px)", title_justify="left")
+    for name in ("photographs", "operation", "ours", "img2dataset", "ratio"):
+        table.add_column(name, justify="left" if name in ("photographs", "operation") else "right")
+    for size, operations in rates.items():
+        for operation, rate in operations.items():
+            theirs = rate.get("img2dataset")
+            ratio = f"{rate['ours'] / theirs:.2f}" if theirs else "-"
+            table.add_row(size, operation, f"{rate['ours']:,.0f}", f"{theirs:,.0f}" if theirs else "-", ratio)
+    Console().print(table)
+
+
+def _machine() -> dict[str, Any]:
+    versions = {"opencv": cv2.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
+    return {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), **versions,
+            "simplejpeg": getattr(simplejpeg, "__version__", "")}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -1,0 +1,125 @@
+"""Folders and files, local or in an object store: one pathlib-like object for ``/data/cc3m`` and ``s3://bucket/cc3m``.
+
+universal_pathlib gives fsspec's file systems the interface of pathlib; what is added here is what a build needs beside:
+names that are checked, files that appear whole or not at all, and errors that say what to do. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from upath import UPath
+
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.files import write_atomically
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "", "file": ""}
+"""The protocols that are accepted, and the package that each needs. Others would run commands or open archives."""
+
+
+class EndOfFile(OSError):
+    """A file is shorter than what was to be read."""
+
+
+def place(text: str | Path) -> Path:
+    """The folder or file of that name, as a Path, or a UPath (which has the interface, though not the type).
+
+    Args:
+        text: a local path, or a URL such as ``s3://bucket/folder``.
+
+    Raises:
+        ConfigError: the protocol is not one of SCHEMES, or its package is not installed.
+    """
+    match = _URL.match(str(text))
+    if match is None or not isinstance(text, str):
+        return text if isinstance(text, Path) else Path(text)
+    scheme = match[1].lower()
+    if scheme not in SCHEMES:
+        raise ConfigError(f"{text}: the protocol {scheme} is unknown. Use a path, or one of {', '.join(SCHEMES)}.")
+    if scheme == "file":
+        return Path(text[match.end() :])
+    try:
+        found = cast(Path, UPath(text))
+        remote = _as_remote(found)
+        assert remote is not None and remote.fs is not None  # opens the file system, for which it needs the package
+    except (ImportError, ValueError) as error:
+        cure = f"pip install {SCHEMES[scheme]}" if SCHEMES[scheme] else "see the error"
+        raise ConfigError(f"{text} cannot be opened ({error}). Install what it needs: `{cure}`.") from error
+    return found
+
+
+def is_remote(path: Path) -> bool:
+    """True if it is in an object store: without renames and locks, and slow to ask for each file."""
+    return _as_remote(path) is not None
+
+
+def _as_remote(path: object) -> UPath | None:
+    if not isinstance(path, UPath) or path.protocol in ("", "file", "local"):
+        return None
+    return path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong when a file is read into a sentence for people.
+
+    Raises:
+        DataError: whatever was raised inside, but for a DataError itself.
+    """
+    try:
+        yield
+    except (DataError, ConfigError, EndOfFile):
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist. Correct the path, or put the file there.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}). Correct its permissions.") from error
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        # Clients of object stores have error classes of their own.
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Is the store reachable?") from error
+
+
+def read_part(path: Path, offset: int = 0, num_bytes: int = -1) -> bytes:
+    """A part of a file, the whole one by default.
+
+    Raises:
+        OSError: it cannot be read, or ends earlier.
+    """
+    if num_bytes < 0 and offset == 0:
+        return path.read_bytes()
+    remote = _as_remote(path)
+    if remote is not None:
+        part = bytes(remote.fs.cat_file(remote.path, start=offset, end=offset + num_bytes))
+    else:
+        with path.open("rb") as file:
+            part = os.pread(file.fileno(), num_bytes, offset)
+    if len(part) != num_bytes:
+        raise EndOfFile(errno.EIO, f"the file ends before byte {offset + num_bytes:,}")
+    return part
+
+
+def publish_file(temporary: Path, target: Path) -> None:
+    """Give a finished local file its name, where it is to be: nobody sees half of it."""
+    remote = _as_remote(target)
+    if remote is not None:
+        remote.fs.put_file(str(temporary), remote.path)  # an object appears when its upload is complete
+        temporary.unlink()
+    else:
+        os.replace(temporary, target)
+
+
+def publish_bytes(target: Path, content: bytes) -> None:
+    """Write a file so that nobody sees half of it."""
+    if is_remote(target):
+        target.write_bytes(content)
+    else:
+        write_atomically(target, content)

@@ -1,0 +1,92 @@
+"""Reads the JSON of Andrej Karpathy's splits, in which COCO and Flickr30K have the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bridgetower.data.sample import safe_key
+from bridgetower.errors import DataError
+from data_prep.fields import as_object, name_of, objects_of, refusal, text_of, whole_of
+from data_prep.raw_files import json_items, raw_folder, require_files
+from data_prep.record import ImageFile, Record, SourceOptions
+
+_COCO_FILE = "karpathy/dataset_coco.json"
+_COCO_SPLITS = ("train", "restval", "val", "test")
+COCO_ATTRIBUTION = (
+    "Captions: COCO Consortium, CC BY 4.0 (https://cocodataset.org/#termsofuse). Pictures belong to their Flickr "
+    "users, under Flickr's terms of use. Splits: Andrej Karpathy, "
+    "https://cs.stanford.edu/people/karpathy/deepimagesent."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KarpathyImage:
+    """An image of such a file."""
+
+    row: dict[str, Any]
+    where: str
+    """Names it in errors."""
+    file_name: str
+    split: str
+    captions: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        """The file name without its suffix."""
+        return PurePosixPath(self.file_name).stem
+
+
+def karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[KarpathyImage]:
+    """All images of the file, one at a time.
+
+    Args:
+        splits: those that there are.
+
+    Raises:
+        DataError: the file is not JSON, has no images, or one is not as published.
+    """
+    number = 0
+    for number, value in enumerate(json_items(file, "images.item"), 1):
+        where = f"{file}, image {number}"
+        row = as_object(value, where)
+        split = text_of(row, "split", where)
+        if split not in splits:
+            raise refusal(row, "split", where, f"one of {', '.join(splits)}")
+        yield KarpathyImage(
+            row=row,
+            where=where,
+            file_name=name_of(row, "filename", where),
+            split=split,
+            captions=tuple(text_of(sentence, "raw", where) for sentence in objects_of(row, "sentences", where)),
+        )
+    if not number:
+        raise DataError(
+            f"{file} has no list `images` with an image in it, so it is not Karpathy's file. Copy or download it again."
+        )
+
+
+def coco_records(options: SourceOptions, source: str) -> Iterator[Record]:
+    """COCO's images with their captions.
+
+    Args:
+        source: which source reads them, for errors.
+
+    Raises:
+        ConfigError: --raw is missing.
+        DataError: a file is missing, or not as published.
+    """
+    raw = raw_folder(options, source, f"{_COCO_FILE} and the pictures in train2014 and val2014")
+    (file,) = require_files(raw, [_COCO_FILE], source)
+    for image in karpathy_images(file, _COCO_SPLITS):
+        coco_id = whole_of(image.row, "cocoid", image.where)
+        yield Record(
+            key=safe_key(image.stem),
+            image=ImageFile(path=raw / name_of(image.row, "filepath", image.where) / image.file_name),
+            image_id=f"coco:{coco_id}",
+            captions=image.captions,
+            split=image.split,
+            meta={"coco_id": coco_id},
+        )

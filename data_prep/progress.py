@@ -1,0 +1,90 @@
+"""How far a build is: a live display on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from data_prep.build import State
+
+_PLAIN_SECONDS = 10.0
+_MAX_REASONS = 6
+
+
+class ProgressLine:
+    """Shows the states of a build as they come; used as a context."""
+
+    def __init__(self, title: str) -> None:
+        """Prepare the display.
+
+        Args:
+            title: what is being built.
+        """
+        self._title = title
+        self._console = Console(stderr=True)
+        self._start = self._last = time.monotonic()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(title, total=None, rate="")
+        self._live = Live(self._bar, console=self._console, refresh_per_second=4)
+
+    def __enter__(self) -> ProgressLine:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def planned(self, rows: int) -> None:
+        """Rows of the source read so far."""
+        self._bar.update(self._task, rate=f"{rows:,} rows read")
+        self._say(f"{rows:,} rows read")
+
+    def show(self, state: State) -> None:
+        """What the workers have done."""
+        if not state.shards and not state.samples:
+            self._start = time.monotonic()
+        rate = self._rate(state)
+        reasons = Text(f"  rejected: {_reasons(state.rejects)}", style="yellow") if state.rejects else Text("")
+        self._bar.update(self._task, completed=state.samples, total=max(state.all_samples, 1), rate=rate)
+        self._live.update(Group(self._bar, reasons))
+        rejected = f", rejected: {_reasons(state.rejects)}" if state.rejects else ""
+        self._say(f"{state.shards:,} of {state.all_shards:,} shards, {rate}, {self._left(state)}{rejected}")
+
+    def _rate(self, state: State) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return f"{state.images / seconds:,.0f} images/s  {state.bytes / seconds / 1e6:,.1f} MB/s"
+
+    def _left(self, state: State) -> str:
+        if not state.samples:
+            return "time left unknown"
+        seconds = (time.monotonic() - self._start) * (state.all_samples / state.samples - 1)
+        return f"{seconds / 60:,.0f} min left" if seconds > 90 else f"{seconds:,.0f} s left"
+
+    def _say(self, text: str) -> None:
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last > _PLAIN_SECONDS:
+            self._last = now
+            print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+
+
+def _reasons(rejects: Mapping[str, int]) -> str:
+    """The most frequent reasons first."""
+    ordered = sorted(rejects.items(), key=lambda item: (-item[1], item[0]))
+    shown = "; ".join(f"{count:,} {reason}" for reason, count in ordered[:_MAX_REASONS])
+    return shown if len(ordered) <= _MAX_REASONS else f"{shown}; {len(ordered) - _MAX_REASONS} other reasons"

@@ -1,0 +1,64 @@
+"""Conceptual Captions (CC3M): pictures of the web with their cleaned alt texts, for pretraining.
+
+Files below --raw, in one of three layouts:
+  BridgeTower's
+    utils/Train_GCC-training.tsv                       caption, tab, URL; as Google publishes it
+    utils/Validation_GCC-1.1.0-Validation.tsv
+    train_image/<row>.<ext>, val_image/<row>.<ext>     pictures; rows count from 0, with any extension or none
+  ViLT's and METER's
+    train_annot.json, val_annot.json                   lists of [path, caption]
+    images_train/<first 4 letters>/<name>, images_val/...
+  img2dataset's, as fetch_corpus.py makes it
+    webdataset/{train,val}/00000.tar                   or train/*.tar and val/*.tar, or *.tar, which is train
+    webdataset/{train,val}/00000_stats.json            may be missing; counts the links that were dead
+Each of train and val becomes a corpus folder; one whose pictures are not there is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data_prep.record import ImagePolicy, Record, Reject, SourceOptions
+from data_prep.web_corpora import Part, WebCorpus, caption_url_rows, web_records
+
+FLAGS: dict[str, str] = {}
+KEEP_REPEATS = False
+SAMPLES_PER_SHARD = 10_000
+# A little above the 294 px that the large model reads: pretraining crops the centre and never augments.
+IMAGES = ImagePolicy(short_side_px=304)
+ATTRIBUTION = (
+    "Captions: Conceptual Captions (https://ai.google.com/research/ConceptualCaptions), Google LLC, free for any "
+    "purpose. Pictures belong to their owners on the web."
+)
+
+CORPUS = WebCorpus(
+    name="cc3m",
+    parts=(
+        Part(
+            split="train",
+            table="utils/Train_GCC-training.tsv",
+            pictures="train_image",
+            list_file="train_annot.json",
+            list_pictures="images_train",
+        ),
+        Part(
+            split="val",
+            table="utils/Validation_GCC-1.1.0-Validation.tsv",
+            pictures="val_image",
+            list_file="val_annot.json",
+            list_pictures="images_val",
+        ),
+    ),
+    rows=caption_url_rows,
+    is_named_by_row=True,
+)
+
+
+def records(options: SourceOptions) -> Iterator[Record | Reject]:
+    """One record per row that has, or should have, a picture.
+
+    Raises:
+        ConfigError: --raw is missing.
+        DataError: there is none of the layouts or more than one, or a file is not as described above.
+    """
+    yield from web_records(options, CORPUS)

@@ -1,0 +1,102 @@
+"""NLVR2: whether a sentence about two pictures is true.
+
+Files below --raw:
+    nlvr2/data/{train,dev,test1}.json                          JSON lines: sentence, identifier, label
+    nlvr2/data/balanced/balanced_{dev,test1}.json              parts of dev and test1; these four files may be missing,
+    nlvr2/data/unbalanced/unbalanced_{dev,test1}.json          but only all of them
+    images/train/<directory>/<pair>-img{0,1}.png               the pictures, left (0) and right (1)
+    dev/<pair>-img{0,1}.png
+    test1/<pair>-img{0,1}.png
+Each of train, dev, test1, balanced_dev, balanced_test1, unbalanced_dev and unbalanced_test1 becomes a corpus folder. A
+pair of pictures is one sample with all its sentences, and the identifier and label (True 1, False 0) of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bridgetower.data.sample import safe_key
+from bridgetower.errors import DataError
+from bridgetower.storage import reading
+from data_prep.fields import name_of, refusal, text_of
+from data_prep.raw_files import json_lines, raw_folder, require_files
+from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
+
+FLAGS: dict[str, str] = {}
+# Each row has an identifier and a label of its own, and is scored.
+KEEP_REPEATS = True
+# Twice the pictures, of any size that the web has.
+SAMPLES_PER_SHARD = 1_000
+IMAGES = ImagePolicy(short_side_px=0)
+ATTRIBUTION = (
+    "NLVR2 (https://github.com/lil-lab/nlvr), Alane Suhr et al., Cornell University, CC BY 4.0 for the sentences. "
+    "Pictures belong to their owners on the web and are given out for research only."
+)
+
+# split -> its file below nlvr2/data
+_MAIN = {split: f"{split}.json" for split in ("train", "dev", "test1")}
+_SUBSETS = {
+    f"{kind}_{split}": f"{kind}/{kind}_{split}.json"
+    for kind in ("balanced", "unbalanced")
+    for split in ("dev", "test1")
+}
+_LABELS = {"True": 1, "False": 0}
+
+
+def records(options: SourceOptions) -> Iterator[Record]:
+    """One record per row; those of the same pair of pictures are joined by their key.
+
+    Raises:
+        ConfigError: --raw is missing.
+        DataError: a file is missing, or a row is not as published.
+    """
+    raw = raw_folder(options, "nlvr2", "nlvr2/data/{train,dev,test1}.json and the pictures in images/train, dev, test1")
+    for split, file in _files(raw).items():
+        is_empty = True
+        for where, row in json_lines(file):
+            is_empty = False
+            label = text_of(row, "label", where)
+            if label not in _LABELS:
+                raise refusal(row, "label", where, " or ".join(_LABELS))
+            pair = _pair(row, where)
+            folder = _pictures(raw, split, row, where)
+            yield Record(
+                key=safe_key(pair),
+                image=ImageFile(path=folder / f"{pair}-img0.png"),
+                second_image=ImageFile(path=folder / f"{pair}-img1.png"),
+                image_id=f"nlvr2:{pair}",
+                captions=(text_of(row, "sentence", where),),
+                annotations=({"identifier": row["identifier"], "label": _LABELS[label]},),
+                split=split,
+            )
+        if is_empty:
+            raise DataError(f"{file} has no rows. Copy or download it again.")
+
+
+def _files(raw: Path) -> dict[str, Path]:
+    data = raw / "nlvr2" / "data"
+    with reading(data):
+        has_subsets = any((data / name).is_file() for name in _SUBSETS.values())
+    names = {**_MAIN, **_SUBSETS} if has_subsets else _MAIN
+    paths = require_files(raw, [f"nlvr2/data/{name}" for name in names.values()], "nlvr2")
+    return dict(zip(names, paths, strict=True))
+
+
+def _pair(row: dict[str, Any], where: str) -> str:
+    """The pair of pictures: test1-28-1 for the identifier test1-28-1-0, whose last number is that of the sentence."""
+    pair, _, sentence = name_of(row, "identifier", where).rpartition("-")
+    if not pair or not sentence:
+        raise refusal(row, "identifier", where, "of the form split-set-pair-sentence, such as dev-850-0-1")
+    return pair
+
+
+def _pictures(raw: Path, split: str, row: dict[str, Any], where: str) -> Path:
+    if split != "train":
+        return raw / split.rpartition("_")[2]
+    directory = row.get("directory")
+    # A number in the published file; a text in copies of it.
+    if isinstance(directory, int) and not isinstance(directory, bool) and directory >= 0:
+        return raw / "images" / "train" / str(directory)
+    return raw / "images" / "train" / name_of(row, "directory", where)

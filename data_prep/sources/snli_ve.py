@@ -1,0 +1,85 @@
+"""SNLI-VE: whether a picture entails a sentence, contradicts it, or neither.
+
+Files below --raw:
+    snli_ve/snli_ve_{train,dev,test}.jsonl   one pair of a picture and a hypothesis per line; the picture is accepted as
+                                             Flickr30K_ID or Flikr30kID, with .jpg or without
+    flickr30k-images/*.jpg                   Flickr30K's pictures
+Each split becomes a corpus folder. Texts are the hypotheses; the caption that a hypothesis was written for (premise),
+its label (contradiction 0, neutral 1, entailment 2) and pair_id are in the annotations. Pairs without a gold label are
+dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bridgetower.data.sample import safe_key
+from bridgetower.errors import DataError
+from data_prep.fields import name_of, refusal, text_of
+from data_prep.raw_files import json_lines, raw_folder, require_files
+from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
+
+FLAGS: dict[str, str] = {}
+# The same hypothesis was written for several captions of a picture: rows that are scored one by one.
+KEEP_REPEATS = True
+SAMPLES_PER_SHARD = 2_000
+IMAGES = ImagePolicy(short_side_px=0)
+ATTRIBUTION = (
+    "SNLI-VE (https://github.com/necla-ml/SNLI-VE), NEC Laboratories America, BSD 2-Clause, from SNLI "
+    "(https://nlp.stanford.edu/projects/snli/), Stanford NLP Group, CC BY-SA 4.0. Pictures: Flickr30K, for "
+    "non-commercial research and education; they belong to their Flickr users."
+)
+
+_SPLITS = ("train", "dev", "test")
+_PICTURES = "flickr30k-images"
+_LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
+_NO_LABEL = "-"
+_ID_FIELDS = ("Flickr30K_ID", "Flikr30kID")
+
+
+def records(options: SourceOptions) -> Iterator[Record | Reject]:
+    """One record per row; those of the same picture are joined by their key.
+
+    Raises:
+        ConfigError: --raw is missing.
+        DataError: a file is missing, or a row is not as published.
+    """
+    raw = raw_folder(options, "snli_ve", f"snli_ve/snli_ve_{{{','.join(_SPLITS)}}}.jsonl and {_PICTURES}")
+    files = require_files(raw, [f"snli_ve/snli_ve_{split}.jsonl" for split in _SPLITS], "snli_ve")
+    for split, file in zip(_SPLITS, files, strict=True):
+        is_empty = True
+        for where, row in json_lines(file):
+            is_empty = False
+            label = text_of(row, "gold_label", where)
+            if label == _NO_LABEL:
+                yield Reject(reason="no gold label", split=split)
+                continue
+            if label not in _LABELS:
+                raise refusal(row, "gold_label", where, f"one of {', '.join(_LABELS)}, or {_NO_LABEL}")
+            picture = _picture_id(row, where)
+            yield Record(
+                key=safe_key(picture),
+                image=ImageFile(path=raw / _PICTURES / f"{picture}.jpg"),
+                image_id=f"flickr30k:{picture}",
+                captions=(text_of(row, "sentence2", where),),
+                annotations=(
+                    {
+                        "premise": text_of(row, "sentence1", where),
+                        "label": _LABELS[label],
+                        "pair_id": text_of(row, "pairID", where),
+                    },
+                ),
+                split=split,
+            )
+        if is_empty:
+            raise DataError(f"{file} has no rows. Copy or download it again.")
+
+
+def _picture_id(row: dict[str, Any], where: str) -> str:
+    """The name of the picture without suffix. The owner's generator writes one field, their parser reads the other."""
+    field = next((name for name in _ID_FIELDS if name in row), _ID_FIELDS[0])
+    picture = name_of(row, field, where).removesuffix(".jpg")
+    if not picture:
+        raise refusal(row, field, where, "the name of a picture")
+    return picture

@@ -1,0 +1,129 @@
+"""check_shards finds each kind of damage and names it; --repair leaves a corpus that can be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bridgetower.data.index import ShardReader
+from bridgetower.data.manifest import load_manifest
+from data_prep.check_shards import main
+from tests.conftest import run_script
+from tests.small_corpora import write_corpus
+
+COMMAND = "data_prep/check_shards.py"
+Check = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Three shards of four pictures."""
+    return write_corpus(tmp_path_factory.mktemp("whole"), [1, 2] * 6)
+
+
+@pytest.fixture
+def corpus(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "corpus"))
+
+
+@pytest.fixture
+def check(capsys) -> Check:
+    """The command in this process: its output, if it ends with the code."""
+
+    def run(*folders: Path, code: int = 0, **flags: str) -> str:
+        try:
+            main(*map(str, folders), workers="1", **flags)
+            ended = 0
+        except SystemExit as end:
+            ended = int(str(end.code))
+        output: str = capsys.readouterr().out
+        assert ended == code, output
+        return output
+
+    return run
+
+
+def flip_byte(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def change_manifest(corpus: Path, **totals: int) -> None:
+    path = corpus / "shards.json"
+    content = json.loads(path.read_text())
+    content["totals"].update(totals)
+    path.write_text(json.dumps(content))
+
+
+def test_a_whole_corpus_has_nothing_wrong(check, whole):
+    assert "3 shards, 12 images, 18 captions: nothing wrong" in check(whole, decode="all")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / "00001.tar").unlink(), "00001.tar: is in the manifest but not there"),
+        (lambda c: shutil.copy(c / "00001.tar", c / "new.tar"), "new.tar: is not in the manifest"),
+        (lambda c: flip_byte(c / "00001.tar", 600), "has the SHA-256"),
+        (lambda c: (c / "00001.tar").write_bytes((c / "00001.tar").read_bytes()[:1500]), "is not a readable tar"),
+        (lambda c: (c / "00001.index.npy").unlink(), "00001.index.npy does not exist"),
+        (lambda c: shutil.copy(c / "00002.index.npy", c / "00001.index.npy"), "a row index 00001.index.npy of other"),
+        (lambda c: (c / "00001.index.npy").write_bytes(b"no index"), "00001.index.npy is damaged"),
+        (lambda c: (c / "shards.json").unlink(), "shards.json does not exist"),
+        (lambda c: (c / "shards.json").write_text("{"), "shards.json: is damaged"),
+        (lambda c: change_manifest(c, captions=19), "says captions=19, but there are 18"),
+        (lambda c: change_manifest(c, rows=20), "says rows=20, but there are 18"),
+        (lambda c: (c / ".00001.tar.7.tmp").write_bytes(b"half"), "an interrupted build left behind"),
+        (lambda c: (c / "00001.tar").rename(c / "a b.tar"), "a b.tar: has a name that is not letters"),
+    ],
+    ids=[
+        "lost", "stray", "flipped", "cut", "no_index", "wrong_index", "bad_index", "no_manifest", "bad_manifest",
+        "captions", "rows", "leftover", "name",
+    ],
+)  # fmt: skip
+def test_each_damage_is_named_and_repaired(check, corpus, damage, said):
+    damage(corpus)
+    assert said in check(corpus, code=2)
+    check(corpus, repair="true")
+    manifest = load_manifest(corpus)
+    assert manifest.num_pairs == sum(ShardReader(corpus / shard.name).num_pairs for shard in manifest.shards)
+    assert "nothing wrong" in check(corpus)
+
+
+def test_a_picture_that_cannot_be_decoded_is_found_and_its_shard_goes_into_quarantine(check, corpus):
+    row = ShardReader(corpus / "00001.tar")._index[2]
+    flip_byte(corpus / "00001.tar", int(row["image_offset"]) + 1)  # of PNG's signature
+    digest_is_wrong_anyway = check(corpus, decode="none", code=2)
+    assert "cannot be decoded" not in digest_is_wrong_anyway
+    assert "cannot be decoded" in check(corpus, decode="all", code=2)
+    check(corpus, repair="true")
+    assert (corpus / "quarantine/00001.tar").is_file() and not (corpus / "00001.tar").exists()
+    assert [shard.name for shard in load_manifest(corpus).shards] == ["00000.tar", "00002.tar"]
+
+
+def test_pictures_that_two_corpora_share_are_counted(check, whole, corpus, tmp_path):
+    said = check(whole, corpus, code=2)
+    assert "share 12 pictures with the same image id" in said
+    assert "that look the same" in said
+    check(whole, corpus, duplicates="report")
+    other = write_corpus(tmp_path, [1, 1], name="other", first_picture=50)
+    assert "same image id" not in check(whole, other, duplicates="report")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Which folder?"),
+        (["/nowhere"], "/nowhere is not a folder"),
+        (["--decode=some", "."], "--decode=some is not a whole number"),
+        (["--duplicates=maybe", "."], "--duplicates=maybe is neither"),
+        (["--fix", "."], "Unknown flag --fix"),
+    ],
+)
+def test_wrong_usage_is_refused(arguments, said):
+    assert said in run_script(COMMAND, *arguments, code=2).stderr

@@ -1,0 +1,142 @@
+"""Shards are read from and written to an object store as to a folder: against moto's S3 server on loopback."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from bridgetower.data.manifest import load_manifest
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.storage import place, read_part, reading
+from tests.conftest import run_script
+from tests.small_corpora import draw, file_of
+
+BUCKET = "s3://corpora"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[dict[str, str]]:
+    """A server with an empty bucket. Gives the environment that leads there."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        place(BUCKET).mkdir()
+        yield names
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    """Eight large pictures, of which the eighth is damaged, and their captions."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = ["image,caption"]
+    for number in range(8):
+        content = file_of(draw(number, 400, 340), "JPEG")
+        (folder / f"{number}.jpg").write_bytes(content if number < 7 else content[:500])
+        rows.append(f"{number}.jpg,picture {number}")
+    rows.append("nowhere.jpg,no picture")
+    (folder / "captions.csv").write_text("\n".join(rows))
+    return folder
+
+
+def build(raw: object, out: object) -> None:
+    flags = [f"--raw={raw}", f"--captions={raw}/captions.csv", f"--out={out}", "--samples_per_shard=3", "--workers=2"]
+    run_script("data_prep/build_shards.py", "folder", *flags)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file but the notes of the build, which hold local times of change."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    }
+
+
+@pytest.mark.usefixtures("store")
+def test_a_build_from_and_into_a_store_has_the_bytes_of_a_local_one(raw, tmp_path):
+    for file in raw.iterdir():
+        (place(f"{BUCKET}/raw") / file.name).write_bytes(file.read_bytes())
+    build(raw, tmp_path / "local")
+    build(f"{BUCKET}/raw", f"{BUCKET}/shards")
+    totals = load_manifest(f"{BUCKET}/shards").totals
+    assert totals.rejects == {"image cannot be decoded": 1, "image file missing": 1}
+    ours, local = place(f"{BUCKET}/shards"), files_in(tmp_path / "local")
+    assert files_in(ours) == local
+    assert {"00000.tar", "00000.index.npy", "shards.json", "contact_sheet.png"} <= local.keys()
+    assert "nothing wrong" in run_script("data_prep/check_shards.py", str(ours)).stdout
+    # A shard that is lost is the only one to be built again.
+    (ours / "00001.tar").unlink()
+    before = (ours / "00000.tar").stat().st_mtime
+    assert (
+        "00001.tar: is in the manifest but not there"
+        in run_script("data_prep/check_shards.py", str(ours), code=2).stdout
+    )
+    build(f"{BUCKET}/raw", f"{BUCKET}/shards")
+    assert files_in(ours) == local and (ours / "00000.tar").stat().st_mtime == before
+    # Downloaded, it is a corpus.
+    for name, content in files_in(ours).items():
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert "nothing wrong" in run_script("data_prep/check_shards.py", str(tmp_path / "copy")).stdout
+
+
+@pytest.mark.usefixtures("store")
+def test_tars_of_others_are_indexed_in_the_store(emoji_shards):
+    foreign = place(f"{BUCKET}/foreign")
+    shutil.copyfileobj((emoji_shards / "concept/00000.tar").open("rb"), (foreign / "a.tar").open("wb"))
+    assert "131 images in 1 shards" in run_script("data_prep/index_shards.py", str(foreign)).stdout
+    assert (foreign / "a.index.npy").read_bytes() == (emoji_shards / "concept/00000.index.npy").read_bytes()
+
+
+@pytest.mark.usefixtures("store")
+def test_a_part_of_an_object_is_one_range_request():
+    file = place(f"{BUCKET}/part")
+    file.write_bytes(bytes(range(256)))
+    assert read_part(file, 10, 5) == bytes(range(10, 15))
+    with pytest.raises(OSError, match="ends before byte 300"):
+        read_part(file, 250, 50)
+
+
+def test_what_goes_wrong_with_a_store_is_said(store, raw):
+    wrong = {**store, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    error = run_script(
+        "data_prep/build_shards.py", "folder", f"--raw={BUCKET}/raw", f"--captions={raw}/captions.csv",
+        f"--out={BUCKET}/x", code=2, env=wrong,
+    ).stderr  # fmt: skip
+    assert "Is the store reachable?" in error and "Traceback" not in error
+    error = run_script(
+        "data_prep/build_shards.py", "folder", f"--raw={raw}", f"--captions={raw}/captions.csv",
+        "--out=s3://no-such-bucket/x", code=2,
+    ).stderr  # fmt: skip
+    assert "no-such-bucket" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["pipe:cat /etc/passwd", "ftp://host/file", "zip://a::http://b", "github://x"])
+def test_other_protocols_are_refused_or_plain_names(name):
+    if "://" in name:
+        with pytest.raises(ConfigError, match="is unknown"):
+            place(name)
+    else:
+        assert place(name) == Path(name)
+
+
+def test_errors_of_local_files_name_the_file(tmp_path):
+    with pytest.raises(OSError, match="ends before"):
+        (tmp_path / "file").write_bytes(b"123")
+        read_part(tmp_path / "file", 1, 5)
+    with pytest.raises(DataError, match=r"file.*does not exist"), reading(tmp_path / "file2"):
+        (tmp_path / "file2").read_bytes()
