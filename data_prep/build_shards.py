@@ -178,13 +178,13 @@ def _scratch(out: Path, scratch: str) -> Path | None:
 
 def _print_table(out: Path, manifests: Mapping[str, Manifest]) -> None:
     """A row per split, as in the paper's Table 9, and below why texts were rejected."""
-    table = Table("folder", title=f"Shards in {out}", title_justify="left")
+    table = Table("split", title=f"Shards in {out}", title_justify="left")
     for name in ("images", "captions", "words a caption", "MB", "shards", "rejected"):
         table.add_column(name, justify="right")
     for split, manifest in manifests.items():
         totals = manifest.totals
         table.add_row(
-            str(out / split),
+            split or "all",
             f"{totals.images:,}",
             f"{totals.captions:,}",
             f"{totals.caption_words / max(totals.captions, 1):.1f}",

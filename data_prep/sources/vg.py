@@ -39,7 +39,7 @@ _FOLDERS = ("VG_100K", "VG_100K_2")
 _FOLDER_IN_URL = re.compile(r"/(VG_100K(?:_2)?)/[^/]*$")
 
 
-class _Image(NamedTuple):
+class Image(NamedTuple):
     """A row of image_data.json without its url and size: all 108,077 take 20 MB."""
 
     folder_number: int | None
@@ -57,41 +57,38 @@ def records(options: SourceOptions) -> Iterator[Record]:
     """
     raw = raw_folder(options, "vg", f"{_REGIONS}, {_IMAGE_DATA[0]} and the pictures in images/VG_100K and VG_100K_2")
     (file,) = require_files(raw, [_REGIONS], "vg")
-    images = _images(_image_data_file(raw))
+    images = image_table(raw, "vg")
     number = 0
     for number, value in enumerate(json_items(file, "item"), 1):
         where = f"{file}, image {number}"
         row = as_object(value, where)
-        vg_id = _id_of(row, where)
-        known = images.get(vg_id, _Image(None, None, None))
-        ids = {"vg_id": vg_id, "coco_id": known.coco_id, "flickr_id": known.flickr_id}
+        vg_id = image_number(row, where)
+        known = images.get(vg_id, Image(None, None, None))
         yield Record(
             key=str(vg_id),
-            image=ImageFile(path=_picture(raw / "images", vg_id, known.folder_number)),
-            image_id=f"vg:{vg_id}" if known.coco_id is None else f"coco:{known.coco_id}",
+            image=ImageFile(path=picture(raw, vg_id, known)),
+            image_id=image_id(vg_id, known),
             captions=tuple(text_of(region, "phrase", where) for region in objects_of(row, "regions", where)),
-            meta={name: value for name, value in ids.items() if value is not None},
+            meta=ids(vg_id, known),
         )
     if not number:
         raise DataError(f"{file} is not a list of images with their regions. Copy or download it again.")
 
 
-def _image_data_file(raw: Path) -> Path:
-    with reading(raw):
-        for name in _IMAGE_DATA:
-            if (raw / name).is_file():
-                return raw / name
-    return require_files(raw, _IMAGE_DATA[:1], "vg")[0]  # says that it is missing
+def image_table(raw: Path, source: str) -> dict[int, Image]:
+    """Read image_data.json: each image by its number.
 
-
-def _images(file: Path) -> dict[int, _Image]:
+    Raises:
+        DataError: the file is missing, or not as published.
+    """
+    file = _image_data_file(raw, source)
     found = {}
     for number, value in enumerate(json_items(file, "item"), 1):
         where = f"{file}, image {number}"
         row = as_object(value, where)
         url = row.get("url")
         match = _FOLDER_IN_URL.search(url) if isinstance(url, str) else None
-        found[_id_of(row, where)] = _Image(
+        found[image_number(row, where)] = Image(
             folder_number=None if match is None else _FOLDERS.index(match[1]),
             coco_id=whole_or_none_of(row, "coco_id", where),
             flickr_id=whole_or_none_of(row, "flickr_id", where),
@@ -102,15 +99,35 @@ def _images(file: Path) -> dict[int, _Image]:
     return found
 
 
-def _id_of(row: dict[str, object], where: str) -> int:
-    """The image's number, under the name that the version of the file has for it."""
+def image_number(row: dict[str, object], where: str) -> int:
+    """The image's number in a row of one of the files, under the name that the version of the file has for it."""
     return whole_of(row, "id" if "image_id" not in row and "id" in row else "image_id", where)
 
 
-def _picture(folder: Path, vg_id: int, folder_number: int | None) -> Path:
-    name = f"{vg_id}.jpg"
-    if folder_number is not None:
-        return folder / _FOLDERS[folder_number] / name
+def image_id(vg_id: int, image: Image) -> str:
+    """What the picture is called in shards: by COCO's id where it is COCO's, so that ``--exclude`` sees it."""
+    return f"vg:{vg_id}" if image.coco_id is None else f"coco:{image.coco_id}"
+
+
+def ids(vg_id: int, image: Image) -> dict[str, int]:
+    """The ids that are known, for the meta of a record."""
+    known = {"vg_id": vg_id, "coco_id": image.coco_id, "flickr_id": image.flickr_id}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def picture(raw: Path, vg_id: int, image: Image) -> Path:
+    """The file of the picture; the first of the two places if it is in neither."""
+    folder, name = raw / "images", f"{vg_id}.jpg"
+    if image.folder_number is not None:
+        return folder / _FOLDERS[image.folder_number] / name
     with reading(folder):
         places = [folder / part / name for part in _FOLDERS]
         return next((place for place in places if place.is_file()), places[0])
+
+
+def _image_data_file(raw: Path, source: str) -> Path:
+    with reading(raw):
+        for name in _IMAGE_DATA:
+            if (raw / name).is_file():
+                return raw / name
+    return require_files(raw, _IMAGE_DATA[:1], source)[0]  # says that it is missing

@@ -25,7 +25,15 @@ from bridgetower.config.cli import parse_bool
 from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
 from bridgetower.storage import place
-from data_prep.answers import MIN_COUNT, Vocabulary, build_vocabulary, read_vocabulary, soft_scores
+from data_prep.answers import (
+    MIN_COUNT,
+    NO_ANSWER,
+    VOCABULARY_NAME,
+    Vocabulary,
+    build_vocabulary,
+    read_vocabulary,
+    soft_scores,
+)
 from data_prep.fields import as_object, objects_of, text_of, whole_of
 from data_prep.raw_files import DiskDict, json_items, raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
@@ -42,8 +50,6 @@ ATTRIBUTION = (
     "VQA v2.0 (https://visualqa.org), Yash Goyal et al., CC BY 4.0. Pictures: COCO Consortium "
     "(https://cocodataset.org/#termsofuse); they belong to their Flickr users, under Flickr's terms of use."
 )
-VOCABULARY_NAME = "answers.json"
-NO_ANSWER = "no answer in the vocabulary"
 
 # split -> the name that COCO's pictures and VQA's files have for it
 _ANSWERED = {"train": "train2014", "val": "val2014"}
@@ -103,10 +109,11 @@ def _vocabulary(options: SourceOptions, annotations: Mapping[str, Path]) -> Voca
         for row, where in _rows(file, "annotations")
     )
     if not len(vocabulary):
+        names = " and ".join(str(file) for file in annotations.values())
         raise DataError(
-            f"No answer is the most frequent one of {MIN_COUNT} questions in {' and '.join(map(str, annotations.values()))}"
-            ", so that there is no vocabulary. Are the files whole? For a part of VQAv2, give --answers=FILE, such as "
-            f"the {VOCABULARY_NAME} of a build of all of it."
+            f"No answer is the most frequent one of {MIN_COUNT} questions in {names}, so that there is no vocabulary. "
+            f"Are the files whole? For a part of VQAv2, give --answers=FILE, such as the {VOCABULARY_NAME} of a build "
+            "of all of it."
         )
     return vocabulary
 

@@ -94,6 +94,8 @@ def test_a_build_writes_shards_and_shows_a_table_with_the_rejected(photos, tmp_p
         "short_side_px": 304,
         "jpeg_quality": 80,
         "lossless": False,
+        "keep_repeats": False,
+        "exclusion": "",
     }
 
 

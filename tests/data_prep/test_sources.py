@@ -15,12 +15,13 @@ import pytest
 
 from bridgetower.errors import ConfigError, DataError
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
-from tests.data_prep.layouts import coco, nlvr2, snli_ve, vg
+from tests.data_prep.layouts import coco, nlvr2, snli_ve, vg, vgqa, vqav2
 
-SOURCES = ("coco", "coco_retrieval", "flickr30k", "nlvr2", "snli_ve", "vg")
+SOURCES = ("coco", "coco_retrieval", "flickr30k", "nlvr2", "snli_ve", "vg", "vgqa", "vqav2")
 PRETRAINING = ("coco", "vg")
 # Equal texts of an image are different rows, and each has an annotation.
-TASKS_OF_ROWS = ("nlvr2", "snli_ve")
+TASKS_OF_ROWS = ("nlvr2", "snli_ve", "vgqa", "vqav2")
+FLAGS = {"vgqa": {"answers", "images"}, "vqav2": {"answers", "normalize"}}
 KARPATHY = ("coco", "coco_retrieval", "flickr30k")
 # The files without which there is nothing to build.
 FILES = {
@@ -30,6 +31,11 @@ FILES = {
     "nlvr2": [f"nlvr2/data/{split}.json" for split in ("train", "dev", "test1")],
     "snli_ve": [f"snli_ve/snli_ve_{split}.jsonl" for split in ("train", "dev", "test")],
     "vg": [vg.REGIONS_FILE, vg.IMAGE_FILE],
+    "vgqa": [vgqa.QUESTIONS_FILE, vgqa.IMAGE_FILE],
+    "vqav2": [
+        *(str(vqav2.questions_file(Path(), split)) for split in ("train", "val", "test", "test-dev")),
+        *(str(vqav2.annotations_file(Path(), split)) for split in ("train", "val")),
+    ],
 }
 ALL_FILES = [(source, name) for source, names in FILES.items() for name in names]
 
@@ -90,7 +96,11 @@ def test_a_source_says_what_it_is_and_which_files_it_needs(source):
     module = source_of(source)
     first, _, rest = (module.__doc__ or "").partition("\n")
     assert first.endswith(".") and "Files below --raw:" in rest
-    assert module.FLAGS == {} and module.SAMPLES_PER_SHARD > 0 and module.ATTRIBUTION.endswith(".")
+    assert (
+        set(module.FLAGS) == FLAGS.get(source, set())
+        and module.SAMPLES_PER_SHARD > 0
+        and module.ATTRIBUTION.endswith(".")
+    )
     assert ImagePolicy(short_side_px=304 if source in PRETRAINING else 0) == module.IMAGES
     assert module.KEEP_REPEATS is (source in TASKS_OF_ROWS)
 
