@@ -40,10 +40,10 @@ demo: $(INSTALLED)
 
 # Two files at a time: most of a test's time is one core's work. A file's tests share what they have built.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -68,8 +68,8 @@ setup(
         "parquet": ["pyarrow>=20"],
         # Photographs for benchmarks.
         "benchmarks": ["scikit-image>=0.25,<1"],
-        # The downloader of the corpora that are lists of URLs.
-        "download": ["img2dataset>=1.47,<2"],
+        # There is no extra for img2dataset, which downloads lists of URLs: it needs webdataset < 0.3 and pandas < 3, so
+        # that it lives in an environment of its own (data_prep/url_pictures.py).
         # W&B workspaces as code.
         "dashboard": ["wandb-workspaces>=0.3,<1"],
     },

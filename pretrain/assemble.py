@@ -25,7 +25,7 @@ from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
-from bridgetower.model.pretrained import load_tower_weights
+from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
 from bridgetower.model.text_tower import padding_id
 from bridgetower.task import PretrainTask
 
@@ -156,6 +156,7 @@ def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
 
 def build_task(config: RunConfig) -> PretrainTask:
     """Model and objectives with their initial weights, a function of the seed and the towers' weights."""
+    check_vision_weights(config.model.vision)
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)

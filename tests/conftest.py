@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,46 @@ REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+# Folders whose tests take longest: they are begun first, so that at the end both workers have something to do.
+SLOWEST_FIRST = ("integration", "interop")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; needs ``--no-loadscope-reorder`` where pytest-xdist hands them out."""
+    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(REPO / "tests").parts[0], len(places)))
+
+
 @pytest.fixture(scope="session")
-def emoji_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of one pytest-xdist share; without them, of this process."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def emoji_shards(of_all_workers: Path) -> Path:
     """The demo corpus, built as `make demo` does: folders train, combination and concept."""
-    out = tmp_path_factory.mktemp("shards") / "emoji"
-    run_script("data_prep/build_shards.py", "emoji", f"--out={out}")
+    out = of_all_workers / "shards/emoji"
+    with one_at_a_time(of_all_workers / "emoji.lock"):
+        if not (out.parent / "complete").exists():
+            run_script("data_prep/build_shards.py", "emoji", f"--out={out}")
+            (out.parent / "complete").touch()
     return out
 
 
 @pytest.fixture
-def much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def much_memory(of_all_workers: Path) -> Iterator[None]:
     """For a test that needs several GB: no two of them run at a time, on any worker of pytest."""
-    with (tmp_path_factory.getbasetemp().parent / "much_memory.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(of_all_workers / "much_memory.lock"):
+        yield
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds it."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import CUSTOM
+from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 
@@ -28,15 +28,22 @@ def load_tower_weights(model: BridgeTower) -> None:
     Raises:
         ConfigError: the weights cannot be had, or are those of another model than the tower.
     """
+    check_vision_weights(model.config.vision)
     if model.config.vision.weights != NO_WEIGHTS:
         _load_vision(model)
     if model.config.text.weights != NO_WEIGHTS:
         _load_text(model)
 
 
-def _load_vision(model: BridgeTower) -> None:
-    config = model.config.vision
+def check_vision_weights(config: VisionTowerConfig) -> None:
+    """Look the name of the weights up, which takes no time, before a model is built for them.
+
+    Raises:
+        ConfigError: open_clip does not know them for this tower, or they are of another activation.
+    """
     name, source = config.name, config.weights
+    if source == NO_WEIGHTS:
+        return
     if name == CUSTOM:
         raise ConfigError(
             f"model.vision.weights={source} are of a model of open_clip, but model.vision.name={CUSTOM}. Give its "
@@ -51,6 +58,11 @@ def _load_vision(model: BridgeTower) -> None:
         )
     if source in tags:
         _check_activation(name, source)
+
+
+def _load_vision(model: BridgeTower) -> None:
+    config = model.config.vision
+    name, source = config.name, config.weights
     try:
         loaded = open_clip.create_model(name, pretrained=source, precision="fp32").visual.state_dict()
     except Exception as error:  # the hub's client and torch raise many kinds

@@ -85,7 +85,7 @@ def write_vilt(folder: Path, pictures: str, list_file: str, rows: Sequence[Row])
         content = content_of(number, row)
         if content is not None:
             put(folder / pictures / name[:4] / name, content)
-        entries.append([f"/home/somebody/gcc/{pictures}/{name[:4]}/{name}", row.caption])
+        entries.append([f"/data/somebody/gcc/{pictures}/{name[:4]}/{name}", row.caption])
     assert rows[-1].caption and rows[-1].fate not in _FATES
     put(folder / list_file, json.dumps([*entries, entries[-1]]))
     return expected_of(rows, repeats=1)
