@@ -62,9 +62,10 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
-        # Object stores and Parquet, for data_prep.
+        # Object stores, web servers and Parquet.
         "s3": ["s3fs>=2026.2"],
         "gs": ["gcsfs>=2026.2"],
+        "http": ["aiohttp>=3.10"],
         "parquet": ["pyarrow>=20"],
         # Photographs for benchmarks.
         "benchmarks": ["scikit-image>=0.25,<1"],

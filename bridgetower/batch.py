@@ -14,8 +14,8 @@ from torch import Tensor
 class PretrainBatch(NamedTuple):
     """One micro-batch of pairs, with every random choice already made."""
 
-    pixels_B3SS: Tensor
-    """uint8; normalised on the device."""
+    pixels_N3SS: Tensor
+    """uint8; normalised on the device. The pairs' own images, then those that are there as negatives alone."""
     clean_ids_BL: Tensor
     """int64 token ids, padded."""
     masked_ids_BL: Tensor
@@ -30,11 +30,17 @@ class PretrainBatch(NamedTuple):
     """float32; the weight of its loss. Each group of pairs counts equally, each token equally within its group, so
     that the loss is the published mean over a micro-batch of that group's size however the batch is cut."""
     itm_image_B: Tensor
-    """int64; row of the image that pair b's caption is shown with: b itself, or its negative's."""
+    """int64; row n of the image that pair b's caption is shown with: b itself, or its negative's."""
     itm_label_B: Tensor
     """int64; 1 where that image is the pair's own."""
     image_id_B: Tensor
     """int64; pairs with the same id show the same picture."""
+    replaced_B: Tensor
+    """bool; True where another pair took the place of one that cannot be read (data.on_bad_sample)."""
+    notes: tuple[str, ...] = ()
+    """Why, for people."""
+    lines: tuple[str, ...] = ()
+    """What the pairs are, for data.record_pairs: a JSON text each."""
 
 
 class ImageBatch(NamedTuple):

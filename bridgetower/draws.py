@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,28 @@ import numpy.typing as npt
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MUL_2 = np.uint64(0x94D049BB133111EB)
+_GOLDEN = 0x9E3779B97F4A7C15
+_MUL_1 = 0xBF58476D1CE4E5B9
+_MUL_2 = 0x94D049BB133111EB
+_ALL_BITS = 0xFFFFFFFFFFFFFFFF
 _FEISTEL_ROUNDS = 6
 
 
 def _mix(values: U64) -> U64:
-    """SplitMix64's finaliser: a bijection of 64-bit integers."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * _MUL_1
-        values = (values ^ (values >> np.uint64(27))) * _MUL_2
-        return values ^ (values >> np.uint64(31))
+    """SplitMix64's finaliser: a bijection of 64-bit integers. Of arrays with an axis, whose overflows are silent."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_MUL_1)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_MUL_2)
+    return values ^ (values >> np.uint64(31))
 
 
+def _mix_one(value: int) -> int:
+    """The same of one number, in a tenth of the time that an array of one takes."""
+    value = ((value ^ (value >> 30)) * _MUL_1) & _ALL_BITS
+    value = ((value ^ (value >> 27)) * _MUL_2) & _ALL_BITS
+    return value ^ (value >> 31)
+
+
+@lru_cache(maxsize=1024)
 def hash64(data: str | bytes) -> int:
     """64-bit hash of a text; the same on every machine, unlike ``hash``."""
     raw = data.encode() if isinstance(data, str) else data
@@ -39,20 +48,18 @@ def hash64(data: str | bytes) -> int:
 
 def key(*parts: int | str) -> int:
     """Join a seed, a purpose and whatever else names a stream of numbers into one 64-bit key."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            number = hash64(part) if isinstance(part, str) else int(part) & 0xFFFFFFFFFFFFFFFF
-            state = _mix((state + _GOLDEN) ^ _mix(np.array([number], np.uint64)))
-    return int(state[0])
+    state = 0
+    for part in parts:
+        number = hash64(part) if isinstance(part, str) else int(part) & _ALL_BITS
+        state = _mix_one(((state + _GOLDEN) & _ALL_BITS) ^ _mix_one(number))
+    return state
 
 
 def keys(stream: int, texts: Sequence[str]) -> U64:
     """``key(stream, text)`` of each text, in one go."""
     numbers = np.array([hash64(text) for text in texts], np.uint64)
-    with np.errstate(over="ignore"):
-        state = _mix(np.zeros(1, np.uint64) + _GOLDEN ^ _mix(np.array([stream & 0xFFFFFFFFFFFFFFFF], np.uint64)))
-        return _mix((state + _GOLDEN) ^ _mix(numbers))
+    state = (key(stream) + _GOLDEN) & _ALL_BITS
+    return _mix(np.uint64(state) ^ _mix(numbers))
 
 
 def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:
@@ -63,8 +70,9 @@ def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:
     """
     counts = np.asarray(counters).astype(np.uint64)
     stream_key = np.asarray(stream, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        return _mix(_mix(counts * _GOLDEN + stream_key) ^ stream_key)
+    shape = np.broadcast_shapes(counts.shape, stream_key.shape)
+    found = _mix(_mix(np.atleast_1d(counts) * np.uint64(_GOLDEN) + stream_key) ^ stream_key)
+    return found.reshape(shape)
 
 
 def uniform(stream: int | U64, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -70,7 +70,7 @@ def count_step(config: ModelConfig, objectives: ObjectivesConfig, text_tokens: i
         side = task.model.config.image_size_px
         ids = torch.ones(_PAIRS, text_tokens, dtype=torch.long)
         batch = PretrainBatch(
-            pixels_B3SS=torch.empty(_PAIRS, 3, side, side, dtype=torch.uint8),
+            pixels_N3SS=torch.empty(_PAIRS, 3, side, side, dtype=torch.uint8),
             clean_ids_BL=ids,
             masked_ids_BL=ids,
             attention_mask_BL=torch.ones(_PAIRS, text_tokens, dtype=torch.bool),
@@ -80,6 +80,7 @@ def count_step(config: ModelConfig, objectives: ObjectivesConfig, text_tokens: i
             itm_image_B=torch.ones(_PAIRS, dtype=torch.long),
             itm_label_B=torch.ones(_PAIRS, dtype=torch.long),
             image_id_B=torch.ones(_PAIRS, dtype=torch.long),
+            replaced_B=torch.zeros(_PAIRS, dtype=torch.bool),
         )
     flops, _ = _count(lambda: task(batch)[0].backward())
     return flops / _PAIRS

@@ -37,6 +37,8 @@ def place(text: str | Path) -> Path:
     Raises:
         ConfigError: the protocol is not one of SCHEMES, or its package is not installed.
     """
+    if as_remote(text) is not None:
+        return cast(Path, text)
     match = _URL.match(str(text))
     if match is None or not isinstance(text, str):
         return text if isinstance(text, Path) else Path(text)
@@ -47,7 +49,7 @@ def place(text: str | Path) -> Path:
         return Path(text[match.end() :])
     try:
         found = cast(Path, UPath(text))
-        remote = _as_remote(found)
+        remote = as_remote(found)
         assert remote is not None and remote.fs is not None  # opens the file system, for which it needs the package
     except (ImportError, ValueError) as error:
         cure = f"pip install {SCHEMES[scheme]}" if SCHEMES[scheme] else "see the error"
@@ -57,10 +59,11 @@ def place(text: str | Path) -> Path:
 
 def is_remote(path: Path) -> bool:
     """True if it is in an object store: without renames and locks, and slow to ask for each file."""
-    return _as_remote(path) is not None
+    return as_remote(path) is not None
 
 
-def _as_remote(path: object) -> UPath | None:
+def as_remote(path: object) -> UPath | None:
+    """The path with its file system (``fs``, ``path``) if it is in an object store, else None."""
     if not isinstance(path, UPath) or path.protocol in ("", "file", "local"):
         return None
     return path
@@ -96,7 +99,7 @@ def read_part(path: Path, offset: int = 0, num_bytes: int = -1) -> bytes:
     """
     if num_bytes < 0 and offset == 0:
         return path.read_bytes()
-    remote = _as_remote(path)
+    remote = as_remote(path)
     if remote is not None:
         part = bytes(remote.fs.cat_file(remote.path, start=offset, end=offset + num_bytes))
     else:
@@ -109,7 +112,7 @@ def read_part(path: Path, offset: int = 0, num_bytes: int = -1) -> bytes:
 
 def publish_file(temporary: Path, target: Path) -> None:
     """Give a finished local file its name, where it is to be: nobody sees half of it."""
-    remote = _as_remote(target)
+    remote = as_remote(target)
     if remote is not None:
         remote.fs.put_file(str(temporary), remote.path)  # an object appears when its upload is complete
         temporary.unlink()

@@ -58,7 +58,7 @@ class PretrainTask(nn.Module):
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
         model, objectives = self.model, self.objectives
-        image = model.encode_image(model.normalize(batch.pixels_B3SS))
+        image = model.encode_image(model.normalize(batch.pixels_N3SS))
         # Rows of the text tower: masked captions for MLM, clean ones for ITM and ITC.
         needs_clean = objectives.itm or objectives.itc
         kinds = [batch.masked_ids_BL] * objectives.mlm + [batch.clean_ids_BL] * needs_clean
@@ -68,19 +68,22 @@ class PretrainTask(nn.Module):
         if objectives.itc:
             clean_class_BD = text.class_BD[-len(batch.clean_ids_BL) :]
             head = model.itc_head
-            text_BC, image_BC = head.embed_text(clean_class_BD), head.embed_image(image.class_BD)
+            own_class_BD = image.class_BD[: len(batch.clean_ids_BL)]
+            text_BC, image_BC = head.embed_text(clean_class_BD), head.embed_image(own_class_BD)
             results.append(image_text_contrast(text_BC, image_BC, batch.image_id_B, head.clamped_temperature()))
         loss = torch.stack([result.loss for result in results]).sum()
         metrics = {name: value for result in results for name, value in result.metrics.items()}
+        replaced = batch.replaced_B.float()
+        metrics["replaced_fraction"] = torch.stack([replaced.sum(), torch.ones_like(replaced).sum()])
         return loss, metrics
 
     def _fused_objectives(
-        self, batch: PretrainBatch, text_KRLD: Tensor, image_KBPD: Tensor, mask_RL: Tensor
+        self, batch: PretrainBatch, text_KRLD: Tensor, image_KNPD: Tensor, mask_RL: Tensor
     ) -> list[Result]:
         """MLM on (masked caption, own image) and ITM on (clean caption, own or other image), in one pass."""
         model, objectives = self.model, self.objectives
         num_pairs = len(batch.clean_ids_BL)
-        images = [image_KBPD] * objectives.mlm + [image_KBPD[:, batch.itm_image_B]] * objectives.itm
+        images = [image_KNPD[:, :num_pairs]] * objectives.mlm + [image_KNPD[:, batch.itm_image_B]] * objectives.itm
         num_rows = num_pairs * len(images)
         fused = model.fuse(text_KRLD[:, :num_rows], torch.cat(images, dim=1), mask_RL[:num_rows])
         results = []

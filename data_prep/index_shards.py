@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import fire
-import numpy as np
 from fire.decorators import SetParseFn
 from rich.console import Console
 
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
-from bridgetower.data.index import INDEX_DTYPE, Index, index_bytes, index_path, index_row, samples_of_tar
+from bridgetower.data.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
 from bridgetower.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.data.sample import IMAGE_SUFFIXES, parse_record
 from bridgetower.errors import ConfigError, DataError
@@ -114,7 +113,7 @@ def scan_foreign(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals
     Raises:
         DataError: the tar itself is damaged.
     """
-    rows: list[tuple[int, ...]] = []
+    rows: list[IndexRow] = []
     rejects: Counter[str] = Counter()
     num_samples = words = num_bytes = captions = 0
     with shard.open("rb") as file:
@@ -147,7 +146,7 @@ def scan_foreign(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals
         rejects=dict(sorted(rejects.items())),
         image_rejects=dict(sorted(rejects.items())),
     )
-    return np.array(rows, INDEX_DTYPE), totals
+    return make_index(rows), totals
 
 
 def _members(members: dict[str, tarfile.TarInfo]) -> tuple[tarfile.TarInfo, tarfile.TarInfo]:

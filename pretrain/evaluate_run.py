@@ -40,16 +40,16 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     # These import DeepSpeed, which reads what read_launch has completed.
     from bridgetower.engine.checkpoint import find_checkpoint, read_description
     from bridgetower.engine.evaluate import write_scores
-    from pretrain import assemble
+    from pretrain import assemble, assemble_data
     from pretrain.score_table import print_scores
 
-    assemble.check_held_out(config.data.eval_shards)
-    tokenizer = assemble.build_tokenizer(config)
+    assemble_data.check_held_out(config.data)
+    tokenizer = assemble_data.build_tokenizer(config)
     launching.start(place, config.engine.threads_per_rank)
     try:
         checkpoint = find_checkpoint(path)
         task = assemble.load_task(config, checkpoint, precision).to(place.device)
-        results = assemble.evaluate_splits(task, assemble.build_splits(config, tokenizer), config, place.device)
+        results = assemble.evaluate_splits(task, assemble_data.build_splits(config, tokenizer), config, place.device)
         step = read_description(checkpoint)["step"]
         write_scores(folder, step, results)
         if place.rank == 0:

@@ -19,7 +19,7 @@ from bridgetower.config.schema import (
 )
 
 # COCO (Karpathy train + restval), Visual Genome, SBU and CC3M: the "4M" images of the paper's Table 9.
-_4M_TRAIN = ("shards/coco/train", "shards/coco/restval", "shards/vg", "shards/sbu", "shards/cc3m")
+_4M_TRAIN = ("shards/coco/train", "shards/coco/restval", "shards/vg", "shards/sbu", "shards/cc3m/train")
 _4M_EVAL = ("shards/coco/test",)
 
 

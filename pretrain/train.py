@@ -20,7 +20,7 @@ from bridgetower.config.deepspeed import merge_deepspeed_config
 from bridgetower.config.overrides import to_dict
 from bridgetower.config.schema import RunConfig
 from bridgetower.config.snapshot import RUN_FILE, Identity, check_same_run, read_run_file, write_run_file
-from bridgetower.data.corpora import Corpora
+from bridgetower.data.corpora import open_corpora
 from bridgetower.data.order import cut_global_batch
 from bridgetower.errors import EXIT_PREEMPTED, BridgeTowerError, CheckpointError, ConfigError
 from bridgetower.files import claim_folder, write_atomically
@@ -46,7 +46,7 @@ def run(config: RunConfig) -> bool:
     Returns: True if it came to the end.
     """
     data = config.data
-    corpora = Corpora(data.train_shards)
+    corpora = open_corpora(data.train_shards, data)
     # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.engine import launch as launching
     from bridgetower.engine.optim import chosen_implementation
@@ -55,13 +55,15 @@ def run(config: RunConfig) -> bool:
     place = launching.read_launch()
     stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
-    from pretrain import assemble  # imports DeepSpeed, which reads what read_launch has completed
+    # imports DeepSpeed, which reads what read_launch has completed
+    from pretrain import assemble, assemble_data
 
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
-    config = assemble.complete(config)
+    config = assemble_data.complete(config)
     memory = assemble.find_memory_config(config, place.device)
-    tokenizer = assemble.build_tokenizer(config)
-    assemble.check_held_out(data.eval_shards, corpora)
+    tokenizer = assemble_data.build_tokenizer(config)
+    # One rank looks at all pictures; if it finds some in both, the launcher ends the others.
+    assemble_data.check_held_out(data, corpora if place.rank == 0 else None)
     identity = Identity(
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
         optimizer=chosen_implementation(config.optim, place.device),
@@ -90,8 +92,8 @@ def run(config: RunConfig) -> bool:
                 started_from=started_from,
             )
             write_atomically(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=1).encode() + b"\n")
-        stream = assemble.build_stream(config, corpora, cut, place.rank, tokenizer)
-        splits = assemble.build_splits(config, tokenizer)
+        stream = assemble_data.build_stream(config, corpora, cut, place.rank, tokenizer)
+        splits = assemble_data.build_splits(config, tokenizer)
         return _train(config, folder, deepspeed_config, place, task, stream, splits, stop)
     except BridgeTowerError as error:
         error.rank = place.rank
@@ -112,14 +114,14 @@ def _train(
     splits: list[Any],
     stop: Any,
 ) -> bool:
-    from bridgetower.data.loader import micro_batches
+    from bridgetower.data.loader import micro_batches, recorded
     from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
     from bridgetower.engine.evaluate import write_scores
     from bridgetower.engine.initialize import build_engine
     from bridgetower.engine.loop import Plan, train
     from bridgetower.engine.preemption import stay_until_killed
     from bridgetower.engine.tracker import Tracker
-    from pretrain import assemble
+    from pretrain import assemble, assemble_data
     from pretrain.score_table import print_scores
 
     stop.keep_interrupts()
@@ -140,6 +142,7 @@ def _train(
         checkpoint_every_steps=config.checkpoint.every_steps,
         evaluate_every_steps=config.evaluation.every_steps,
         seed=config.seed,
+        data_cure=assemble_data.data_cure(config.data, place.local_world_size),
     )
     tracker = Tracker(
         folder,
@@ -162,10 +165,10 @@ def _train(
         stream,
         state.step * plan.accumulation_steps,
         plan.total_steps * plan.accumulation_steps,
-        workers=config.data.workers,
-        prefetch_batches=config.data.prefetch_batches,
         pin_memory=place.device.type == "cuda",
     )
+    if config.data.record_pairs:
+        batches = recorded(batches, folder / "pairs" / f"from-step{state.step + 1:07d}-rank{place.rank:05d}.jsonl")
     try:
         if state.step >= plan.total_steps:
             # Nothing is left to train; the scores may be missing if the run was killed while they were made.

@@ -97,7 +97,7 @@ def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
     image_id = torch.arange(100, 100 + pairs)
     image_id[1] = image_id[0]
     return PretrainBatch(
-        pixels_B3SS=torch.randint(0, 256, (pairs, 3, 24, 24), generator=rng, dtype=torch.uint8),
+        pixels_N3SS=torch.randint(0, 256, (pairs, 3, 24, 24), generator=rng, dtype=torch.uint8),
         clean_ids_BL=clean,
         masked_ids_BL=masked,
         attention_mask_BL=mask,
@@ -107,4 +107,5 @@ def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
         itm_image_B=image,
         itm_label_B=(image == torch.arange(pairs)).long(),
         image_id_B=image_id,
+        replaced_B=torch.zeros(pairs, dtype=torch.bool),
     )

@@ -86,7 +86,7 @@ def test_loss_is_the_sum_of_the_active_objectives_and_none_depends_on_another(ob
 def plain_losses(task: PretrainTask) -> tuple[Tensor, Tensor]:
     """MLM and ITM as published: two passes through both towers and the cross-modal encoder."""
     batch, model = random_batch(), task.model
-    pixels = model.normalize(batch.pixels_B3SS)
+    pixels = model.normalize(batch.pixels_N3SS)
     masked = model(pixels, batch.masked_ids_BL, batch.attention_mask_BL)
     logits = model.mlm_logits(masked)  # at all positions
     labels = torch.full(batch.clean_ids_BL.shape, -100).flatten()
@@ -151,8 +151,8 @@ def test_batch_without_a_masked_word_has_a_loss_of_zero_and_gradients_for_all():
 @torch.no_grad()
 def test_scores_for_the_evaluation_are_those_of_the_training_step():
     task, batch = small_task().eval(), random_batch()
-    pixels, mask = task.model.normalize(batch.pixels_B3SS), batch.attention_mask_BL
-    image, text = task.image_features(batch.pixels_B3SS), task.text_features(batch.clean_ids_BL, mask)
+    pixels, mask = task.model.normalize(batch.pixels_N3SS), batch.attention_mask_BL
+    image, text = task.image_features(batch.pixels_N3SS), task.text_features(batch.clean_ids_BL, mask)
     logits = task.model.itm_logits(task.model(pixels, batch.clean_ids_BL, mask))
     log_odds = task.match_log_odds(text.states_KBND, mask, image.states_KBND)
     torch.testing.assert_close(log_odds.sigmoid(), logits.softmax(dim=-1)[:, 1])
@@ -168,4 +168,4 @@ def test_scores_for_the_evaluation_are_those_of_the_training_step():
 @torch.no_grad()
 def test_without_contrast_there_are_no_embeddings_to_retrieve_by():
     task = small_task(ObjectivesConfig()).eval()
-    assert task.image_features(random_batch().pixels_B3SS).embedding_BC is None
+    assert task.image_features(random_batch().pixels_N3SS).embedding_BC is None

@@ -107,7 +107,8 @@ def type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
-        return "text,text,..."
+        kind = type_name(get_args(annotation)[0])
+        return f"{kind},{kind},..."
     names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true|false"}
     return names[annotation]
 
@@ -128,6 +129,7 @@ _EXAMPLES: dict[Any, typing.Callable[[str], str]] = {
     bool: lambda name: f"--{name}=true",
     str: lambda name: f"--{name}=text",
     tuple[str, ...]: lambda name: f"--{name}=a,b",
+    tuple[float, ...]: lambda name: f"--{name}=1,0.5",
 }
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
@@ -135,7 +137,8 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "n
 def _parse(name: str, text: str, annotation: Any) -> Any:
     try:
         if get_origin(annotation) is tuple:
-            return [part.strip() for part in text.split(",") if part.strip()]
+            kind = get_args(annotation)[0]
+            return [kind(part.strip()) for part in text.split(",") if part.strip()]
         if annotation is bool:
             return BOOLEANS[text.lower()]
         if annotation is int:
@@ -158,8 +161,9 @@ def _check(name: str, value: Any, annotation: Any) -> Any:
         if value in get_args(annotation):
             return value
     elif get_origin(annotation) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-            return tuple(value)
+        kind = get_args(annotation)[0]
+        if isinstance(value, (list, tuple)) and not any(isinstance(part, str) != (kind is str) for part in value):
+            return tuple(_check(name, part, kind) for part in value)
     elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if value == value and abs(value) != float("inf"):
             return float(value)

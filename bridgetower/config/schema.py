@@ -292,12 +292,31 @@ class DataConfig:
     """Pairs on one rank in one forward pass."""
     negative_group_size: int = 32
     """ITM negatives are drawn within this many consecutive pairs, whatever the number of ranks."""
+    itm_negatives: Literal["group", "corpus"] = "group"
+    """Where ITM negatives come from: group costs no further image; corpus reads another image of the same corpus for
+    each, as the published code does."""
+    corpus_weights: tuple[float, ...] = ()
+    """How often each pair of a corpus is seen in an epoch, by corpus of train_shards; empty: once, as published."""
     shards_per_window: int = 64
     """Pairs are shuffled within windows of this many shards."""
     workers: int = 8
     """Processes per rank that prepare batches; 0 prepares them in the training process."""
     prefetch_batches: int = 4
     """Micro-batches each worker keeps ready."""
+    exact_resize: bool = False
+    """True decodes large JPEGs in full before they are scaled, as the published code does, instead of at a half or less
+    where that leaves at least twice the side."""
+    on_bad_sample: Literal["fail", "replace"] = "fail"
+    """What happens to a pair that cannot be read: the run stops, or another pair of its corpus, which is a function of
+    the position, takes its place, is counted and named in the log. Evaluation always stops."""
+    max_bad_fraction: float = 0.001
+    """With on_bad_sample=replace the run stops when more pairs than this share were replaced (of at least 10,000)."""
+    cache_dir: str = ""
+    """Folder on a local disk for shards of s3://, gs:// or http(s):// folders, shared by the ranks of a node."""
+    cache_gb: float = 100.0
+    """Most that cache_dir holds, in 10^9 bytes; at least three windows of shards."""
+    record_pairs: bool = False
+    """Write what each rank was given to runs/NAME/pairs/, in the form of pretrain/trace.py."""
 
     def __post_init__(self) -> None:
         if not self.train_shards:
@@ -309,7 +328,10 @@ class DataConfig:
             data__micro_batch_size=self.micro_batch_size,
             data__shards_per_window=self.shards_per_window,
             data__prefetch_batches=self.prefetch_batches,
+            data__cache_gb=self.cache_gb,
         )
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ConfigError(f"data.max_bad_fraction={self.max_bad_fraction} must be at least 0 and below 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,14 @@ _SECTIONS: dict[str, type] = {
 
 # What decides which numbers a run computes. Everything else (workers, micro-batch, logging) may change on resume.
 _FIXED_SECTIONS = ("model", "objectives", "optim", "seed")
-_FIXED_DATA_FIELDS = ("global_batch_size", "negative_group_size", "shards_per_window")
+_FIXED_DATA_FIELDS = (
+    "global_batch_size",
+    "negative_group_size",
+    "shards_per_window",
+    "itm_negatives",
+    "corpus_weights",
+    "exact_resize",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

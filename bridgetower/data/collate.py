@@ -72,7 +72,7 @@ class ImageChoice(NamedTuple):
     """Which image each caption is shown with for ITM."""
 
     image_B: I64
-    """Row of the micro-batch."""
+    """Row of the micro-batch's images."""
     label_B: I64
     """1 where it is the caption's own."""
 
@@ -91,11 +91,10 @@ def choose_images(
     """
     image_B = np.arange(len(positions_B))
     label_B = np.ones(len(positions_B), np.int64)
-    stream = draws.key(seed, "itm")
+    wants_negative_B = wants_negative(positions_B, seed=seed, group_size=group_size)
     for start in range(0, len(positions_B), group_size):
         rows = slice(start, start + group_size)
-        group_key = int(draws.bits(stream, positions_B[start] // group_size))
-        wants_negative = draws.shuffled(draws.key(group_key, "label"), group_size) >= group_size // 2
+        group_key = _group_key(seed, int(positions_B[start]), group_size)
         is_other = image_id_B[rows, None] != image_id_B[None, rows]
         is_near = is_other & (corpus_B[rows, None] == corpus_B[None, rows])
         candidates = np.where(is_near.any(axis=1, keepdims=True), is_near, is_other)
@@ -103,7 +102,21 @@ def choose_images(
         drawn = draws.below(draws.key(group_key, "image"), np.arange(group_size), num_candidates)
         # The column where the running count of candidates first exceeds the drawn number.
         column = (candidates.cumsum(axis=1) > drawn[:, None]).argmax(axis=1)
-        is_negative = wants_negative & (num_candidates > 0)
+        is_negative = wants_negative_B[rows] & (num_candidates > 0)
         image_B[rows] = np.where(is_negative, start + column, image_B[rows])
         label_B[rows] = ~is_negative
     return ImageChoice(image_B, label_B)
+
+
+def wants_negative(positions_B: I64, *, seed: int, group_size: int) -> npt.NDArray[np.bool_]:
+    """Which pairs are to be shown with another image: half of each group."""
+    return np.concatenate(
+        [
+            draws.shuffled(draws.key(_group_key(seed, start, group_size), "label"), group_size) >= group_size // 2
+            for start in positions_B[::group_size].tolist()
+        ]
+    )
+
+
+def _group_key(seed: int, position: int, group_size: int) -> int:
+    return int(draws.bits(draws.key(seed, "itm"), position // group_size))

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from bridgetower.config.schema import DataConfig
 from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import Manifest, load_manifest
-from bridgetower.data.order import Located
-from bridgetower.errors import DataError
+from bridgetower.data.shard_cache import Held, RemoteShard, ShardCache
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.storage import is_remote, place
 
 _MAX_OPEN_SHARDS = 256
+# What is open cannot leave the cache.
+_MAX_OPEN_REMOTE_SHARDS = 4
 
 
 class Pair(NamedTuple):
     """One image with one caption, as it lies in the shard."""
 
     where: str
-    """Shard and key or number, for errors and traces."""
+    """Shard and number, for errors and traces."""
+    shard: int
+    sample: int
     image: bytes
     image_id: int
     corpus: int
@@ -30,17 +36,38 @@ class Pair(NamedTuple):
     record: dict[str, Any]
 
 
+class _Open(NamedTuple):
+    reader: ShardReader
+    held: Held | None
+
+    def close(self) -> None:
+        self.reader.close()
+        if self.held is not None:
+            self.held.release()
+
+
 class Corpora:
     """Corpus folders read as one list of shards."""
 
-    def __init__(self, folders: Sequence[str | Path]) -> None:
-        """Check the manifests and that every shard is there.
+    def __init__(self, folders: Sequence[str | Path], cache: ShardCache | None = None) -> None:
+        """Check the manifests and that every shard is there (of a web server: when it is read).
+
+        Args:
+            cache: where shards of remote folders are kept.
 
         Raises:
+            ConfigError: a folder is remote, and there is no cache.
             DataError: a folder, manifest, shard or index is missing or of the wrong size, or a corpus is empty or
                 given twice.
         """
-        self.folders = tuple(Path(folder) for folder in folders)
+        self.folders = tuple(place(folder) for folder in folders)
+        self.cache = cache
+        for folder in self.folders:
+            if is_remote(folder) and cache is None:
+                raise ConfigError(
+                    f"{folder} is remote: give --data.cache_dir=DIR, a folder on a local disk where its shards are "
+                    "kept while they are read, and --data.cache_gb, how much it may hold."
+                )
         self.manifests: tuple[Manifest, ...] = tuple(load_manifest(folder) for folder in self.folders)
         seen: dict[str, Path] = {}
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
@@ -53,15 +80,21 @@ class Corpora:
             if first is not folder:
                 raise DataError(f"{first} and {folder} hold the same pairs, which would be read twice. Leave one out.")
         shards = [
-            (folder / shard.name, shard.pairs, corpus)
+            (folder / shard.name, shard, corpus)
             for corpus, (folder, manifest) in enumerate(zip(self.folders, self.manifests, strict=True))
             for shard in manifest.shards
             if shard.pairs
         ]
         self.shard_paths = [path for path, _, _ in shards]
-        self.pairs_per_shard = [pairs for _, pairs, _ in shards]
+        self.pairs_per_shard = [shard.pairs for _, shard, _ in shards]
         self.corpus_of_shard = [corpus for _, _, corpus in shards]
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self.remote = [RemoteShard(url=path, entry=shard) if is_remote(path) else None for path, shard, _ in shards]
+        """By shard: where it has to be fetched from, or None."""
+        self._pair_end = np.cumsum(self.pairs_per_shard)
+        self._shard_end = np.cumsum([sum(bool(shard.pairs) for shard in m.shards) for m in self.manifests])
+        self.is_remote = any(shard is not None for shard in self.remote)
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._needed: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, object]:
         """A worker process opens the shards it reads by itself."""
@@ -76,36 +109,92 @@ class Corpora:
         """The reader of one shard; the ones used last stay open."""
         if shard in self._open:
             self._open.move_to_end(shard)
-            return self._open[shard]
-        reader = ShardReader(self.shard_paths[shard])
+            return self._open[shard].reader
+        path, held, remote = self.shard_paths[shard], None, self.remote[shard]
+        if remote is not None:
+            assert self.cache is not None
+            held = self.cache.hold(remote)
+            path = held.path
+        reader = ShardReader(path)
         if reader.num_pairs != self.pairs_per_shard[shard]:
             raise DataError(
                 f"The row index of {self.shard_paths[shard]} counts {reader.num_pairs} pairs, the manifest "
                 f"{self.pairs_per_shard[shard]}: they are of different builds. Build or copy the folder again."
             )
-        self._open[shard] = reader
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)[1].close()
+        self._open[shard] = _Open(reader, held)
+        self._close_oldest()
         return reader
 
-    def read(self, located: Located) -> list[Pair]:
-        """Read pairs, in the order asked for."""
-        pairs: list[Pair] = []
-        for shard, number in zip(located.shard.tolist(), located.pair.tolist(), strict=True):
-            reader = self.reader(shard)
-            samples, captions = reader.locate([number])
-            raw = reader.read(int(samples[0]))
-            pairs.append(
-                Pair(
-                    where=f"{self.shard_paths[shard]}, sample {int(samples[0])} (image_id {raw.record['image_id']})",
-                    image=raw.image,
-                    image_id=raw.image_id,
-                    corpus=self.corpus_of_shard[shard],
-                    caption=raw.record["captions"][int(captions[0])],
-                    record=raw.record,
-                )
-            )
-        return pairs
+    def need(self, shards: Collection[int]) -> None:
+        """Keep these open from now on, and close others as soon as their number is too large."""
+        self._needed = frozenset(shards)
+        self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        max_others = _MAX_OPEN_SHARDS
+        if self.is_remote:
+            max_others = 1 if self._needed else _MAX_OPEN_REMOTE_SHARDS
+        others = [shard for shard in self._open if shard not in self._needed]
+        for shard in others[: max(0, len(others) - max_others)]:
+            self._open.pop(shard).close()
+
+    def read(self, shard: int, number: int) -> Pair:
+        """Read one pair of a shard.
+
+        Raises:
+            DataError: it cannot be read, or is not what the index says.
+        """
+        reader = self.reader(shard)
+        samples, captions = reader.locate([number])
+        raw = reader.read(int(samples[0]))
+        return Pair(
+            where=f"{self.shard_paths[shard]}, sample {int(samples[0])} (image_id {raw.record['image_id']})",
+            shard=shard,
+            sample=int(samples[0]),
+            image=raw.image,
+            image_id=raw.image_id,
+            corpus=self.corpus_of_shard[shard],
+            caption=raw.record["captions"][int(captions[0])],
+            record=raw.record,
+        )
+
+    def image_id_of(self, shard: int, number: int) -> int:
+        """The image id (64-bit hash) of a pair, from the index alone."""
+        reader = self.reader(shard)
+        samples, _ = reader.locate([number])
+        return int(reader.image_ids()[samples[0]])
+
+    def pairs_of_corpus(self, corpus: int) -> int:
+        """How many pairs a corpus has."""
+        return self.manifests[corpus].num_pairs
+
+    def pair_of_corpus(self, corpus: int, number: int) -> tuple[int, int]:
+        """Shard and number inside it of a pair that is counted within its corpus."""
+        first_shard = int(self._shard_end[corpus - 1]) if corpus else 0
+        number += int(self._pair_end[first_shard - 1]) if first_shard else 0
+        shard = int(np.searchsorted(self._pair_end, number, side="right"))
+        return shard, number - (int(self._pair_end[shard - 1]) if shard else 0)
+
+
+def open_cache(config: DataConfig) -> ShardCache | None:
+    """Where remote shards are kept, or None."""
+    return ShardCache(Path(config.cache_dir), round(config.cache_gb * 1e9)) if config.cache_dir else None
+
+
+def open_corpora(folders: Sequence[str], config: DataConfig) -> Corpora:
+    """Open folders as the settings say, and check that these can be met.
+
+    Raises:
+        ConfigError: a folder is remote, and there is no cache; or a setting that remote shards cannot have.
+        DataError: a corpus is not as its manifest says.
+    """
+    corpora = Corpora(folders, open_cache(config))
+    if corpora.is_remote and config.itm_negatives == "corpus":
+        raise ConfigError(
+            "data.itm_negatives=corpus reads images from all over a corpus, which remote shards are not made for. Copy "
+            "the shards to a file system first, or use --data.itm_negatives=group."
+        )
+    return corpora
 
 
 def as_int64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ from bridgetower.batch import ImageBatch, TextBatch
 from bridgetower.data import collate
 from bridgetower.data.corpora import Corpora, as_int64
 from bridgetower.data.images import load_image
+from bridgetower.data.shard_cache import ShardCache
 from bridgetower.data.text import Tokenizer, pad
 
 
@@ -27,14 +28,16 @@ class HeldOutSplit:
         max_text_tokens: int,
         mlm_probability: float,
         max_images: int = 0,
+        cache: ShardCache | None = None,
     ) -> None:
         """Read the captions of the split; images are read when asked for.
 
         Args:
             max_images: 0 takes all.
+            cache: where shards of a remote folder are kept.
         """
-        self._corpora = Corpora([folder])
-        self.name = Path(folder).name
+        self._corpora = Corpora([folder], cache)
+        self.name = self._corpora.names[0]
         self.tokenizer = tokenizer
         self._image_size_px, self._max_text_tokens = image_size_px, max_text_tokens
         self._mlm_probability = mlm_probability

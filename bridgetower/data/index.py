@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,10 @@ INDEX_DTYPE = np.dtype(
         ("record_bytes", "<u4"),
         ("image_id", "<u8"),  # 64-bit hash of the record's image_id
         ("num_captions", "<u2"),
+        ("first_pair", "<u4"),  # captions of all samples before it, so that a pair is found without a table in memory
     ]
 )
-"""30 bytes a sample: 4 million images take 120 MB, memory-mapped and so shared by all ranks and workers of a node."""
+"""34 bytes a sample: 4 million images take 136 MB, memory-mapped and so shared by all ranks and workers of a node."""
 
 Index = npt.NDArray[np.void]
 
@@ -65,12 +66,29 @@ def scan_tar(shard: Path, name: str | None = None) -> Index:
             content = parse_record(file.read(record.size), where)
             rows.append(index_row(image, record, content))
             _check_second_image(members, image, record, content, where)
-    return np.array(rows, INDEX_DTYPE)
+    return make_index(rows)
 
 
-def index_row(image: tarfile.TarInfo, record: tarfile.TarInfo, content: Mapping[str, Any]) -> tuple[int, ...]:
+class IndexRow(NamedTuple):
+    """What one sample alone knows of its row of the index."""
+
+    image_offset: int
+    image_bytes: int
+    record_offset: int
+    record_bytes: int
+    image_id: int
+    num_captions: int
+
+
+def make_index(rows: Sequence[IndexRow]) -> Index:
+    """The index of a shard from the rows of its samples."""
+    ends = np.cumsum([row.num_captions for row in rows], dtype=np.int64)
+    return np.array([(*row, end - row.num_captions) for row, end in zip(rows, ends, strict=True)], INDEX_DTYPE)
+
+
+def index_row(image: tarfile.TarInfo, record: tarfile.TarInfo, content: Mapping[str, Any]) -> IndexRow:
     """The row of a sample, from its members and what parse_record gives."""
-    return (
+    return IndexRow(
         image.offset_data,
         image.size,
         record.offset_data - image.offset_data,
@@ -256,7 +274,8 @@ class ShardReader:
         self.shard = shard
         sidecar = index_path(shard)
         try:
-            self._index: Index = np.lib.format.open_memmap(sidecar, mode="r")
+            # As a plain array, whose elements cost less; it keeps the map open.
+            self._index: Index = np.lib.format.open_memmap(sidecar, mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"The row index {sidecar} cannot be read ({error}). Run the command that built the shards again: "
@@ -267,7 +286,6 @@ class ShardReader:
                 f"The row index {sidecar} has the fields {self._index.dtype.names}, this version reads "
                 f"{INDEX_DTYPE.names}. Build the shards again with this version."
             )
-        self._first_pair = np.concatenate([[0], np.cumsum(self._index["num_captions"], dtype=np.int64)])
         try:
             self._file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -280,13 +298,14 @@ class ShardReader:
     @property
     def num_pairs(self) -> int:
         """Number of captions of all samples."""
-        return int(self._first_pair[-1])
+        return int(self._index[-1]["first_pair"]) + int(self._index[-1]["num_captions"]) if len(self._index) else 0
 
     def locate(self, pairs: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Sample number and caption number of each pair of this shard."""
-        numbers = np.asarray(pairs, np.int64)
-        samples = np.searchsorted(self._first_pair, numbers, side="right") - 1
-        return samples, numbers - self._first_pair[samples]
+        numbers = np.asarray(pairs, np.uint32)
+        first_pair = self._index["first_pair"]
+        samples = np.searchsorted(first_pair, numbers, side="right") - 1
+        return samples, (numbers - first_pair[samples]).astype(np.int64)
 
     def image_ids(self) -> npt.NDArray[np.uint64]:
         """The image id (64-bit hash) of every sample."""
@@ -302,7 +321,26 @@ class ShardReader:
         Raises:
             DataError: the shard is shorter than its index says, the record is damaged, or the index is another's.
         """
-        return _read_row(self.shard, self._index[sample], str(sample), self._pread)
+        with reading(self.shard):
+            return _read_row(self.shard, self._index[sample], str(sample), self._pread)
+
+    def key(self, sample: int) -> str:
+        """The name of a sample in its tar, which the index does not hold.
+
+        Raises:
+            DataError: the shard cannot be read.
+        """
+        header = self._pread(int(self._index[sample]["image_offset"]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+        try:
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except tarfile.TarError as error:
+            raise DataError(f"{self.shard} has no header before sample {sample} ({error}). Build it again.") from error
+        if len(name) >= tarfile.LENGTH_NAME:  # cut off; the whole one stands in a member before it
+            keys = [key for key, _ in samples_of_tar(self.shard, str(self.shard))]
+            return keys[sample]
+        folder, _, base = name.rpartition("/")
+        stem = base.partition(".")[0]
+        return f"{folder}/{stem}" if folder else stem
 
     def _pread(self, offset: int, num_bytes: int) -> bytes:
         return os.pread(self._file, num_bytes, offset)

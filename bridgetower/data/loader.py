@@ -1,137 +1,85 @@
-"""The stream of training micro-batches: numbers in, ready batches out, the same for any number of workers."""
+"""Prepares micro-batches ahead of time: the same for any number of workers."""
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
+import logging
+import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bridgetower import draws
 from bridgetower.batch import PretrainBatch
-from bridgetower.data import collate
-from bridgetower.data.corpora import Corpora, as_int64
-from bridgetower.data.images import load_image
-from bridgetower.data.order import Cut, Order
-from bridgetower.data.text import Tokenizer, pad
-from bridgetower.errors import BridgeTowerError, TrainingError
+from bridgetower.data.shard_cache import Prefetcher
+from bridgetower.data.stream import PretrainStream
+from bridgetower.errors import BridgeTowerError, ConfigError, DataError, TrainingError
 
 # A worker that is stuck for so long, in a file system that does not answer, shows where and ends itself.
 _WORKER_TIMEOUT_SECONDS = 600
+# The share of bad pairs is taken of at least so many.
+_MIN_PAIRS = 10_000
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+Item = TypeVar("Item")
+
+logger = logging.getLogger("bridgetower.data")
 
 
-class PretrainStream(Dataset[PretrainBatch]):
-    """Micro-batch n of one rank, as a pure function of n."""
-
-    def __init__(
-        self,
-        corpora: Corpora,
-        order: Order,
-        cut: Cut,
-        *,
-        rank: int,
-        seed: int,
-        tokenizer: Tokenizer,
-        image_size_px: int,
-        max_text_tokens: int,
-        mlm_probability: float,
-        negative_group_size: int,
-    ) -> None:
-        """Describe the stream; nothing is read yet."""
-        self.corpora, self.order, self.cut, self.rank, self.seed = corpora, order, cut, rank, seed
-        self.tokenizer = tokenizer
-        self.image_size_px, self.max_text_tokens = image_size_px, max_text_tokens
-        self.mlm_probability, self.negative_group_size = mlm_probability, negative_group_size
-
-    def __getitem__(self, micro_step: int) -> PretrainBatch:
-        """Read, decode and collate one micro-batch. Micro-steps count from the start of the run."""
-        positions_B = self.cut.positions(micro_step, self.rank)
-        pairs = self.corpora.read(self.order.locate(positions_B))
-        ids_BL = pad(
-            self.tokenizer.encode([pair.caption for pair in pairs], self.max_text_tokens), self.tokenizer.pad_id
-        )
-        masked = collate.mask_tokens(
-            ids_BL,
-            positions_B,
-            self.tokenizer,
-            stream=draws.key(self.seed, "mlm"),
-            probability=self.mlm_probability,
-        )
-        image_id_B = np.array([pair.image_id for pair in pairs], np.uint64)
-        choice = collate.choose_images(
-            image_id_B,
-            np.array([pair.corpus for pair in pairs]),
-            positions_B,
-            seed=self.seed,
-            group_size=self.negative_group_size,
-        )
-        weight_M = collate.mlm_weights(masked.index_M, ids_BL.shape[1], len(pairs), self.negative_group_size)
-        return PretrainBatch(
-            pixels_B3SS=torch.stack([load_image(pair.image, self.image_size_px, pair.where) for pair in pairs]),
-            clean_ids_BL=torch.from_numpy(ids_BL),
-            masked_ids_BL=torch.from_numpy(masked.ids_BL),
-            attention_mask_BL=torch.from_numpy(ids_BL != self.tokenizer.pad_id),
-            mlm_index_M=torch.from_numpy(masked.index_M),
-            mlm_label_M=torch.from_numpy(masked.label_M),
-            mlm_weight_M=torch.from_numpy(weight_M),
-            itm_image_B=torch.from_numpy(choice.image_B),
-            itm_label_B=torch.from_numpy(choice.label_B),
-            image_id_B=torch.from_numpy(as_int64(image_id_B)),
-        )
-
-
-class _WorkerView(Dataset[PretrainBatch | BridgeTowerError]):
-    """A stream as a worker reads it: its errors are handed over as values.
+class _WorkerView(Dataset[Item | BridgeTowerError], Generic[Item]):
+    """A data set as a worker reads it: its errors are handed over as values.
 
     A raised one would arrive as a new error whose text is the worker's traceback.
     """
 
-    def __init__(self, stream: PretrainStream) -> None:
-        self._stream = stream
+    def __init__(self, items: Dataset[Item]) -> None:
+        self._items = items
 
-    def __getitem__(self, micro_step: int) -> PretrainBatch | BridgeTowerError:
+    def __getitem__(self, number: int) -> Item | BridgeTowerError:
         faulthandler.dump_traceback_later(_WORKER_TIMEOUT_SECONDS, exit=True)
         try:
-            return self._stream[micro_step]
+            return self._items[number]
         except BridgeTowerError as error:
             return error
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
-def micro_batches(
-    stream: PretrainStream, first: int, end: int, *, workers: int, prefetch_batches: int, pin_memory: bool
-) -> Iterator[PretrainBatch]:
-    """Micro-batches ``first`` to ``end`` of a stream, in order.
+def prepared(items: Dataset[Item], first: int, end: int, *, workers: int, prefetch: int) -> Iterator[Item]:
+    """Items ``first`` to ``end`` of a data set, in order.
 
     Args:
-        workers: processes that prepare whole micro-batches ahead of time; 0 prepares each when it is asked for.
-        prefetch_batches: micro-batches that each worker keeps ready.
-        pin_memory: put them into page-locked memory, for copies to a GPU that do not wait.
+        workers: processes that prepare whole items ahead of time; 0 prepares each when it is asked for.
+        prefetch: items that each worker keeps ready.
 
     Raises:
-        DataError: of the first micro-batch that cannot be read.
+        BridgeTowerError: of the first item that cannot be prepared.
         TrainingError: a worker died.
     """
     loader = DataLoader(
-        _WorkerView(stream) if workers else stream,
+        _WorkerView(items) if workers else items,
         batch_size=None,
         sampler=range(first, end),
         num_workers=workers,
-        prefetch_factor=prefetch_batches if workers else None,
-        pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_as_it_is,
         # Workers start from a clean server process: a fork of a process with NCCL, gloo or CUDA threads can hang.
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_prepare_worker,
         # With a timeout DataLoader would look only then whether its workers live; without one every 5 s.
         timeout=0,
     )
-    batches = iter(loader)
+    ready = iter(loader)
     while True:
         try:
-            batch = next(batches)
+            item = next(ready)
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -142,9 +90,164 @@ def micro_batches(
                 "then said above. The run goes on from its last checkpoint with --resume=auto; with fewer processes "
                 f"(--data.workers={workers} now) it needs less memory."
             ) from error
-        if isinstance(batch, BridgeTowerError):
-            raise batch
+        if isinstance(item, BridgeTowerError):
+            raise item
+        yield item
+
+
+class _InRing(NamedTuple):
+    """A batch whose images lie in shared memory, so that they need not be sent."""
+
+    ring: int
+    slot: int
+    num_images: int
+    parts: list[Any]
+    """The rest of the batch, tensors as arrays: sent as tensors, each would be a file that is opened and mapped."""
+
+    def taken(self) -> PretrainBatch:
+        """The batch, in the process that has the ring."""
+        parts: list[Any] = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in self.parts]
+        return PretrainBatch(_rings[self.ring][self.slot, : self.num_images], *parts)
+
+
+# Rings of this process by number.
+_rings: dict[int, Tensor] = {}
+_ring_numbers = itertools.count()
+
+
+class _RingWriter(Dataset[_InRing]):
+    """A stream as a worker reads it: it decodes images to where the training process sees them."""
+
+    def __init__(self, stream: PretrainStream, number: int) -> None:
+        self._stream, self._number, self._ring = stream, number, _rings[number]
+
+    def __getitem__(self, micro_step: int) -> _InRing:
+        slot = micro_step % len(self._ring)
+        pixels_N3SS, *rest = self._stream.into(self._ring[slot], micro_step)
+        parts = [part.numpy() if isinstance(part, Tensor) else part for part in rest]
+        return _InRing(self._number, slot, len(pixels_N3SS), parts)
+
+
+def micro_batches(stream: PretrainStream, first: int, end: int, *, pin_memory: bool = False) -> Iterator[PretrainBatch]:
+    """Micro-batches ``first`` to ``end`` of a stream, as data.workers and data.on_bad_sample ask.
+
+    The images of a batch may be overwritten when the next batch but one is asked for.
+
+    Args:
+        pin_memory: put them into page-locked memory, for copies to a GPU that do not wait.
+
+    Raises:
+        ConfigError: shared memory is too small.
+        DataError: of the first micro-batch that cannot be read; or too many pairs could not.
+        TrainingError: a worker died.
+    """
+    config = stream.config
+    batches = _from_workers(stream, first, end, pin_memory) if config.workers else _read_here(stream, first, end)
+    if stream.corpora.is_remote:
+        batches = _fetching_ahead(batches, stream, first)
+    if config.on_bad_sample == "replace":
+        batches = _counting_bad(batches, config.max_bad_fraction)
+    return batches
+
+
+def _read_here(stream: PretrainStream, first: int, end: int) -> Iterator[PretrainBatch]:
+    side = stream.image_size_px
+    pixels = torch.empty(2, stream.max_images, 3, side, side, dtype=torch.uint8)
+    return (stream.into(pixels[micro_step % 2], micro_step) for micro_step in range(first, end))
+
+
+def _from_workers(stream: PretrainStream, first: int, end: int, pin_memory: bool) -> Iterator[PretrainBatch]:
+    """Workers write images into a ring of shared memory: a new piece for each batch would cost as much as decoding."""
+    config, side, number = stream.config, stream.image_size_px, next(_ring_numbers)
+    # When batch n is handed over, n + workers * prefetch_batches is begun; n itself and the one before stay whole.
+    slots = config.workers * config.prefetch_batches + 2
+    shape = (slots, stream.max_images, 3, side, side)
+    _check_shared_memory(math.prod(shape))
+    ring = torch.empty(shape, dtype=torch.uint8)
+    ring.share_memory_()  # type: ignore[no-untyped-call]
+    _rings[number] = ring
+    try:
+        for item in prepared(
+            _RingWriter(stream, number),
+            first,
+            end,
+            workers=config.workers,
+            prefetch=config.prefetch_batches,
+        ):
+            batch = item.taken()
+            yield _pinned(batch) if pin_memory else batch
+    finally:
+        del _rings[number]
+
+
+def _pinned(batch: PretrainBatch) -> PretrainBatch:
+    parts: list[Any] = [part.pin_memory() if isinstance(part, Tensor) else part for part in batch]
+    return PretrainBatch(*parts)
+
+
+def _check_shared_memory(num_bytes: int) -> None:
+    """What does not fit is not refused by the system when it is asked for: the process that writes to it is killed."""
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else num_bytes
+    if free < num_bytes:
+        raise ConfigError(
+            f"Workers need {num_bytes / 1e6:,.0f} MB of shared memory for their batches, but {_SHARED_MEMORY} has "
+            f"{free / 1e6:,.0f} MB free. Enlarge it (docker run --shm-size=8g), or lower data.workers or "
+            "data.prefetch_batches."
+        )
+
+
+def recorded(batches: Iterator[PretrainBatch], file: Path) -> Iterator[PretrainBatch]:
+    """Write the lines of each batch when it is handed on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        for batch in batches:
+            stream.writelines(f"{line}\n" for line in batch.lines)
+            stream.flush()
+            yield batch
+
+
+def _fetching_ahead(batches: Iterator[PretrainBatch], stream: PretrainStream, first: int) -> Iterator[PretrainBatch]:
+    """Fetch the shards of the window that is read and of the next one while batches go by."""
+    assert stream.corpora.cache is not None
+    prefetcher = Prefetcher(stream.corpora.cache, stream.corpora.remote)
+    window: list[int] = []
+    try:
+        for micro_step in range(first, first + 2**62):
+            position = int(stream.cut.positions(micro_step, stream.rank)[0])
+            here = stream.order.shards_of(position, 1)
+            if here != window:
+                window = here
+                both = stream.order.shards_of(position, 2)
+                # The ranks of a node share the work: each begins at another shard.
+                turn = stream.rank % len(both)
+                prefetcher.advance([*both[turn:], *both[:turn]], keep=window)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+    finally:
+        prefetcher.close()
+
+
+def _counting_bad(batches: Iterator[PretrainBatch], max_fraction: float) -> Iterator[PretrainBatch]:
+    """Name each pair that was replaced, and stop when there are too many."""
+    num_pairs = num_replaced = 0
+    for batch in batches:
+        num_pairs += len(batch.replaced_B)
+        num_replaced += len(batch.notes)
+        for note in batch.notes:
+            logger.warning("replaced a pair that cannot be read (%d of %d so far): %s", num_replaced, num_pairs, note)
+        if num_replaced > max_fraction * max(num_pairs, _MIN_PAIRS):
+            raise DataError(
+                f"{num_replaced:,} of {num_pairs:,} pairs could not be read and were replaced, more than "
+                f"data.max_bad_fraction={max_fraction} of {max(num_pairs, _MIN_PAIRS):,}. The last: {batch.notes[-1:]} "
+                "Check the shards with data_prep/check_shards.py; a higher fraction goes on without them."
+            )
         yield batch
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
 
 
 def _prepare_worker(_: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridgetower.data.index import index_path
 from bridgetower.errors import DataError
-from bridgetower.storage import place, publish_bytes, reading
+from bridgetower.storage import as_remote, place, publish_bytes, reading
 
 MANIFEST_NAME = "shards.json"
 FORMAT_VERSION = 2
@@ -85,7 +87,8 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = place(folder)
     path = folder / MANIFEST_NAME
     with reading(folder):
-        is_there = folder.is_dir()
+        # A web server has no folders that could be asked for.
+        is_there = _is_of_web_server(folder) or folder.is_dir()
     if not is_there:
         raise DataError(
             f"The shard folder {folder} does not exist. Build it with "
@@ -125,17 +128,36 @@ def load_manifest(folder: str | Path) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is not a manifest of version {FORMAT_VERSION} ({error}). Build it again.") from error
-    for shard in manifest.shards:
-        _check_files(folder / shard.name, shard.bytes)
+    sizes = _sizes_of(folder)
+    if sizes is not None:
+        for shard in manifest.shards:
+            _check_files(folder / shard.name, shard.bytes, sizes)
     return manifest
 
 
-def _check_files(shard: Path, num_bytes: int) -> None:
+def _is_of_web_server(folder: Path) -> bool:
+    remote = as_remote(folder)
+    return remote is not None and remote.protocol in ("http", "https")
+
+
+def _sizes_of(folder: Path) -> dict[str, int] | None:
+    """Bytes of each file of a folder, in one question to an object store; None where there is nobody to ask."""
+    remote = as_remote(folder)
+    if remote is None:
+        return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    if _is_of_web_server(folder):
+        return None
+    with reading(folder):
+        found = remote.fs.find(remote.path, maxdepth=1, detail=True)
+    return {name.rpartition("/")[2]: int(info["size"]) for name, info in found.items()}
+
+
+def _check_files(shard: Path, num_bytes: int, sizes: Mapping[str, int]) -> None:
     cure = "Copy it again, or run the build_shards.py command again: it rebuilds what is missing."
-    if not shard.is_file():
+    found = sizes.get(shard.name)
+    if found is None:
         raise DataError(f"The shard {shard} is in the manifest but not on disk. {cure}")
-    found = shard.stat().st_size
     if found != num_bytes:
         raise DataError(f"The shard {shard} has {found:,} bytes, its manifest says {num_bytes:,}. {cure}")
-    if not index_path(shard).is_file():
+    if index_path(shard).name not in sizes:
         raise DataError(f"The shard {shard} has no row index {index_path(shard).name}. {cure}")

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bridgetower.errors import DataError
 
@@ -53,8 +53,10 @@ def opened(raw: bytes, where: str) -> Iterator[Image.Image]:
             "claim to be huge. Scale it down first."
         ) from error
     except Exception as error:  # damaged files make Pillow raise nearly anything: TypeError, struct.error, zlib.error
+        # Pillow's own text names an address in memory, another one each time.
+        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"The image of {where} cannot be decoded ({error}). If it lies in a shard, copy or build that again: only "
+            f"The image of {where} cannot be decoded ({reason}). If it lies in a shard, copy or build that again: only "
             "images that could be decoded are put there."
         ) from error
 

@@ -84,7 +84,8 @@ class Tokenizer:
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> list[I64]:
         """Token ids of each caption, with the start and end tokens; longer ones lose their end."""
-        encoded = self._backend.encode_batch(list(captions))
+        # Does not work out where in the text each token stands.
+        encoded = self._backend.encode_batch_fast(list(captions))
         return [np.array([self.start_id, *one.ids[: max_tokens - 2], self.end_id], dtype=np.int64) for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -123,7 +124,7 @@ def _find_files(name: str) -> list[Path]:
 
 def _open_byte_level(name: str, vocabulary: Path, merges: Path) -> Any:
     try:
-        return ByteLevelBPETokenizer(str(vocabulary), str(merges))
+        return ByteLevelBPETokenizer(str(vocabulary), str(merges))._tokenizer
     except Exception as error:  # tokenizers has no error class of its own
         raise ConfigError(
             f"model.text.tokenizer={name!r} is not a byte-level BPE ({error}). Copy its files again, or use "

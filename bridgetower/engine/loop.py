@@ -13,7 +13,7 @@ from torch import Tensor
 from bridgetower import draws
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
 from bridgetower.engine.preemption import StopRequests
-from bridgetower.engine.throughput import Throughput
+from bridgetower.engine.throughput import DataAdvice, Throughput
 from bridgetower.engine.tracker import Means, Tracker
 from bridgetower.errors import TrainingError
 
@@ -33,6 +33,8 @@ class Plan:
     evaluate_every_steps: int
     """0 only at the end."""
     seed: int
+    data_cure: str = ""
+    """What to do where steps wait for data, for people."""
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
@@ -66,6 +68,7 @@ def train(
         TrainingError: a loss, the gradient or a weight is not a finite number.
     """
     means, throughput = Means(), Throughput()
+    advice = DataAdvice(plan.data_cure if rank == 0 else "")
     batches = throughput.watch(batches)
     engine.train()
     while state.step < plan.total_steps:
@@ -90,7 +93,9 @@ def train(
             figures |= _grad_norm(engine)
             _stop_if_not_finite(state.step, figures)
             figures |= {f"optim/lr/{name}": rate for name, rate in rates.items()}
-            tracker.write(state.step, {**figures, **throughput.report(world_size)})
+            figures |= throughput.report(world_size)
+            tracker.write(state.step, figures)
+            advice.heed(figures["data/wait_fraction"])
         if saves:
             _stop_if_not_finite(state.step, {"a weight": _lost_weights(engine)})
             with throughput.paused():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 Batch = TypeVar("Batch")
+
+# The share of a step's time above which its waiting is said, and the reports before it is said again.
+_TOLERABLE_WAIT = 0.1
+_QUIET_REPORTS = 20
+
+logger = logging.getLogger("bridgetower.throughput")
 
 
 class Throughput:
@@ -56,3 +63,24 @@ class Throughput:
         }
         self._begin()
         return figures
+
+
+class DataAdvice:
+    """Says in a line that the loader is the bottleneck, and what to do; not again at once."""
+
+    def __init__(self, cure: str) -> None:
+        """Prepare.
+
+        Args:
+            cure: a sentence; empty: never say anything.
+        """
+        self._cure, self._quiet = cure, 1  # the first report has the workers' start in it
+
+    def heed(self, wait_fraction: float) -> None:
+        """Look at a report."""
+        self._quiet -= 1
+        if wait_fraction > _TOLERABLE_WAIT and self._quiet < 0 and self._cure:
+            logger.info(
+                "data is the bottleneck: steps wait for it %.0f%% of their time. %s", 100 * wait_fraction, self._cure
+            )
+            self._quiet = _QUIET_REPORTS

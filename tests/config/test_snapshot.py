@@ -100,6 +100,9 @@ FREE = {
     # A folder may have moved: what counts is the digest of its content.
     *("data.train_shards", "data.eval_shards"),
     *("data.micro_batch_size", "data.workers", "data.prefetch_batches"),
+    # After a failure a run may go on without the pairs that cannot be read.
+    *("data.on_bad_sample", "data.max_bad_fraction"),
+    *("data.cache_dir", "data.cache_gb", "data.record_pairs"),
     # Compared as what it became on this device.
     "optim.implementation",
     *("engine.deepspeed", "engine.threads_per_rank"),

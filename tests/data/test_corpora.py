@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from bridgetower.data import corpora as corpora_module
-from bridgetower.data.corpora import Corpora, as_int64
-from bridgetower.data.order import Located
+from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.draws import hash64
 from bridgetower.errors import DataError
 from tests.small_corpora import draw, file_of, write_corpus
@@ -25,16 +24,17 @@ def corpora(tmp_path) -> Corpora:
     return Corpora([write_corpus(tmp_path, counts, name=name, samples_per_shard=2) for name, counts in COUNTS.items()])
 
 
-def everything(corpora: Corpora) -> Located:
-    """All pairs, shard by shard."""
-    return Located(
-        np.repeat(np.arange(len(corpora.pairs_per_shard)), corpora.pairs_per_shard),
-        np.concatenate([np.arange(pairs) for pairs in corpora.pairs_per_shard]),
-    )
+def everything(corpora: Corpora) -> list[tuple[int, int]]:
+    """Shard and number of all pairs, shard by shard."""
+    return [(shard, pair) for shard, pairs in enumerate(corpora.pairs_per_shard) for pair in range(pairs)]
+
+
+def read_all(corpora: Corpora) -> list[Pair]:
+    return [corpora.read(*place) for place in everything(corpora)]
 
 
 def test_every_caption_of_every_corpus_is_one_pair(corpora):
-    pairs = corpora.read(everything(corpora))
+    pairs = read_all(corpora)
     found = sorted((pair.caption.replace(" longer", ""), pair.corpus) for pair in pairs)
     assert found == sorted(
         (f"{name} picture {number}, caption {which}", corpus)
@@ -45,7 +45,7 @@ def test_every_caption_of_every_corpus_is_one_pair(corpora):
 
 
 def test_a_pair_carries_the_picture_that_its_caption_is_of(corpora):
-    for pair in corpora.read(everything(corpora)):
+    for pair in read_all(corpora):
         name, _, number = pair.caption.split(",")[0].split()
         assert pair.image == file_of(draw(int(number)))
         assert pair.image_id == hash64(f"{name}:{number}")
@@ -53,11 +53,14 @@ def test_a_pair_carries_the_picture_that_its_caption_is_of(corpora):
         assert f"image_id {name}:{number}" in pair.where
 
 
-def test_pairs_come_in_the_order_asked_for(corpora):
-    all_pairs = corpora.read(everything(corpora))
-    located = everything(corpora)
-    places = np.array([7, 0, 7, 11, 3])
-    assert corpora.read(Located(located.shard[places], located.pair[places])) == [all_pairs[place] for place in places]
+def test_a_pair_is_found_by_its_number_in_its_corpus_too(corpora):
+    places = [
+        corpora.pair_of_corpus(corpus, number)
+        for corpus in range(len(COUNTS))
+        for number in range(corpora.pairs_of_corpus(corpus))
+    ]
+    assert places == everything(corpora)
+    assert [corpora.image_id_of(*place) for place in places] == [pair.image_id for pair in read_all(corpora)]
 
 
 def test_shards_are_listed_corpus_after_corpus(corpora):
@@ -68,15 +71,15 @@ def test_shards_are_listed_corpus_after_corpus(corpora):
 
 
 def test_a_worker_reads_the_same_pairs(corpora):
-    corpora.read(everything(corpora))  # opens files, which are not sent
+    read_all(corpora)  # opens files, which are not sent
     copy = pickle.loads(pickle.dumps(corpora))
-    assert copy.read(everything(corpora)) == corpora.read(everything(corpora))
+    assert read_all(copy) == read_all(corpora)
 
 
 def test_no_more_shards_stay_open_than_allowed(corpora, monkeypatch):
     monkeypatch.setattr(corpora_module, "_MAX_OPEN_SHARDS", 2)
     for _ in range(3):
-        assert len(corpora.read(everything(corpora))) == 12
+        assert len(read_all(corpora)) == 12
     open_files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
     assert sorted(path for path in open_files if path in map(str, corpora.shard_paths)) == [
         str(path) for path in corpora.shard_paths[-2:]
@@ -102,7 +105,7 @@ def test_an_index_that_counts_other_pairs_than_the_manifest_is_an_error(tmp_path
     (folder / "shards.json").write_text(json.dumps(manifest))
     corpora = Corpora([folder])
     with pytest.raises(DataError, match="counts 6 pairs, the manifest 5: they are of different builds"):
-        corpora.read(Located(np.array([0]), np.array([0])))
+        corpora.read(0, 0)
 
 
 def test_image_ids_stay_different_as_signed_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,26 @@ def test_a_jpeg_is_what_pillow_makes_of_it(size, options):
     raw = file_of(textured(*size), "JPEG", **options)
     difference = abs(loaded(raw, 40) - reference(open_picture(raw, "x"), 40))
     assert difference.max() <= 4 and difference.mean() < 0.6
+
+
+@pytest.mark.parametrize("size", [(400, 300), (333, 500), (640, 427), (1280, 960)])
+def test_a_large_jpeg_is_decoded_at_reduced_scale_and_hardly_differs(size):
+    # A photograph: of noise, libjpeg's smaller transforms and Pillow's filter keep other parts.
+    portrait = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    photo = portrait.crop((0, 0, 512, 600)).resize(size, Image.Resampling.BICUBIC)
+    raw = file_of(photo, "JPEG", quality=95)
+    expected = reference(open_picture(raw, "x"), 72)
+    difference = loaded(raw, 72) - expected
+    assert 10 * np.log10(255**2 / (difference**2).mean()) > 45
+    exact = load_image(raw, 72, "the sample", exact=True).permute(1, 2, 0).numpy().astype(int)
+    assert abs(exact - expected).max() <= 2 < abs(difference).max()
+
+
+def test_an_image_may_be_written_to_where_it_is_needed():
+    raw, ring = file_of(textured(64, 48)), torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
+    found = load_image(raw, 40, "the sample", out=ring[1])
+    assert torch.equal(ring[1], load_image(raw, 40, "the sample")) and found.data_ptr() == ring[1].data_ptr()
+    assert not ring[0].any()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])

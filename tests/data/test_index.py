@@ -98,7 +98,7 @@ def test_the_readers_file_may_be_closed_and_opened_again(shard):
     reader = ShardReader(shard)
     first = reader.read(0)
     reader.close()
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(DataError, match="Bad file descriptor"):
         reader.read(0)
     assert ShardReader(shard).read(0) == first
 

@@ -333,7 +333,14 @@ def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
         (tmp_path / "cc" / part.table).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cc" / part.table).write_text("a\thttp://a.example/a.jpg\n")
     arguments = ["cc3m", f"--out={tmp_path / 'cc'}", "--images", f"--img2dataset={program}"]
-    command = subprocess.Popen(command_line(FETCH, arguments, 0), cwd=REPO, stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen(
+        command_line(FETCH, arguments, 0),
+        cwd=REPO,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not ((tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2):
         assert time.monotonic() < deadline and command.poll() is None

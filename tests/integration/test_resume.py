@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pretrain import trace
 from tests.conftest import REPO, command_line, script_environment
 from tests.integration.runs import (
     assert_same_tensors,
@@ -108,17 +110,43 @@ def test_half_written_and_damaged_checkpoints_are_passed_over(root, emoji_shards
     assert not list(folder.glob("unfinished-*"))
 
 
+def recorded_pairs(root, name, first_step):
+    """What all ranks were given by the program that began with a step, in the order of the stream."""
+    files = (root / name / "pairs").glob(f"from-step{first_step:07d}-rank*.jsonl")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return sorted(map(without_cut, lines), key=lambda line: line["position"])
+
+
+def without_cut(line):
+    return {name: value for name, value in line.items() if name not in ("rank", "micro_step")}
+
+
+def stream_settings(shards):
+    """Of the short runs, what the stream depends on."""
+    words = settings(Path(), shards, "x", 6)
+    return [word for word in words if word.startswith("--data.")]
+
+
 @pytest.mark.parametrize(("ranks", "micro_batch_size"), [(0, 64), (1, 32)], ids=["joined", "accumulated"])
-def test_goes_on_at_another_world_size(root, emoji_shards, ranks, micro_batch_size):
+def test_goes_on_at_another_world_size(root, emoji_shards, capsys, ranks, micro_batch_size):
     # Dropout differs between ranks, so here only closeness can be asked for: of runs without it.
     name = f"resized_{micro_batch_size}"
     calm = ["--engine.deepspeed=zero2_fp32", "--objectives.itc=false", "--optim.eps=1e-3", "--checkpoint.every_steps=3"]
+    calm += ["--data.record_pairs=true"]
     if not (root / "calm").exists():
         train(root, emoji_shards, "calm", 6, *calm, ranks=2)
     copy_run(root, name, keep=["step0000003"], source="calm")
     train(root, emoji_shards, name, 6, *calm, f"--data.micro_batch_size={micro_batch_size}", ranks=ranks)
     ours, whole = weights(root, name), weights(root, "calm")
     assert max(relative_difference(ours[n], whole[n]) for n in whole if n.endswith("weight")) < 1e-6
+    # It was given the pairs, masks and negatives of the undisturbed run, which are those that trace.py tells of.
+    undisturbed = recorded_pairs(root, "calm", 1)
+    assert recorded_pairs(root, name, 4) == [line for line in undisturbed if line["step"] > 3]
+    trace.main(
+        "tiny", steps="6", **dict(word.removeprefix("--").split("=", 1) for word in stream_settings(emoji_shards))
+    )
+    traced = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [without_cut(line) for line in traced] == undisturbed
     # And back to two ranks.
     shutil.rmtree(root / name / "checkpoints/step0000006")
     train(root, emoji_shards, name, 6, *calm, ranks=2)

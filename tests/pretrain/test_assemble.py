@@ -11,7 +11,8 @@ from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError
-from pretrain.assemble import build_task, build_tokenizer, check_held_out, find_memory_config, load_task, precision_of
+from pretrain.assemble import build_task, find_memory_config, load_task, precision_of
+from pretrain.assemble_data import build_tokenizer, check_held_out
 from pretrain.presets import tiny
 from tests.conftest import REPO
 
@@ -42,14 +43,15 @@ def test_model_for_another_vocabulary_than_the_tokenizers_is_refused_with_its_si
 
 def test_two_held_out_folders_of_one_name_are_refused_as_scores_go_by_it():
     with pytest.raises(ConfigError, match="two folders 'test'"):
-        check_held_out(["shards/a/test", "shards/b/test"])
+        check_held_out(configured(data__eval_shards="shards/a/test,shards/b/test").data)
 
 
 def test_held_out_folder_whose_pictures_are_trained_on_is_refused(emoji_shards):
     train = Corpora([emoji_shards / "train", emoji_shards / "concept"])
-    check_held_out([str(emoji_shards / "combination")], train)
+    one, both = str(emoji_shards / "combination"), f"{emoji_shards / 'combination'},{emoji_shards / 'concept'}"
+    check_held_out(configured(data__eval_shards=one).data, train)
     with pytest.raises(ConfigError, match=r"131 pictures of the held-out .*concept are also in data\.train_shards"):
-        check_held_out([str(emoji_shards / "combination"), str(emoji_shards / "concept")], train)
+        check_held_out(configured(data__eval_shards=both).data, train)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():

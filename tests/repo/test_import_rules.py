@@ -57,7 +57,7 @@ OWNERS = {
     "deepspeed": ("bridgetower.engine",),
     "apex": ("bridgetower.engine",),
     "wandb": ("bridgetower.engine.tracker",),
-    "webdataset": ("bridgetower.data", "data_prep"),
+    "webdataset": ("bridgetower.data", "data_prep", "benchmarks"),
     "fire": ("script",),
 }
 # transformers imports these where they are installed, as other tools do.
@@ -139,7 +139,11 @@ def test_each_part_of_the_table_but_those_to_come_exists():
         ("pretrain.train", "import data_prep.record", "may not import data_prep"),
         ("bridgetower.model.heads", "def f():\n    import deepspeed", "belongs to bridgetower.engine"),
         ("bridgetower.engine.loop", "import wandb", "belongs to bridgetower.engine.tracker"),
-        ("bridgetower.engine.launch", "from webdataset import TarWriter", "belongs to bridgetower.data and data_prep"),
+        (
+            "bridgetower.engine.launch",
+            "from webdataset import TarWriter",
+            "belongs to bridgetower.data and data_prep and benchmarks",
+        ),
         ("bridgetower.config.cli", "import fire", "belongs to script"),
         ("pretrain.assemble", "import fire", "belongs to script"),
         ("bridgetower.model.heads", "from apex.normalization import FusedLayerNorm", "belongs to bridgetower.engine"),
@@ -211,10 +215,15 @@ def test_no_entry_file_carries_the_name_of_another_module():
     # The folder of a script is first on sys.path: `import report` elsewhere would find pretrain/report.py.
     taken = sys.stdlib_module_names | set(packages_distributions()) | OFTEN_THERE
     files = [path for top in ENTRY_FOLDERS for path in (REPO / top).glob("*.py") if path.stem != "__init__"]
-    assert {path for path in files if path.stem in taken} == {REPO / "benchmarks/data_prep.py"}
-    # Beside that one, nobody may want the other.
-    imported = {name for path in (REPO / "benchmarks").glob("*.py") for name in imported_modules(path.read_text())}
-    assert not any(is_within(name, "data_prep") for name in imported)
+    # Python's own trace is imported by no library that a script here loads.
+    assert {path for path in files if path.stem in taken} == {
+        REPO / "benchmarks/data_prep.py",
+        REPO / "pretrain/trace.py",
+    }
+    # Beside these, nobody may want the others.
+    for folder, name in (("benchmarks", "data_prep"), ("pretrain", "trace")):
+        imported = {one for path in (REPO / folder).glob("*.py") for one in imported_modules(path.read_text())}
+        assert not any(is_within(one, name) for one in imported)
     assert {"train", "presets", "build_shards"} <= {path.stem for path in files}, "the files were not found"
 
 

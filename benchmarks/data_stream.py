@@ -1,0 +1,186 @@
+"""The training stream beside webdataset's plain pipeline and open_clip's, on the same shards, in one run.
+
+python benchmarks/data_stream.py [--images=256] [--rounds=3] [--seconds=6] [--batches=20000] [--out=FILE.json]
+
+The photographs are scikit-image's, cut to the sizes of the corpora and stored as they are, so that each pair costs a
+decoding and a resize to 288 px. Sides take turns; the best round of each counts. All files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import psutil
+import torch
+from fire.decorators import SetParseFn
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.photos import cut_photos
+from benchmarks.stream_sides import LIMIT, SIDE_PX, SIDES, our_stream
+from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.data.loader import micro_batches
+from bridgetower.data.order import Order
+from bridgetower.errors import ConfigError
+
+_FLAGS = {
+    "images": "photographs of each size (default 256)",
+    "rounds": "turns of each side (default 3)",
+    "seconds": "of each turn (default 6)",
+    "batches": "of the memory measurement (default 20000)",
+    "out": "JSON file for the results",
+}
+_USAGE = "Usage: python benchmarks/data_stream.py [flags]\n\nFlags:\n" + "\n".join(
+    f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
+)
+_SIZES = {"500x375": (500, 375), "640x480": (640, 480)}
+_WORKERS = (1, 2)
+_REPO = Path(__file__).resolve().parent.parent
+# The shape of the four corpora: 9 million pairs in 400 shards.
+_SHARDS, _PAIRS_PER_SHARD, _GLOBAL_BATCH = 400, 22_500, 4_096
+
+
+def main(
+    *unexpected: str,
+    images: str = "256",
+    rounds: str = "3",
+    seconds: str = "6",
+    batches: str = "20000",
+    out: str = "",
+    **unknown: str,
+) -> None:
+    """Measure and print tables."""
+    refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
+    count, turns = parse_whole("images", images, 64), parse_whole("rounds", rounds, 1)
+    duration, num_batches = parse_whole("seconds", seconds, 1), parse_whole("batches", batches, 100)
+    results: dict[str, Any] = {"rates": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in _SIZES.items():
+            shards = _build(Path(folder) / name, size, count)
+            for workers in _WORKERS:
+                rates = _take_turns(shards, workers, turns, duration)
+                results["rates"][f"{name}, {workers} worker(s)"] = rates
+                _print_rates(f"{name} to {SIDE_PX} px, {workers} worker(s)", rates)
+        results["memory"] = _memory(_build(Path(folder) / "small", (48, 48), count), num_batches)
+    results["shuffle"] = _shuffle()
+    if out:
+        versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+        content = {**results, "machine": platform.machine(), "cores": len(psutil.Process().cpu_affinity()), **versions}
+        Path(out).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _build(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """Shards of photographs, built by the command that people use."""
+    (folder / "raw").mkdir(parents=True)
+    lines = ["image,caption"]
+    for number, raw in enumerate(cut_photos(size, count)):
+        (folder / "raw" / f"{number:05d}.jpg").write_bytes(raw)
+        lines.append(f"{number:05d}.jpg,a photograph with the number {number} of a thing that somebody has seen there")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "data_prep/build_shards.py", "folder", f"--raw={folder / 'raw'}", "--keep_original"]
+    command += [
+        f"--captions={folder / 'captions.csv'}",
+        f"--out={folder / 'shards'}",
+        f"--samples_per_shard={count // 4}",
+    ]
+    subprocess.run(command, cwd=_REPO, check=True, capture_output=True)
+    return folder / "shards"
+
+
+def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> dict[str, dict[str, float]]:
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(turns):
+        for side in SIDES:
+            # The limit is of one process; as many at a time as the others have workers share the machine's memory.
+            found = _run(side, shards, workers, seconds, processes=workers if side == LIMIT else 1)
+            rates = {
+                "pairs_per_second": sum(one["pairs_per_second"] for one in found),
+                "pairs_per_core_second": sum(one["pairs_per_core_second"] for one in found) / len(found),
+            }
+            kept = best.setdefault(side, rates)
+            best[side] = {name: max(rate, kept[name]) for name, rate in rates.items()}
+    return best
+
+
+def _run(side: str, shards: Path, workers: int, seconds: int, *, processes: int) -> list[dict[str, float]]:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stream_sides", side, str(shards)]
+    running = [
+        subprocess.Popen(
+            [*command, str(workers), str(seconds)], cwd=_REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(processes)
+    ]
+    found = []
+    for process in running:
+        output, errors = process.communicate()
+        if process.returncode:
+            raise ConfigError(f"The side {side!r} does not run:\n{errors[-2000:]}")
+        found.append(json.loads(output.splitlines()[-1]))
+    return found
+
+
+def _print_rates(title: str, rates: dict[str, dict[str, float]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("", "pairs/s a core", "pairs/s", "this stream is (per core)"):
+        table.add_column(name, justify="right" if name else "left")
+    ours = rates["this stream"]["pairs_per_core_second"]
+    for side, rate in rates.items():
+        ratio = "" if side == "this stream" else f"{ours / rate['pairs_per_core_second']:.2f} x"
+        table.add_row(side, f"{rate['pairs_per_core_second']:,.0f}", f"{rate['pairs_per_second']:,.0f}", ratio)
+    Console().print(table)
+
+
+def _memory(shards: Path, num_batches: int) -> dict[str, dict[str, float]]:
+    """Memory that belongs to the rank and to its workers alone, after a start and at the end."""
+    found: dict[str, dict[str, float]] = {}
+    batches = micro_batches(our_stream(shards, 2, batch=4, side_px=32), 0, num_batches)
+    own = psutil.Process()
+    for number, _ in enumerate(batches, 1):
+        if number in (num_batches // 10, num_batches):
+            workers = [p for p in own.children(recursive=True) if p.memory_full_info().uss > 50e6]
+            found[f"after {number:,} batches"] = {
+                "rank_mb": own.memory_full_info().uss / 1e6,
+                "workers_mb": sum(worker.memory_full_info().uss for worker in workers) / 1e6,
+                "workers": len(workers),
+            }
+    print("\nMemory of the rank and its workers (not shared with others):")
+    for when, sizes in found.items():
+        print(f"  {when}: rank {sizes['rank_mb']:.0f} MB, {sizes['workers']} workers {sizes['workers_mb']:.0f} MB")
+    return found
+
+
+def _shuffle() -> dict[str, float]:
+    """How far apart neighbours of a shard land, beside a full permutation of the epoch."""
+    pairs = 250  # of each shard instead of 22,500, so that all positions can be looked at
+    order = Order([pairs] * _SHARDS, [0] * _SHARDS, seed=0, shards_per_window=64)
+    located = order.locate(np.arange(order.num_pairs))
+    position = np.empty((_SHARDS, pairs), np.int64)
+    position[located.shard, located.pair] = np.arange(order.num_pairs)
+    apart = np.abs(np.diff(position, axis=1)) / order.num_pairs
+    large = Order([_PAIRS_PER_SHARD] * _SHARDS, [0] * _SHARDS, seed=0, shards_per_window=64)
+    batch = large.locate(np.arange(_GLOBAL_BATCH)).shard
+    figures = {
+        "mean_distance": float(apart.mean()),
+        "full_permutation_mean_distance": 1 / 3,
+        "shards_in_a_global_batch": len(np.unique(batch)),
+        "full_permutation_shards_in_a_global_batch": _SHARDS * (1 - (1 - 1 / _SHARDS) ** _GLOBAL_BATCH),
+    }
+    print(
+        f"\nShuffling of {_SHARDS} shards of {_PAIRS_PER_SHARD:,} pairs in windows of 64: neighbours of a shard land "
+        f"{figures['mean_distance']:.3f} of an epoch apart on average (a full permutation: 0.333); a global batch of "
+        f"{_GLOBAL_BATCH:,} holds pairs of {figures['shards_in_a_global_batch']:.0f} shards (a full permutation: "
+        f"{figures['full_permutation_shards_in_a_global_batch']:.0f})."
+    )
+    return figures
+
+
+if __name__ == "__main__":
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -1,0 +1,123 @@
+"""A web server on loopback that serves a folder, or passes on to another server, and misbehaves when told to."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Fault:
+    """What happens to the next requests of some paths."""
+
+    kind: str
+    """drop (in the middle), hang, truncate (a whole answer, but too short), flip (wrong bytes), or a status: 503."""
+    of: str = r"\.tar$"
+    times: int = 1
+
+
+@dataclass
+class FaultyServer:
+    """The server's address and what it does wrong."""
+
+    url: str = ""
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    knows_ranges: bool = True
+    hang_seconds: float = 5.0
+
+    def next_fault(self, path: str) -> str:
+        """What to do wrong with a request; empty: nothing."""
+        self.requests.append(path)
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.of, path):
+                fault.times -= 1
+                return fault.kind
+        return ""
+
+
+@contextmanager
+def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultyServer]:
+    """Serve the files of a folder, or what another server answers."""
+    state = FaultyServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            path = self.path.partition("?")[0]
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            kind = state.next_fault(path) if self.command == "GET" else ""
+            if kind == "hang":
+                time.sleep(state.hang_seconds)
+                self.close_connection = True
+                return
+            if kind.isdigit():
+                self.reply(int(kind), {}, b"")
+                return
+            status, headers, content = self.ask(body)
+            if status < 300 and kind == "truncate":
+                content = content[: len(content) // 2]
+            elif status < 300 and kind == "flip":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self.reply(status, headers, content, drop=kind == "drop")
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+        def ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            if upstream:
+                connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=20)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                response = connection.getresponse()
+                content = response.read()
+                dropped = ("transfer-encoding", "connection", "date", "server")
+                kept = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+                connection.close()
+                return response.status, kept, content
+            assert folder is not None
+            file = folder / self.path.lstrip("/")
+            if not file.is_file():
+                return 404, {}, b""
+            content = file.read_bytes()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if asked is None or not state.knows_ranges:
+                return 200, {}, content
+            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            return 206, {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first : last + 1]
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes, *, drop: bool = False) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() != "content-length" or self.command == "HEAD":
+                    self.send_header(name, value)
+            if self.command != "HEAD" or "Content-Length" not in {name.title() for name in headers}:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if drop else content)
+            if drop:
+                self.wfile.flush()
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()

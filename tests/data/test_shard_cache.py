@@ -1,0 +1,364 @@
+"""Remote shards: fetched once, checked, bounded, and read in the same order as local ones whatever the store does."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+import bridgetower.data.shard_cache as shard_cache_module
+from bridgetower.config.schema import DataConfig
+from bridgetower.data.corpora import Corpora, open_corpora
+from bridgetower.data.index import index_path
+from bridgetower.data.loader import micro_batches
+from bridgetower.data.manifest import load_manifest
+from bridgetower.data.order import Cut, Order
+from bridgetower.data.shard_cache import Prefetcher, RemoteShard, ShardCache
+from bridgetower.data.stream import PretrainStream
+from bridgetower.data.text import Tokenizer
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.storage import place
+from tests.data.faulty_server import Fault, FaultyServer, serving
+from tests.small_corpora import write_corpus
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """24 pairs in eight shards of some 10 kB."""
+    return write_corpus(tmp_path_factory.mktemp("corpora"), [1] * 24, samples_per_shard=3)
+
+
+@pytest.fixture
+def server(corpus) -> Iterator[FaultyServer]:
+    with serving(corpus.parent) as running:
+        yield running
+
+
+def shards_at(url: str) -> list[RemoteShard]:
+    folder = place(f"{url}/corpus")
+    return [RemoteShard(url=folder / entry.name, entry=entry) for entry in load_manifest(folder).shards]
+
+
+def small_cache(folder: Path, max_bytes: int = 10**9, **options: Any) -> ShardCache:
+    return ShardCache(folder, max_bytes, **{"backoff_seconds": 0.01, "timeout_seconds": 1.0, **options})
+
+
+def content_of(corpus: Path, shard: RemoteShard) -> tuple[bytes, bytes]:
+    local = corpus / shard.entry.name
+    return local.read_bytes(), index_path(local).read_bytes()
+
+
+def cached(path: Path) -> tuple[bytes, bytes]:
+    return path.read_bytes(), index_path(path).read_bytes()
+
+
+def test_a_shard_is_fetched_once_with_its_index(corpus, server, tmp_path):
+    shard, cache = shards_at(server.url)[0], small_cache(tmp_path)
+    held = cache.hold(shard)
+    assert cached(held.path) == content_of(corpus, shard) and held.path.name == f"{shard.entry.sha256}.tar"
+    before = len(server.requests)
+    assert cache.hold(shard).path == held.path and len(server.requests) == before
+
+
+@pytest.mark.parametrize("kind", ["drop", "hang", "truncate", "flip", "503"])
+@pytest.mark.parametrize("of", [r"\.tar$", r"\.npy$"])
+def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind, of, caplog, monkeypatch):
+    # A byte of an index that is wrong and counts as much as the right one cannot be told.
+    if (kind, of) == ("flip", r"\.npy$"):
+        pytest.skip("there is no checksum of the index")
+    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 4_000)
+    logging.getLogger("bridgetower").propagate = True
+    shard = shards_at(server.url)[0]
+    server.faults = [Fault(kind, of, times=2)]
+    with caplog.at_level(logging.WARNING, "bridgetower"):
+        held = small_cache(tmp_path, timeout_seconds=0.3).hold(shard)
+    assert cached(held.path) == content_of(corpus, shard)
+    said = [record.getMessage()[:14] for record in caplog.records]
+    # Two blocks with wrong bytes are found together, at the end.
+    assert said == ["attempt 1 of 5", "attempt 2 of 5"][: 1 if kind == "flip" else 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("drop", "3 attempts failed"),
+        ("hang", "3 attempts failed, the last with: FSTimeoutError"),
+        ("truncate", r"were asked for, .* came"),
+        ("flip", r"its SHA-256 is \w+, its manifest says \w+.* copy the shard there again"),
+        ("503", "3 attempts failed.*503"),
+    ],
+)
+def test_a_store_that_always_fails_is_an_error_that_says_how(server, tmp_path, kind, message):
+    shard = shards_at(server.url)[0]
+    server.faults = [Fault(kind, times=99)]
+    start = time.monotonic()
+    with pytest.raises(DataError, match=rf"00000\.tar cannot be fetched; .*{message}"):
+        small_cache(tmp_path, attempts=3, timeout_seconds=0.3).hold(shard)
+    assert time.monotonic() - start < 5 and not list(tmp_path.glob("*.t*"))
+
+
+@pytest.mark.parametrize("status", ["404", "403"])
+def test_what_is_not_there_or_forbidden_is_not_asked_for_again_and_again(server, tmp_path, status):
+    shard = shards_at(server.url)[0]
+    server.faults = [Fault(status, times=99)]
+    with pytest.raises(DataError, match=r"00000\.tar cannot be fetched"):
+        small_cache(tmp_path, attempts=2).hold(shard)
+    assert len([path for path in server.requests if path.endswith(".tar")]) <= 2
+
+
+def test_a_connection_that_breaks_goes_on_from_where_it_came_to(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 1_024)
+    shard = shards_at(server.url)[0]
+    blocks = -(-shard.entry.bytes // 1_024)
+    small_cache(tmp_path / "whole").hold(shard)
+    assert len([path for path in server.requests if path.endswith(".tar")]) == blocks
+    server.requests.clear()
+    server.faults = [Fault("503", r"nothing"), Fault("drop", r"\.tar$", times=3)]
+    small_cache(tmp_path / "broken").hold(shard)
+    assert len([path for path in server.requests if path.endswith(".tar")]) == blocks + 3
+
+
+def test_a_server_that_does_not_know_ranges_will_do(corpus, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 5_000)
+    server.knows_ranges = False
+    shard = shards_at(server.url)[1]
+    assert cached(small_cache(tmp_path).hold(shard).path) == content_of(corpus, shard)
+
+
+def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, tmp_path):
+    shards = shards_at(server.url)
+    size = max(shard.entry.bytes for shard in shards)
+    cache = small_cache(tmp_path, 3 * size, timeout_seconds=0.2)
+    first = cache.hold(shards[0])
+    for shard in shards[1:3]:
+        cache.hold(shard).release()
+        time.sleep(0.02)
+    cache.hold(shards[1]).release()  # used again: not the oldest any more
+    cache.hold(shards[3]).release()
+    there = {path.stem for path in tmp_path.glob("*.tar")}
+    assert there == {shards[number].entry.sha256 for number in (0, 1, 3)}
+    assert {path.name.split(".")[0] for path in tmp_path.glob("*.npy")} == there
+    others = [cache.hold(shards[number]) for number in (4, 5)]
+    with pytest.raises(DataError, match=r"full of shards that are being read\. Raise data\.cache_gb="):
+        cache.hold(shards[6])
+    first.release()
+    assert cache.hold(shards[6]).path.exists() and not first.path.exists() and others[0].path.exists()
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.cache_gb=1e-06"):
+        small_cache(tmp_path, 1_000).hold(shards_at(server.url)[0])
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file/cache cannot be written to"):
+        small_cache(tmp_path / "file" / "cache")
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(corpus, server, tmp_path):
+    shard, cache = shards_at(server.url)[0], small_cache(tmp_path)
+    held = cache.hold(shard)
+    held.release()
+    os.truncate(held.path, 100)
+    assert cached(cache.hold(shard).path) == content_of(corpus, shard)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(server, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"The disk of data\.cache_dir=.* is full: .*lower data\.cache_gb"):
+        small_cache(tmp_path).hold(shards_at(server.url)[0])
+    assert not list(tmp_path.glob("*.t*"))
+
+
+def hold_and_wait(folder: Path, shard: RemoteShard, seconds: float) -> None:
+    held = small_cache(folder).hold(shard)
+    time.sleep(seconds)
+    held.release()
+
+
+def test_processes_share_one_copy_that_one_of_them_fetches(corpus, server, tmp_path):
+    shard = shards_at(server.url)[0]
+    server.requests.clear()
+    processes = [SPAWN.Process(target=hold_and_wait, args=(tmp_path, shard, 0.0)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len([path for path in server.requests if path.endswith(".tar")]) == 1
+
+
+def test_what_another_process_holds_is_not_removed(server, tmp_path):
+    shards = shards_at(server.url)
+    size = max(shard.entry.bytes for shard in shards)
+    process = SPAWN.Process(target=hold_and_wait, args=(tmp_path, shards[0], 60.0))
+    process.start()
+    path = tmp_path / f"{shards[0].entry.sha256}.tar"
+    try:
+        wait_until(path.exists)
+        cache = small_cache(tmp_path, 2 * size)
+        for shard in shards[1:5]:
+            cache.hold(shard).release()
+        assert path.exists()
+    finally:
+        process.kill()
+        process.join()
+    for shard in shards[1:3]:
+        cache.hold(shard).release()
+    assert not path.exists()  # its holder is gone
+
+
+def test_what_a_killed_process_left_is_fetched_anew(corpus, server, tmp_path):
+    shards = shards_at(server.url)
+    server.faults, server.hang_seconds = [Fault("hang", times=99)], 60.0
+    process = SPAWN.Process(target=hold_and_wait, args=(tmp_path, shards[0], 0.0))
+    process.start()
+    try:
+        wait_until(lambda: bool(list(tmp_path.glob("*.tmp"))))
+    finally:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert list(tmp_path.glob("*.tmp"))
+    server.faults = []
+    # Another shard takes its room, and the same one its place.
+    tight = small_cache(tmp_path, shards[1].entry.bytes + 100)
+    tight.hold(shards[1]).release()
+    assert not list(tmp_path.glob("*.tmp"))
+    assert cached(small_cache(tmp_path).hold(shards[0]).path) == content_of(corpus, shards[0])
+
+
+def wait_until(is_true: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_shards_are_fetched_ahead_and_let_go(server, tmp_path):
+    shards = shards_at(server.url)
+    size = max(shard.entry.bytes for shard in shards)
+    prefetcher = Prefetcher(small_cache(tmp_path, 4 * size), [None, *shards])
+    try:
+        for wanted in ([1, 2, 3], [3, 4, 5, 0], [6, 7]):
+            prefetcher.advance(wanted, keep=wanted[:1])
+            names = [f"{shards[number - 1].entry.sha256}.tar" for number in wanted if number]
+            wait_until(lambda names=names: all((tmp_path / name).exists() for name in names))
+    finally:
+        prefetcher.close()
+
+
+def test_fetching_ahead_ends_at_once_and_its_errors_are_left_to_the_reader(server, tmp_path):
+    server.faults = [Fault("404", times=99)]
+    prefetcher = Prefetcher(small_cache(tmp_path), shards_at(server.url))
+    prefetcher.advance([0, 1])
+    wait_until(lambda: len([path for path in server.requests if path.endswith(".tar")]) == 2)
+    server.faults = [Fault("503", times=99)]
+    prefetcher.advance([2])
+    start = time.monotonic()
+    prefetcher.close()
+    assert time.monotonic() - start < 3
+
+
+def stream_of(folder: str, data: DataConfig) -> PretrainStream:
+    corpora = open_corpora([folder], data)
+    return PretrainStream(
+        corpora,
+        Order(corpora.pairs_per_shard, corpora.corpus_of_shard, seed=0, shards_per_window=2),
+        Cut(8, 4, 2),
+        data,
+        rank=0,
+        seed=0,
+        tokenizer=Tokenizer("emoji"),
+        image_size_px=16,
+        max_text_tokens=32,
+        mlm_probability=0.15,
+    )
+
+
+def given(stream: PretrainStream) -> list[list[dict[str, Any]]]:
+    batches = micro_batches(stream, 0, 9)
+    lines = [[json.loads(line) for line in batch.lines] for batch in batches]
+    return [[{k: v for k, v in line.items() if k != "shard"} for line in batch] for batch in lines]
+
+
+def settings(folder: str, cache: Path, num_bytes: int, workers: int = 0) -> DataConfig:
+    return DataConfig(
+        train_shards=(folder,),
+        workers=workers,
+        prefetch_batches=1,
+        record_pairs=True,
+        negative_group_size=4,
+        shards_per_window=2,
+        cache_dir=str(cache),
+        cache_gb=num_bytes / 1e9,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_over_a_web_server_that_fails_now_and_then_is_that_of_the_folder(corpus, server, tmp_path, workers):
+    size = max(entry.bytes for entry in load_manifest(corpus).shards)
+    local = given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
+    server.faults = [Fault("503"), Fault("drop"), Fault("truncate"), Fault("flip")]
+    url = f"{server.url}/corpus"
+    # Three windows of two shards, and the one shard outside of them that may be open.
+    assert given(stream_of(url, settings(url, tmp_path / "cache", 7 * size, workers))) == local
+    assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 7 * size
+
+
+def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, tmp_path, monkeypatch):
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    store = ThreadedMotoServer(port=0, verbose=False)
+    store.start()
+    host, port = store.get_host_and_port()
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    try:
+        with serving(upstream=f"http://{host}:{port}") as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            bucket = place("s3://cached-corpora")
+            bucket.mkdir()
+            for file in sorted(corpus.iterdir()):
+                if file.is_file():
+                    (bucket / "corpus" / file.name).write_bytes(file.read_bytes())
+            proxy.faults = [Fault("503"), Fault("drop"), Fault("flip")]
+            url = "s3://cached-corpora/corpus"
+            size = max(entry.bytes for entry in load_manifest(corpus).shards)
+            remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
+            assert all(fault.times == 0 for fault in proxy.faults)
+    finally:
+        store.stop()
+    assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
+
+
+def test_remote_shards_without_a_cache_are_refused_with_the_setting(server):
+    with pytest.raises(ConfigError, match=r"is remote: give --data\.cache_dir=DIR"):
+        Corpora([f"{server.url}/corpus"])
+
+
+def test_negatives_from_all_over_a_remote_corpus_are_refused(server, tmp_path):
+    url = f"{server.url}/corpus"
+    with pytest.raises(ConfigError, match=r"data\.itm_negatives=corpus reads images from all over"):
+        open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path), itm_negatives="corpus"))
+
+
+def test_a_remote_folder_that_is_not_there_is_named(server, tmp_path):
+    url = f"{server.url}/none"
+    with pytest.raises(DataError, match=r"http.*none"):
+        open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path)))
