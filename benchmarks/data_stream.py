@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from rich.table import Table
 from benchmarks.photos import cut_photos
 from benchmarks.stream_sides import LIMIT, SIDE_PX, SIDES, our_stream
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.data.index import IndexRow, index_bytes, make_index
 from bridgetower.data.loader import micro_batches
+from bridgetower.data.manifest import Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.data.order import Order
 from bridgetower.errors import ConfigError
 
@@ -70,6 +73,7 @@ def main(
                 results["rates"][f"{name}, {workers} worker(s)"] = rates
                 _print_rates(f"{name} to {SIDE_PX} px, {workers} worker(s)", rates)
         results["memory"] = _memory(_build(Path(folder) / "small", (48, 48), count), num_batches)
+        results["far_start"] = _far_start(Path(folder) / "large")
     results["shuffle"] = _shuffle()
     if out:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
@@ -155,6 +159,53 @@ def _memory(shards: Path, num_batches: int) -> dict[str, dict[str, float]]:
     for when, sizes in found.items():
         print(f"  {when}: rank {sizes['rank_mb']:.0f} MB, {sizes['workers']} workers {sizes['workers_mb']:.0f} MB")
     return found
+
+
+def _far_start(folder: Path) -> dict[str, float]:
+    """Open the indexes of four million images with nine million pairs, and find the pairs of step 90,000."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    entries = []
+    for number in range(_SHARDS):
+        captions = random.permutation(np.repeat([2, 3, 1], [5_000, 3_750, 1_250]))  # 22,500 of 10,000 images
+        rows = [IndexRow(512 + 40_960 * row, 38_000, 38_400, 500, row, count) for row, count in enumerate(captions)]
+        (folder / f"{number:05d}.index.npy").write_bytes(index_bytes(make_index(rows)))
+        with (folder / f"{number:05d}.tar").open("wb") as tar:
+            tar.truncate(40_960 * 10_001)  # without content
+        size = 40_960 * 10_001
+        name = f"{number:05d}.tar"
+        entries.append(
+            ShardEntry(name=name, samples=10_000, pairs=_PAIRS_PER_SHARD, bytes=size, sha256=f"{number:064d}")
+        )
+    totals = Totals(
+        rows=_SHARDS * _PAIRS_PER_SHARD,
+        images_in=_SHARDS * 10_000,
+        images=_SHARDS * 10_000,
+        captions=_SHARDS * _PAIRS_PER_SHARD,
+        bytes=0,
+        caption_words=0,
+        rejects={},
+        image_rejects={},
+    )
+    manifest = Manifest(source="none", split="", settings={}, attribution="", totals=totals, shards=tuple(entries))
+    write_manifest(folder, manifest)
+    own = psutil.Process()
+    before, start = own.memory_full_info().uss, time.perf_counter()
+    stream = our_stream(folder, 0)
+    located = stream.order.locate(90_000 * _GLOBAL_BATCH + np.arange(_GLOBAL_BATCH))
+    for shard, pair in zip(located.shard.tolist(), located.pair.tolist(), strict=True):
+        stream.corpora.image_id_of(shard, pair)
+    figures = {
+        "seconds": time.perf_counter() - start,
+        "private_mb": (own.memory_full_info().uss - before) / 1e6,
+        "indexes_mb": sum(file.stat().st_size for file in folder.glob("*.npy")) / 1e6,
+    }
+    print(
+        f"\nThe {_GLOBAL_BATCH:,} pairs of step 90,000 of a run over 9,000,000 pairs of 4,000,000 images are found in "
+        f"{figures['seconds']:.2f} s, with {figures['private_mb']:.1f} MB of the process's own; the indexes, which all "
+        f"processes of a node share, have {figures['indexes_mb']:.0f} MB."
+    )
+    return figures
 
 
 def _shuffle() -> dict[str, float]:
