@@ -69,8 +69,9 @@ setup(
         "parquet": ["pyarrow>=20"],
         # Photographs for benchmarks.
         "benchmarks": ["scikit-image>=0.25,<1"],
-        # There is no extra for img2dataset, which downloads lists of URLs: it needs webdataset < 0.3 and pandas < 3, so
-        # that it lives in an environment of its own (data_prep/url_pictures.py).
+        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3: uv makes an environment of
+        # its own for it when it is first used (data_prep/url_pictures.py).
+        "download": ["uv>=0.9,<1"],
         # W&B workspaces as code.
         "dashboard": ["wandb-workspaces>=0.3,<1"],
     },

@@ -1,7 +1,7 @@
 """Downloads the pictures of a list of URLs with img2dataset, a program of its own, and says which links are dead.
 
 img2dataset needs older versions of webdataset, pandas and OpenCV than this repository: no environment can hold both. It
-therefore runs as a command from wherever it is installed.
+therefore runs as a command: of an environment that uv makes for it (the extra `download`), or wherever it is installed.
 """
 
 from __future__ import annotations
@@ -29,27 +29,49 @@ _TIMEOUT_SECONDS = 15
 _RETRIES = 1
 _GRACE_SECONDS = 10.0
 _COMPLETE = "complete.json"
-INSTALL = "python3.11 -m venv ~/img2dataset && ~/img2dataset/bin/pip install 'img2dataset>=1.47,<2'"
+INSTALL = "pip install -e '.[download]'"
+_REQUIREMENT = "img2dataset>=1.47,<2"
+# Its pyarrow has no wheels for later ones; uv brings this Python where there is none.
+_PYTHON = "3.11"
 
 
 def find_img2dataset(given: str) -> str:
-    """The program: the one that was given, or one beside this Python, or on the PATH.
+    """The program: the one that was given, or one on the PATH, or one that uv keeps in an environment of its own.
 
     Raises:
         ConfigError: there is none.
     """
-    beside = Path(sys.executable).parent / "img2dataset"
-    if given:
-        found = shutil.which(Path(given).expanduser())
-    else:
-        found = str(beside) if beside.is_file() else shutil.which("img2dataset")
-    if found is None:
-        where = f"--img2dataset={given} is not a program" if given else "img2dataset is not installed"
+    found = shutil.which(Path(given).expanduser() if given else "img2dataset")
+    if found is None and given:
         raise ConfigError(
-            f"{where}; it downloads the pictures. It needs other versions of webdataset than this repository, so give "
-            f"it an environment of its own: `{INSTALL}`, then --img2dataset=~/img2dataset/bin/img2dataset."
+            f"--img2dataset={given} is not a program. Give the path of img2dataset, or leave it out: with {INSTALL} uv "
+            "brings it."
         )
-    return found
+    return found or _kept_by_uv()
+
+
+def _kept_by_uv() -> str:
+    """Install it as a tool of uv, once."""
+    uv = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    if uv is None:
+        raise ConfigError(
+            "img2dataset is not installed; it downloads the pictures. It needs older versions of webdataset and pandas "
+            f"than this repository, and therefore an environment of its own, which uv makes: `{INSTALL}`. Or install "
+            "it yourself and give --img2dataset=PATH."
+        )
+    folder = subprocess.run([uv, "tool", "dir", "--bin"], capture_output=True, text=True, check=True).stdout.strip()
+    program = Path(folder) / "img2dataset"
+    if not program.is_file():
+        print("Installing img2dataset into an environment of its own (a minute) ...", file=sys.stderr)
+        installed = subprocess.run(
+            [uv, "tool", "install", "--quiet", "--python", _PYTHON, _REQUIREMENT], stdin=subprocess.DEVNULL
+        )
+        if installed.returncode or not program.is_file():
+            raise ConfigError(
+                f"uv could not install {_REQUIREMENT}, see above. Install it in an environment of its own with Python "
+                f"{_PYTHON} and give --img2dataset=PATH."
+            )
+    return str(program)
 
 
 def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, processes: int, max_rows: int) -> Downloads:

@@ -12,7 +12,6 @@ import numpy as np
 import simplejpeg
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 from bridgetower.data.picture import MAX_IMAGE_PIXELS, open_picture
 
@@ -73,7 +72,7 @@ def _fit(image: Tensor, height: int, width: int, side_px: int) -> Tensor:
         # Resized whole, a line of 20,000 x 1 pixels would take gigabytes. The same is cut off at both ends.
         longest += (max(height, width) - longest) % 2
         height, width = min(height, longest), min(width, longest)
-        image = T.center_crop(image, [height, width])
+        image = _center(image, height, width)
     if min(image.shape[-2:]) != side_px:
         # The sizes that torchvision computes of the whole picture, without its overhead.
         size = (side_px * height // min(height, width), side_px * width // min(height, width))
@@ -82,5 +81,11 @@ def _fit(image: Tensor, height: int, width: int, side_px: int) -> Tensor:
         scales = (size[0] * reduction / height, size[1] * reduction / width)
         image = torch.ops.aten._upsample_bicubic2d_aa(image[None], size, False, *scales)[0]
     if image.shape[-2:] != (side_px, side_px):
-        image = T.center_crop(image, [side_px, side_px])
+        image = _center(image, side_px, side_px)
     return image
+
+
+def _center(image: Tensor, height: int, width: int) -> Tensor:
+    """The middle of a larger image, where torchvision's center_crop finds it (whose import takes a second)."""
+    top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
+    return image[..., top : top + height, left : left + width]

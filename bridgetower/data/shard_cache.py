@@ -31,6 +31,7 @@ from bridgetower.storage import as_remote
 _BLOCK_BYTES = 8 * 2**20
 _MAX_BACKOFF_SECONDS = 30.0
 _POLL_SECONDS = 0.1
+_MAX_CLOSE_SECONDS = 5.0
 # What another attempt cannot change.
 _FINAL_ERRORS = (FileNotFoundError, PermissionError)
 
@@ -370,10 +371,12 @@ class Prefetcher:
         self._stop.set()
         with self._changed:
             self._changed.notify()
-        self._thread.join()
-        for held in self._held.values():
-            held.release()
-        self._held.clear()
+        # It may be waiting for another process that fetches the same shard; it ends with this one then.
+        self._thread.join(_MAX_CLOSE_SECONDS)
+        with self._changed:
+            for held in self._held.values():
+                held.release()
+            self._held.clear()
 
     def _next(self) -> int | None:
         return next((shard for shard in self._wanted if shard not in self._held and shard not in self._failed), None)

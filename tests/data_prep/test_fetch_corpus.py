@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -17,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from bridgetower.errors import DataError
+from bridgetower.errors import ConfigError, DataError
 from data_prep.catalogue import catalogue
 from data_prep.http_files import download_file, http_session
 from data_prep.record import SourceOptions
 from data_prep.sources import cc3m
 from data_prep.unpack import unpack
-from data_prep.url_pictures import download_pictures
+from data_prep.url_pictures import download_pictures, find_img2dataset
 from data_prep.web_corpora import Row
 from tests.conftest import REPO, command_line, run_script
 from tests.data_prep.file_server import FileServer, file_server
@@ -355,6 +356,26 @@ def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
 def is_running(pid: int) -> bool:
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_uv_keeps_img2dataset_in_an_environment_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[download\]'"):
+        find_img2dataset("")
+    uv, tools = tmp_path / "bin/uv", tmp_path / "tools"
+    uv.parent.mkdir()
+    uv.write_text(
+        f'#!/bin/sh\nif [ "$2" = dir ]; then echo {tools}; exit; fi\n'
+        f'echo "$@" >> {tmp_path}/installed; mkdir {tools}; touch {tools}/img2dataset\n'
+    )
+    uv.chmod(0o755)
+    assert [find_img2dataset(""), find_img2dataset("")] == [str(tools / "img2dataset")] * 2
+    assert (tmp_path / "installed").read_text() == "tool install --quiet --python 3.11 img2dataset>=1.47,<2\n"
+    (tools / "img2dataset").unlink()
+    uv.write_text(f'#!/bin/sh\n[ "$2" = dir ] && echo {tools} || exit 1\n')
+    with pytest.raises(ConfigError, match=r"uv could not install img2dataset.*--img2dataset=PATH"):
+        find_img2dataset("")
 
 
 PROGRAM = shutil.which("img2dataset")

@@ -52,10 +52,18 @@ def settings(run_root: Path, shards: Path, name: str, steps: int, *more: str) ->
 
 
 def train(
-    run_root: Path, shards: Path, name: str, steps: int, *more: str, ranks: int = 0, code: int = 0
+    run_root: Path,
+    shards: Path,
+    name: str,
+    steps: int,
+    *more: str,
+    ranks: int = 0,
+    code: int = 0,
+    launcher: str = "plain",
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
-    return run_script("pretrain/train.py", *settings(run_root, shards, name, steps, *more), ranks=ranks, code=code)
+    words = settings(run_root, shards, name, steps, *more)
+    return run_script("pretrain/train.py", *words, ranks=ranks, code=code, launcher=launcher)
 
 
 def metrics(run_root: Path, name: str, prefixes: Sequence[str] = ("train/", "optim/")) -> list[dict[str, float]]:

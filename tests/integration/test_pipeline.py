@@ -23,7 +23,8 @@ def root(emoji_shards, tmp_path_factory) -> Path:
     """Holds the run "whole": two ranks, evaluated during training, with W&B as it is without a key."""
     folder = tmp_path_factory.mktemp("runs")
     splits = f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'concept'}"
-    output = train(folder, emoji_shards, "whole", 6, *EVALUATED, splits, "--tracker.wandb=auto", ranks=2)
+    words = [*EVALUATED, splits, "--tracker.wandb=auto"]
+    output = train(folder, emoji_shards, "whole", 6, *words, ranks=2, launcher="deepspeed")
     (folder / "output").write_text(output.stdout + output.stderr)
     run_script("pretrain/report.py", str(folder / "whole"))
     return folder

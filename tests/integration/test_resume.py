@@ -25,8 +25,8 @@ from tests.integration.runs import (
 )
 
 STEPS = 8
-# Dropout on, so that its random numbers count too; worker processes, so that the position in the data does.
-LIVELY = ["--model.text.dropout=0.1", "--model.fusion.dropout=0.1", "--data.workers=1"]
+# Dropout on, so that its random numbers count too.
+LIVELY = ["--model.text.dropout=0.1", "--model.fusion.dropout=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,9 @@ def assert_same_run(root, name):
 
 
 def start(root, shards, name, *more):
-    """Start a run of two ranks and wait until it has done some steps."""
-    arguments = settings(root, shards, name, STEPS, *LIVELY, "--checkpoint.every_steps=3", *more)
+    """Start a run of two ranks, with worker processes that are ahead of it, and wait until it has done some steps."""
+    workers = "--data.workers=1"
+    arguments = settings(root, shards, name, STEPS, *LIVELY, workers, "--checkpoint.every_steps=3", *more)
     process = subprocess.Popen(
         command_line("pretrain/train.py", arguments, ranks=2),
         cwd=REPO,

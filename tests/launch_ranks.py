@@ -1,0 +1,48 @@
+"""Starts the ranks of a script on this machine, as srun does with one task each: python launch_ranks.py N SCRIPT ...
+
+The deepspeed launcher imports torch twice before it starts anything; a few tests use it all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+
+def main(num_ranks: int, words: list[str]) -> int:
+    """Wait for all; the first that fails ends the others and gives the exit code."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)},
+        )
+        for rank in range(num_ranks)
+    ]
+
+    def pass_on(number: int, _: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    while any(rank.poll() is None for rank in ranks):
+        failed = [rank.returncode for rank in ranks if rank.returncode]
+        if failed:
+            time.sleep(5)  # they may be about to say more
+            for rank in ranks:
+                rank.kill()
+            return abs(failed[0])
+        time.sleep(0.05)
+    return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
