@@ -107,10 +107,16 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{folder} has no {MANIFEST_NAME}. {hint}") from None
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}). Correct its permissions, or copy it again."
+            f"{path} cannot be read ({error.strerror or type(error).__name__}). Correct its permissions, or copy it "
+            "again."
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}). Run the build_shards.py command again.") from error
+    except Exception as error:
+        if as_remote(folder) is None:
+            raise
+        # Clients of object stores have error classes of their own.
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). Is the store reachable?") from error
     if not isinstance(content, dict):
         raise DataError(
             f"{path} holds a {type(content).__name__}, not a manifest. Run the build_shards.py command again."

@@ -32,8 +32,10 @@ _BLOCK_BYTES = 8 * 2**20
 _MAX_BACKOFF_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 _MAX_CLOSE_SECONDS = 5.0
-# What another attempt cannot change.
+# What another attempt cannot change: as Python says it, and as a web server does.
 _FINAL_ERRORS = (FileNotFoundError, PermissionError)
+_FINAL_STATUSES = (401, 403, 404, 410)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger("bridgetower.data")
 
@@ -120,14 +122,13 @@ class ShardCache:
                 f"The shard {shard.url} has {entry.bytes / 1e9:.3g} GB, the whole cache may have "
                 f"data.cache_gb={self._max_bytes / 1e9:.3g}. Three windows of shards need to fit."
             )
-        path = self._folder / f"{entry.sha256}.tar"
-        while True:
-            held = self._hold_what_is_there(path, entry)
-            if held is not None:
-                return held
-            with self._locked(entry.sha256):
-                if not path.exists():  # else another process has fetched it meanwhile
-                    self._fetch(shard, path, stop or threading.Event())
+        path, stop = self._folder / f"{entry.sha256}.tar", stop or threading.Event()
+        held = self._hold_what_is_there(path, entry)
+        if held is None:
+            with self._locked(entry.sha256, stop):
+                # Another process may have fetched it meanwhile.
+                held = self._hold_what_is_there(path, entry) or self._fetch(shard, path, stop)
+        return held
 
     def _hold_what_is_there(self, path: Path, entry: ShardEntry) -> Held | None:
         try:
@@ -135,33 +136,36 @@ class ShardCache:
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        if not _is_at(path, file):  # removed between the two lines above
+        is_whole = os.fstat(file).st_size == entry.bytes and index_path(path).is_file()
+        if not is_whole or not _is_at(path, file):  # it may have been removed between opening and locking
             os.close(file)
             return None
-        if os.fstat(file).st_size != entry.bytes or not index_path(path).is_file():
-            logger.warning("%s in the cache is damaged and fetched again", path)
-            _remove(path)
-            os.close(file)
-            return None
-        os.utime(path)
+        os.utime(file)
         return Held(path, file)
 
-    def _fetch(self, shard: RemoteShard, path: Path, stop: threading.Event) -> None:
-        """Bring a shard and its index; the tar gets its name last."""
+    def _fetch(self, shard: RemoteShard, path: Path, stop: threading.Event) -> Held:
+        """Bring a shard and its index; the tar gets its name last. Only for who has the shard's lock file."""
         temporary = path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)  # of a process that was killed: it would have the lock otherwise
+        for left in self._folder.glob(f"*{path.stem}*.tmp"):
+            left.unlink(missing_ok=True)  # of a process that was killed: it would have the lock otherwise
+        if path.exists():
+            logger.warning("%s in the cache is damaged and fetched again", path)
+            _remove(path)
         try:
             file = self._make_room(temporary, shard.entry.bytes, stop)
             try:
                 self._try_often(shard.url, _Download(shard, file, self._timeout).run, stop)
                 os.fsync(file)
-            finally:
+                index = self._try_often(index_path(shard.url), lambda stop: _fetch_index(shard, self._timeout), stop)
+                write_atomically(index_path(path), index)
+                fcntl.flock(file, fcntl.LOCK_SH)  # before it has its name, so that nobody removes it in between
+                os.replace(temporary, path)
+            except BaseException:
                 os.close(file)
-            index = self._try_often(index_path(shard.url), lambda stop: _fetch_index(shard, self._timeout), stop)
-            write_atomically(index_path(path), index)
-            os.replace(temporary, path)
+                raise
+            return Held(path, file)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in _DISK_FULL:
                 raise
             raise DataError(
                 f"The disk of data.cache_dir={self._folder} is full: {shard.entry.bytes / 1e9:.3g} GB for {shard.url} "
@@ -174,15 +178,15 @@ class ShardCache:
         for number in range(1, self._attempts + 1):
             try:
                 return attempt(stop)
-            except _FINAL_ERRORS as error:
-                raise DataError(
-                    f"{url} cannot be fetched ({type(error).__name__}: {error}). Is it there, and may you read it?"
-                ) from error
             except (_Stopped, MemoryError):
                 raise
             except Exception as error:  # clients of stores have error classes of their own
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     raise
+                if isinstance(error, _FINAL_ERRORS) or getattr(error, "status", None) in _FINAL_STATUSES:
+                    raise DataError(
+                        f"{url} cannot be fetched ({type(error).__name__}: {error}). Is it there, and may you read it?"
+                    ) from error
                 reason = str(error) or type(error).__name__
                 if number == self._attempts:
                     raise DataError(
@@ -196,7 +200,7 @@ class ShardCache:
 
     def _make_room(self, temporary: Path, num_bytes: int, stop: threading.Event) -> int:
         """Remove what was used longest ago and nobody holds, and take the room. Returns: the open file."""
-        deadline = time.monotonic() + self._timeout
+        deadline, is_said = time.monotonic() + self._timeout, False
         while True:
             with self._locked("room"):
                 too_much = self._used_bytes() + num_bytes - self._max_bytes
@@ -218,6 +222,9 @@ class ShardCache:
                     f"The cache {self._folder} is full of shards that are being read. Raise data.cache_gb="
                     f"{self._max_bytes / 1e9:.3g} to {least:.3g} at least, or lower data.shards_per_window."
                 )
+            if not is_said:
+                logger.warning("waiting for room in %s: its shards are being read", self._folder)
+                is_said = True
             if stop.wait(_POLL_SECONDS):
                 raise _Stopped
 
@@ -232,18 +239,18 @@ class ShardCache:
     def _evict(self, path: Path) -> int:
         """Remove a file that nobody uses. Returns: the bytes it gave."""
         # Who reads a shard has a lock on it; who fetches one has its lock file.
-        guard = path if path.suffix == ".tar" else self._lock_file(path.stem)
+        is_tar = path.suffix == ".tar"
+        guard = path if is_tar else self._lock_file(path.name.lstrip(".").partition(".")[0])
         try:
-            file = os.open(guard, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(guard, os.O_CLOEXEC | (os.O_RDONLY if is_tar else os.O_RDWR | os.O_CREAT), 0o644)
         except FileNotFoundError:
             return 0
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _try_lock(file) or not _is_at(guard, file):
+                return 0
             size = _size(path)
             _remove(path)
             return size
-        except BlockingIOError:
-            return 0
         finally:
             os.close(file)
 
@@ -251,10 +258,15 @@ class ShardCache:
         return self._folder / f"{name}.lock"
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str, stop: threading.Event | None = None) -> Iterator[None]:
         file = os.open(self._lock_file(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if stop is None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            else:
+                while not _try_lock(file):
+                    if stop.wait(_POLL_SECONDS):
+                        raise _Stopped
             yield
         finally:
             os.close(file)
@@ -279,10 +291,11 @@ class _Download:
             end = min(self._position + _BLOCK_BYTES, entry.bytes)
             block = _read(self._shard.url, self._timeout, self._position, end)
             if len(block) == entry.bytes > end - self._position:
-                block = block[self._position : end]  # the server does not know ranges
+                block, end = block[self._position :], entry.bytes  # the server does not know ranges
             if len(block) != end - self._position:
                 raise _Broken(f"bytes {self._position:,} to {end:,} were asked for, {len(block):,} came.")
-            os.pwrite(self._file, block, self._position)
+            if os.pwrite(self._file, block, self._position) != len(block):
+                raise _Broken(f"{len(block):,} bytes could not be written at once.")
             self._hash.update(block)
             self._position = end
         found = self._hash.hexdigest()
@@ -316,6 +329,14 @@ def _read(url: Path, timeout_seconds: float, start: int | None = None, end: int 
     return bytes(remote.fs.cat_file(remote.path, start=start, end=end))
 
 
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _is_at(path: Path, file: int) -> bool:
     """True if the name still is that of the open file."""
     try:
@@ -332,9 +353,9 @@ def _size(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
     if path.suffix == ".tar":
-        index_path(path).unlink(missing_ok=True)
+        index_path(path).unlink(missing_ok=True)  # first: a tar alone is noticed, an index alone stays for ever
+    path.unlink(missing_ok=True)
 
 
 class Prefetcher:
@@ -371,7 +392,7 @@ class Prefetcher:
         self._stop.set()
         with self._changed:
             self._changed.notify()
-        # It may be waiting for another process that fetches the same shard; it ends with this one then.
+        # A store that hangs is given up later; what comes then is let go.
         self._thread.join(_MAX_CLOSE_SECONDS)
         with self._changed:
             for held in self._held.values():
@@ -401,7 +422,7 @@ class Prefetcher:
                     self._failed.add(number)
                 continue
             with self._changed:
-                if number in self._needed and number not in self._held:
+                if number in self._needed and number not in self._held and not self._stop.is_set():
                     self._held[number] = held
                 else:
                     held.release()

@@ -19,9 +19,12 @@ class Fault:
     """What happens to the next requests of some paths."""
 
     kind: str
-    """drop (in the middle), hang, truncate (a whole answer, but too short), flip (wrong bytes), or a status: 503."""
+    """delay, hang, stall (in the middle), drop (in the middle), truncate (a whole answer, but too short), flip (wrong
+    bytes), or a status: 503."""
     of: str = r"\.tar$"
     times: int = 1
+    after_bytes: int | None = None
+    """What stall and drop send before; by default a half."""
 
 
 @dataclass
@@ -33,15 +36,16 @@ class FaultyServer:
     requests: list[str] = field(default_factory=list)
     knows_ranges: bool = True
     hang_seconds: float = 5.0
+    delay_seconds: float = 1.0
 
-    def next_fault(self, path: str) -> str:
-        """What to do wrong with a request; empty: nothing."""
+    def next_fault(self, path: str) -> Fault:
+        """What to do wrong with a request."""
         self.requests.append(path)
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.of, path):
                 fault.times -= 1
-                return fault.kind
-        return ""
+                return fault
+        return Fault("")
 
 
 @contextmanager
@@ -56,20 +60,30 @@ def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultySe
             path = self.path.partition("?")[0]
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
-            kind = state.next_fault(path) if self.command == "GET" else ""
+            fault = state.next_fault(path) if self.command == "GET" else Fault("")
+            kind = fault.kind
+            if kind == "delay":
+                time.sleep(state.delay_seconds)
             if kind == "hang":
                 time.sleep(state.hang_seconds)
                 self.close_connection = True
                 return
             if kind.isdigit():
-                self.reply(int(kind), {}, b"")
+                self.reply(int(kind), {}, b"", b"")
                 return
             status, headers, content = self.ask(body)
             if status < 300 and kind == "truncate":
                 content = content[: len(content) // 2]
             elif status < 300 and kind == "flip":
                 content = content[:-1] + bytes([content[-1] ^ 1])
-            self.reply(status, headers, content, drop=kind == "drop")
+            sent = content
+            if status < 300 and kind in ("drop", "stall"):
+                sent = content[: len(content) // 2 if fault.after_bytes is None else fault.after_bytes]
+            self.reply(status, headers, content, sent)
+            if kind == "stall":
+                time.sleep(state.hang_seconds)
+            if len(sent) < len(content):
+                self.close_connection = True
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
@@ -94,7 +108,7 @@ def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultySe
             first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
             return 206, {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first : last + 1]
 
-        def reply(self, status: int, headers: dict[str, str], content: bytes, *, drop: bool = False) -> None:
+        def reply(self, status: int, headers: dict[str, str], content: bytes, sent: bytes) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() != "content-length" or self.command == "HEAD":
@@ -103,10 +117,7 @@ def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultySe
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content[: len(content) // 2] if drop else content)
-            if drop:
-                self.wfile.flush()
-                self.close_connection = True
+                self.wfile.write(sent)
 
         def log_message(self, *_: object) -> None:
             pass

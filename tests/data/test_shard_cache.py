@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import fcntl
 import json
 import logging
-import multiprocessing
 import os
-import signal
+import pickle
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +32,22 @@ from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.storage import place
+from tests.conftest import REPO
 from tests.data.faulty_server import Fault, FaultyServer, serving
 from tests.small_corpora import write_corpus
 
-SPAWN = multiprocessing.get_context("spawn")
+# Without torch, so that a process is there at once.
+HOLD = """
+import pickle, sys, time
+from bridgetower.errors import DataError
+cache, shard, seconds = pickle.loads(bytes.fromhex(sys.argv[1]))
+try:
+    held = cache.hold(shard)
+except DataError as error:
+    sys.exit(f"DataError: {error}")
+time.sleep(seconds)
+held.release()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +76,18 @@ def content_of(corpus: Path, shard: RemoteShard) -> tuple[bytes, bytes]:
     return local.read_bytes(), index_path(local).read_bytes()
 
 
+def holding(cache: ShardCache, shard: RemoteShard, seconds: float = 0.0, *before: str) -> subprocess.Popen[str]:
+    """Another process that holds a shard."""
+    arguments = pickle.dumps((cache, shard, seconds)).hex()
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", HOLD, arguments], cwd=REPO, stderr=subprocess.PIPE, text=True
+    )
+
+
+def tars_asked_for(server: FaultyServer) -> int:
+    return len([path for path in server.requests if path.endswith(".tar")])
+
+
 def cached(path: Path) -> tuple[bytes, bytes]:
     return path.read_bytes(), index_path(path).read_bytes()
 
@@ -72,12 +100,13 @@ def test_a_shard_is_fetched_once_with_its_index(corpus, server, tmp_path):
     assert cache.hold(shard).path == held.path and len(server.requests) == before
 
 
-@pytest.mark.parametrize("kind", ["drop", "hang", "truncate", "flip", "503"])
-@pytest.mark.parametrize("of", [r"\.tar$", r"\.npy$"])
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    [(kind, of) for kind in ("drop", "hang", "stall", "truncate", "500", "503") for of in (r"\.tar$", r"\.npy$")]
+    # A byte of an index that is wrong and counts as much as the right one cannot be told: it has no checksum.
+    + [("flip", r"\.tar$")],
+)
 def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind, of, caplog, monkeypatch):
-    # A byte of an index that is wrong and counts as much as the right one cannot be told.
-    if (kind, of) == ("flip", r"\.npy$"):
-        pytest.skip("there is no checksum of the index")
     monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 4_000)
     logging.getLogger("bridgetower").propagate = True
     shard = shards_at(server.url)[0]
@@ -95,6 +124,7 @@ def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind,
     [
         ("drop", "3 attempts failed"),
         ("hang", "3 attempts failed, the last with: FSTimeoutError"),
+        ("stall", "3 attempts failed, the last with: FSTimeoutError"),
         ("truncate", r"were asked for, .* came"),
         ("flip", r"its SHA-256 is \w+, its manifest says \w+.* copy the shard there again"),
         ("503", "3 attempts failed.*503"),
@@ -109,13 +139,13 @@ def test_a_store_that_always_fails_is_an_error_that_says_how(server, tmp_path, k
     assert time.monotonic() - start < 5 and not list(tmp_path.glob("*.t*"))
 
 
-@pytest.mark.parametrize("status", ["404", "403"])
+@pytest.mark.parametrize("status", ["401", "403", "404", "410"])
 def test_what_is_not_there_or_forbidden_is_not_asked_for_again_and_again(server, tmp_path, status):
     shard = shards_at(server.url)[0]
     server.faults = [Fault(status, times=99)]
     with pytest.raises(DataError, match=r"00000\.tar cannot be fetched"):
-        small_cache(tmp_path, attempts=2).hold(shard)
-    assert len([path for path in server.requests if path.endswith(".tar")]) <= 2
+        small_cache(tmp_path, attempts=5).hold(shard)
+    assert tars_asked_for(server) == 1
 
 
 def test_a_connection_that_breaks_goes_on_from_where_it_came_to(server, tmp_path, monkeypatch):
@@ -123,11 +153,11 @@ def test_a_connection_that_breaks_goes_on_from_where_it_came_to(server, tmp_path
     shard = shards_at(server.url)[0]
     blocks = -(-shard.entry.bytes // 1_024)
     small_cache(tmp_path / "whole").hold(shard)
-    assert len([path for path in server.requests if path.endswith(".tar")]) == blocks
+    assert tars_asked_for(server) == blocks
     server.requests.clear()
-    server.faults = [Fault("503", r"nothing"), Fault("drop", r"\.tar$", times=3)]
+    server.faults = [Fault("drop", times=3, after_bytes=700)]
     small_cache(tmp_path / "broken").hold(shard)
-    assert len([path for path in server.requests if path.endswith(".tar")]) == blocks + 3
+    assert tars_asked_for(server) == blocks + 3
 
 
 def test_a_server_that_does_not_know_ranges_will_do(corpus, server, tmp_path, monkeypatch):
@@ -135,9 +165,28 @@ def test_a_server_that_does_not_know_ranges_will_do(corpus, server, tmp_path, mo
     server.knows_ranges = False
     shard = shards_at(server.url)[1]
     assert cached(small_cache(tmp_path).hold(shard).path) == content_of(corpus, shard)
+    assert tars_asked_for(server) == 1  # what came is used, instead of all of it again for each block
 
 
-def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, tmp_path):
+def test_the_index_of_another_shard_is_not_taken(corpus, server, tmp_path):
+    shard = shards_at(server.url)[0]
+    entry = dataclasses.replace(shard.entry, pairs=shard.entry.pairs + 1)
+    with pytest.raises(DataError, match=r"00000\.index\.npy cannot be fetched; 2 attempts.* of another shard"):
+        small_cache(tmp_path, attempts=2).hold(RemoteShard(url=shard.url, entry=entry))
+    assert not list(tmp_path.glob("*.t*")) and not list(tmp_path.glob("*.npy"))
+
+
+def test_shards_of_a_store_without_a_connection_are_cached_too(corpus, tmp_path):
+    folder = place("memory://cached/corpus")
+    for file in corpus.glob("0*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    entry = load_manifest(corpus).shards[2]
+    shard = RemoteShard(url=folder / entry.name, entry=entry)
+    assert cached(small_cache(tmp_path).hold(shard).path) == content_of(corpus, shard)
+
+
+def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, tmp_path, caplog):
+    logging.getLogger("bridgetower").propagate = True
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
     cache = small_cache(tmp_path, 3 * size, timeout_seconds=0.2)
@@ -151,8 +200,12 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, 
     assert there == {shards[number].entry.sha256 for number in (0, 1, 3)}
     assert {path.name.split(".")[0] for path in tmp_path.glob("*.npy")} == there
     others = [cache.hold(shards[number]) for number in (4, 5)]
-    with pytest.raises(DataError, match=r"full of shards that are being read\. Raise data\.cache_gb="):
+    with (
+        caplog.at_level(logging.WARNING, "bridgetower"),
+        pytest.raises(DataError, match=r"full of shards that are being read\. Raise data\.cache_gb="),
+    ):
         cache.hold(shards[6])
+    assert [record.getMessage()[:16] for record in caplog.records] == ["waiting for room"]
     first.release()
     assert cache.hold(shards[6]).path.exists() and not first.path.exists() and others[0].path.exists()
 
@@ -176,39 +229,79 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(corpus, server, tmp_path):
     assert cached(cache.hold(shard).path) == content_of(corpus, shard)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(server, tmp_path, monkeypatch):
+def test_a_damaged_file_is_removed_only_by_the_process_that_fetches_it_anew(corpus, server, tmp_path):
+    shard, cache = shards_at(server.url)[0], small_cache(tmp_path)
+    path = cache.hold(shard).path
+    os.truncate(path, 100)
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # this one fetches it
+    process = holding(cache, shard)
+    try:
+        time.sleep(2)
+        assert path.exists()
+        shutil.copy(corpus / shard.entry.name, tmp_path / "new")
+        (tmp_path / "new").rename(path)
+        before = tars_asked_for(server), path.stat().st_ino
+    finally:
+        os.close(lock)
+        assert process.wait(30) == 0
+    assert (tars_asked_for(server), path.stat().st_ino) == before
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(server, tmp_path):
+    inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4k none "$0" && "$@"; code=$?; ls "$0"; exit $code']
+    if not shutil.which("unshare") or subprocess.run([*inside, str(tmp_path), "true"]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    shard = shards_at(server.url)[0]
+    process = holding(small_cache(tmp_path), shard, 0.0, *inside, str(tmp_path))
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 1 and "DataError: The disk of data.cache_dir=" in error and "is full" in error
+    assert tars_asked_for(server) == 0
+
+
+# Not every file system takes the room beforehand; there it is the writing that fails.
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_a_full_disk_is_said_and_leaves_nothing(server, tmp_path, monkeypatch, call):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(DataError, match=r"The disk of data\.cache_dir=.* is full: .*lower data\.cache_gb"):
         small_cache(tmp_path).hold(shards_at(server.url)[0])
     assert not list(tmp_path.glob("*.t*"))
 
 
-def hold_and_wait(folder: Path, shard: RemoteShard, seconds: float) -> None:
-    held = small_cache(folder).hold(shard)
-    time.sleep(seconds)
-    held.release()
-
-
 def test_processes_share_one_copy_that_one_of_them_fetches(corpus, server, tmp_path):
     shard = shards_at(server.url)[0]
-    server.requests.clear()
-    processes = [SPAWN.Process(target=hold_and_wait, args=(tmp_path, shard, 0.0)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert len([path for path in server.requests if path.endswith(".tar")]) == 1
+    server.faults, server.delay_seconds = [Fault("delay")], 2.0  # long enough for all to want it meanwhile
+    processes = [holding(small_cache(tmp_path, timeout_seconds=20), shard) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert tars_asked_for(server) == 1
+
+
+def test_what_was_just_fetched_is_held_before_others_see_it(server, tmp_path, monkeypatch):
+    shards = shards_at(server.url)
+    size = max(shard.entry.bytes for shard in shards)
+    others, replace = small_cache(tmp_path, size, timeout_seconds=0.2), os.replace  # there is room for one
+
+    def then_another_looks_for_room(old: str, new: Path) -> None:
+        replace(old, new)
+        if new.suffix == ".tar":
+            monkeypatch.setattr(os, "replace", replace)
+            with pytest.raises(DataError, match="full of shards that are being read"):
+                others.hold(shards[1])
+
+    monkeypatch.setattr(os, "replace", then_another_looks_for_room)
+    held = small_cache(tmp_path, size).hold(shards[0])
+    assert os.replace is replace and held.path.exists()
+    held.release()
+    assert others.hold(shards[1]).path.exists()
 
 
 def test_what_another_process_holds_is_not_removed(server, tmp_path):
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
-    process = SPAWN.Process(target=hold_and_wait, args=(tmp_path, shards[0], 60.0))
-    process.start()
+    process = holding(small_cache(tmp_path), shards[0], 60.0)
     path = tmp_path / f"{shards[0].entry.sha256}.tar"
     try:
         wait_until(path.exists)
@@ -218,7 +311,7 @@ def test_what_another_process_holds_is_not_removed(server, tmp_path):
         assert path.exists()
     finally:
         process.kill()
-        process.join()
+        process.wait()
     for shard in shards[1:3]:
         cache.hold(shard).release()
     assert not path.exists()  # its holder is gone
@@ -226,21 +319,25 @@ def test_what_another_process_holds_is_not_removed(server, tmp_path):
 
 def test_what_a_killed_process_left_is_fetched_anew(corpus, server, tmp_path):
     shards = shards_at(server.url)
-    server.faults, server.hang_seconds = [Fault("hang", times=99)], 60.0
-    process = SPAWN.Process(target=hold_and_wait, args=(tmp_path, shards[0], 0.0))
-    process.start()
+    server.faults, server.hang_seconds = [Fault("stall", times=99)], 60.0
+    process = holding(small_cache(tmp_path, timeout_seconds=60), shards[0])
     try:
-        wait_until(lambda: bool(list(tmp_path.glob("*.tmp"))))
+        wait_until(lambda: tars_asked_for(server) == 1)
     finally:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        process.kill()  # SIGKILL
+        process.wait()
     assert list(tmp_path.glob("*.tmp"))
+    (tmp_path / f".{shards[2].entry.sha256}.index.npy.1.tmp").write_bytes(bytes(5_000))  # of another one
+    lives = tmp_path / f".{shards[3].entry.sha256}.index.npy.2.tmp"  # of one that is at work
+    lives.write_bytes(bytes(50))
+    lock = os.open(tmp_path / f"{shards[3].entry.sha256}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     server.faults = []
-    # Another shard takes its room, and the same one its place.
+    # Another shard takes their room, and the same one its place.
     tight = small_cache(tmp_path, shards[1].entry.bytes + 100)
     tight.hold(shards[1]).release()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert list(tmp_path.glob("*.tmp")) == [lives]
+    os.close(lock)
     assert cached(small_cache(tmp_path).hold(shards[0]).path) == content_of(corpus, shards[0])
 
 
@@ -268,12 +365,38 @@ def test_fetching_ahead_ends_at_once_and_its_errors_are_left_to_the_reader(serve
     server.faults = [Fault("404", times=99)]
     prefetcher = Prefetcher(small_cache(tmp_path), shards_at(server.url))
     prefetcher.advance([0, 1])
-    wait_until(lambda: len([path for path in server.requests if path.endswith(".tar")]) == 2)
+    wait_until(lambda: tars_asked_for(server) == 2)
     server.faults = [Fault("503", times=99)]
     prefetcher.advance([2])
     start = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - start < 3
+
+
+def test_fetching_ahead_ends_at_once_while_another_process_fetches_the_same(server, tmp_path):
+    shard, cache = shards_at(server.url)[0], small_cache(tmp_path)
+    lock = os.open(tmp_path / f"{shard.entry.sha256}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prefetcher = Prefetcher(cache, [shard])
+    prefetcher.advance([0])
+    time.sleep(0.2)
+    start = time.monotonic()
+    prefetcher.close()
+    os.close(lock)
+    assert time.monotonic() - start < 1 and not list(tmp_path.glob("*.tar"))
+
+
+def test_what_comes_after_the_end_of_fetching_ahead_is_let_go(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache_module, "_MAX_CLOSE_SECONDS", 0.1)
+    shards = shards_at(server.url)
+    cache = small_cache(tmp_path, max(shard.entry.bytes for shard in shards), timeout_seconds=5)
+    server.faults = [Fault("delay", r"\.npy$")]
+    prefetcher = Prefetcher(cache, shards)
+    prefetcher.advance([0])
+    wait_until(lambda: any(path.endswith(".npy") for path in server.requests))
+    prefetcher.close()  # the store answers later
+    wait_until((tmp_path / f"{shards[0].entry.sha256}.tar").exists)
+    assert cache.hold(shards[1]).path.exists()  # there is room for one
 
 
 def stream_of(folder: str, data: DataConfig) -> PretrainStream:
@@ -337,7 +460,12 @@ def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, 
             for file in sorted(corpus.iterdir()):
                 if file.is_file():
                     (bucket / "corpus" / file.name).write_bytes(file.read_bytes())
-            proxy.faults = [Fault("503"), Fault("drop"), Fault("flip")]
+            proxy.requests.clear()
+            load_manifest("s3://cached-corpora/corpus")
+            assert not [path for path in proxy.requests if path.endswith((".tar", ".npy"))]
+            assert len(proxy.requests) <= 5  # for eight shards and their indexes
+            proxy.faults = [Fault("503"), Fault("drop"), Fault("stall"), Fault("flip")]
+            proxy.hang_seconds = 0.5
             url = "s3://cached-corpora/corpus"
             size = max(entry.bytes for entry in load_manifest(corpus).shards)
             remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
@@ -362,3 +490,14 @@ def test_a_remote_folder_that_is_not_there_is_named(server, tmp_path):
     url = f"{server.url}/none"
     with pytest.raises(DataError, match=r"http.*none"):
         open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path)))
+
+
+def test_a_web_server_is_asked_for_the_manifest_alone(server):
+    assert len(shards_at(server.url)) == 8 and server.requests == ["/corpus/shards.json"]
+
+
+@pytest.mark.parametrize("kind", ["403", "503", "drop"])
+def test_a_manifest_that_a_web_server_does_not_give_is_an_error_with_its_reason(server, kind):
+    server.faults = [Fault(kind, "json", times=99)]
+    with pytest.raises(DataError, match=r"shards\.json cannot be read .*Is the store reachable"):
+        load_manifest(f"{server.url}/corpus")
