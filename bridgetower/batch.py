@@ -35,6 +35,10 @@ class PretrainBatch(NamedTuple):
     """int64; 1 where that image is the pair's own."""
     image_id_B: Tensor
     """int64; pairs with the same id show the same picture."""
+    num_tokens: tuple[int, ...]
+    """Tokens of each caption, known to the host."""
+    num_masked: tuple[int, ...]
+    """Of these, those to predict."""
     replaced_B: Tensor
     """bool; True where another pair took the place of one that cannot be read (data.on_bad_sample)."""
     notes: tuple[str, ...] = ()

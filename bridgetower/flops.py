@@ -10,19 +10,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import ModelConfig, ObjectivesConfig
+from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
 
 Result = TypeVar("Result")
-
-# Enough pairs for shares of a masked token to show.
-_PAIRS = 20
 
 
 class ForwardFlops(NamedTuple):
@@ -39,13 +37,14 @@ class ForwardFlops(NamedTuple):
 
 
 def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -> ForwardFlops:
-    """Count the forward pass of one pair.
+    """Count the forward pass of one pair, with no work saved.
 
     Args:
         text_tokens: length of the caption with its start and end.
     """
     with torch.device("meta"):
         model = BridgeTower(config, heads)
+        model.compute = PLAIN
         side = model.config.image_size_px
         pixels = torch.empty(1, 3, side, side)
         ids, mask = torch.ones(1, text_tokens, dtype=torch.long), torch.ones(1, text_tokens, dtype=torch.bool)
@@ -57,33 +56,43 @@ def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -
     return ForwardFlops(image_flops, text_flops, fuse_flops, by_head)
 
 
-def count_step(config: ModelConfig, objectives: ObjectivesConfig, text_tokens: int, masked_tokens: float) -> float:
+def count_step(
+    config: ModelConfig,
+    objectives: ObjectivesConfig,
+    compute: ComputeConfig,
+    text_tokens: Sequence[int],
+    masked_tokens: Sequence[int],
+) -> float:
     """Count a pretraining step, forward and backward, per pair.
 
     Args:
         text_tokens: length of each caption with its start and end.
-        masked_tokens: of each caption, on average.
+        masked_tokens: of each caption, how many are predicted.
     """
-    num_masked = max(1, round(masked_tokens * _PAIRS))
+    pairs, longest = len(text_tokens), max(text_tokens)
+    length_B, masked_B = np.array(text_tokens), np.array(masked_tokens)
+    num_masked = int(masked_B.sum())
     with torch.device("meta"):
-        task = PretrainTask(BridgeTower(config, objectives.heads), objectives)
+        task = PretrainTask(BridgeTower(config, objectives.heads), objectives, compute)
         side = task.model.config.image_size_px
-        ids = torch.ones(_PAIRS, text_tokens, dtype=torch.long)
+        ids = torch.ones(pairs, longest, dtype=torch.long)
         batch = PretrainBatch(
-            pixels_N3SS=torch.empty(_PAIRS, 3, side, side, dtype=torch.uint8),
+            pixels_N3SS=torch.empty(pairs, 3, side, side, dtype=torch.uint8),
             clean_ids_BL=ids,
             masked_ids_BL=ids,
-            attention_mask_BL=torch.ones(_PAIRS, text_tokens, dtype=torch.bool),
+            attention_mask_BL=torch.ones(pairs, longest, dtype=torch.bool),
             mlm_index_M=torch.ones(num_masked, dtype=torch.long),
             mlm_label_M=torch.ones(num_masked, dtype=torch.long),
             mlm_weight_M=torch.ones(num_masked),
-            itm_image_B=torch.ones(_PAIRS, dtype=torch.long),
-            itm_label_B=torch.ones(_PAIRS, dtype=torch.long),
-            image_id_B=torch.ones(_PAIRS, dtype=torch.long),
-            replaced_B=torch.zeros(_PAIRS, dtype=torch.bool),
+            itm_image_B=torch.ones(pairs, dtype=torch.long),
+            itm_label_B=torch.ones(pairs, dtype=torch.long),
+            image_id_B=torch.ones(pairs, dtype=torch.long),
+            num_tokens=tuple(length_B.tolist()),
+            num_masked=tuple(masked_B.tolist()),
+            replaced_B=torch.zeros(pairs, dtype=torch.bool),
         )
     flops, _ = _count(lambda: task(batch)[0].backward())
-    return flops / _PAIRS
+    return flops / pairs
 
 
 def _count(run: Callable[[], Result]) -> tuple[int, Result]:

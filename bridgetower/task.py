@@ -1,7 +1,7 @@
 """The pretraining task: the model and its objectives as one module, from a batch to a loss.
 
-Shapes: B pairs, L tokens, R rows of the cross-modal encoder, N images, T captions, M masked tokens, K bridged layers,
-P image positions, D width, C contrastive width.
+Shapes: B pairs, L tokens, R rows of the cross-modal encoder, N images, T tokens of all texts (in scoring: captions),
+M masked tokens, K bridged layers, P image positions, D width, C contrastive width.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import ObjectivesConfig
+from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching, match_log_odds
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result
+from bridgetower.rows import Pass, StepRows, plan_rows
 
 
 class Features(NamedTuple):
@@ -31,7 +32,7 @@ class Features(NamedTuple):
 class PretrainTask(nn.Module):
     """BridgeTower with the pretraining objectives that are switched on."""
 
-    def __init__(self, model: BridgeTower, objectives: ObjectivesConfig) -> None:
+    def __init__(self, model: BridgeTower, objectives: ObjectivesConfig, compute: ComputeConfig | None = None) -> None:
         """Take a model with a head for each objective.
 
         Parameters that no active objective reads get no gradient; they are frozen, as DeepSpeed would still decay
@@ -39,6 +40,7 @@ class PretrainTask(nn.Module):
         """
         super().__init__()
         self.model, self.objectives = model, objectives
+        model.compute = compute or ComputeConfig()
         if not objectives.itm:
             self._freeze_what_only_itm_reads()
 
@@ -57,20 +59,21 @@ class PretrainTask(nn.Module):
 
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
-        model, objectives = self.model, self.objectives
-        image = model.encode_image(model.normalize(batch.pixels_N3SS))
-        # Rows of the text tower: masked captions for MLM, clean ones for ITM and ITC.
-        needs_clean = objectives.itm or objectives.itc
-        kinds = [batch.masked_ids_BL] * objectives.mlm + [batch.clean_ids_BL] * needs_clean
-        mask_RL = batch.attention_mask_BL.repeat(len(kinds), 1)
-        text = model.encode_text(torch.cat(kinds), mask_RL)
-        results = self._fused_objectives(batch, text.states_KBND, image.states_KBND, mask_RL)
+        model, objectives, compute = self.model, self.objectives, self.model.compute
+        rows = plan_rows(batch, objectives, compute)
+        pixels_N3SS = batch.pixels_N3SS
+        if not compute.share_images:
+            pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
+        image = model.encode_image(model.normalize(pixels_N3SS))
+        text_KTD, last_TD = model.encode_tokens(rows.ids_T, rows.column_T, rows.layout)
+        results = []
+        for part in rows.passes:
+            results += self._fused_objectives(batch, rows, part, text_KTD, image.states_KBND)
         if objectives.itc:
-            clean_class_BD = text.class_BD[-len(batch.clean_ids_BL) :]
-            head = model.itc_head
-            own_class_BD = image.class_BD[: len(batch.clean_ids_BL)]
-            text_BC, image_BC = head.embed_text(clean_class_BD), head.embed_image(own_class_BD)
-            results.append(image_text_contrast(text_BC, image_BC, batch.image_id_B, head.clamped_temperature()))
+            head, own_B = model.itc_head, rows.order_B
+            text_BC = head.embed_text(last_TD[rows.class_B])
+            image_BC = head.embed_image(image.class_BD[own_B])
+            results.append(image_text_contrast(text_BC, image_BC, batch.image_id_B[own_B], head.clamped_temperature()))
         loss = torch.stack([result.loss for result in results]).sum()
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         replaced = batch.replaced_B.float()
@@ -78,23 +81,28 @@ class PretrainTask(nn.Module):
         return loss, metrics
 
     def _fused_objectives(
-        self, batch: PretrainBatch, text_KRLD: Tensor, image_KNPD: Tensor, mask_RL: Tensor
+        self,
+        batch: PretrainBatch,
+        rows: StepRows,
+        part: Pass,
+        text_KTD: Tensor,
+        image_KNPD: Tensor,
     ) -> list[Result]:
-        """MLM on (masked caption, own image) and ITM on (clean caption, own or other image), in one pass."""
-        model, objectives = self.model, self.objectives
-        num_pairs = len(batch.clean_ids_BL)
-        images = [image_KNPD[:, :num_pairs]] * objectives.mlm + [image_KNPD[:, batch.itm_image_B]] * objectives.itm
-        num_rows = num_pairs * len(images)
-        fused = model.fuse(text_KRLD[:, :num_rows], torch.cat(images, dim=1), mask_RL[:num_rows])
+        """MLM on (masked caption, own image), ITM on (clean caption, own or other image), or both."""
+        model, num_pairs = self.model, len(rows.order_B)
+        text_QD, image_ID = model.fuse_rows(
+            text_KTD[:, part.tokens], part.layout, image_KNPD, part.image_R, part.wanted
+        )
         results = []
-        if objectives.mlm:
-            # At the other positions no logits are computed.
-            masked_MD = fused.text_states[:num_pairs].flatten(0, 1)[batch.mlm_index_M]
-            results.append(
-                masked_language_modeling(model.word_logits(masked_MD), batch.mlm_label_M, batch.mlm_weight_M)
-            )
-        if objectives.itm:
-            results.append(image_text_matching(model.itm_head(fused.pooled[-num_pairs:]), batch.itm_label_B))
+        if "mlm" in part.kinds:
+            read_MD = text_QD[: len(text_QD) - num_pairs * ("itm" in part.kinds)]
+            logits_MV = model.word_logits(read_MD)
+            if rows.mlm_read_M is not None:
+                logits_MV = logits_MV[rows.mlm_read_M]
+            results.append(masked_language_modeling(logits_MV, rows.mlm_label_M, rows.mlm_weight_M))
+        if "itm" in part.kinds:
+            pooled_B2D = model.pool(text_QD[-num_pairs:], image_ID)
+            results.append(image_text_matching(model.itm_head(pooled_B2D), batch.itm_label_B[rows.order_B]))
         return results
 
     def image_features(self, pixels_N3SS: Tensor) -> Features:

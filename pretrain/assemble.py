@@ -42,7 +42,7 @@ def build_task(config: RunConfig) -> PretrainTask:
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)
-    return PretrainTask(model, config.objectives)
+    return PretrainTask(model, config.objectives, config.compute)
 
 
 def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTask:
@@ -54,7 +54,7 @@ def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTa
     Raises:
         CheckpointError: the weights are not those of this model.
     """
-    task = PretrainTask(BridgeTower(config.model, config.objectives.heads), config.objectives)
+    task = PretrainTask(BridgeTower(config.model, config.objectives.heads), config.objectives, config.compute)
     if precision == "bf16":
         task.bfloat16()
     try:

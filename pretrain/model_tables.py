@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bridgetower.config.schema import ModelConfig, ObjectivesConfig
+from bridgetower.config.schema import ComputeConfig, ModelConfig, ObjectivesConfig
 from bridgetower.flops import count_forward, count_step
 from bridgetower.model.bridgetower import BridgeTower
+
+# Enough pairs for shares of a masked token to show.
+_PAIRS = 20
 
 
 def print_model(name: str, config: ModelConfig, heads: Sequence[str], *, text_tokens: int, lists_tensors: bool) -> None:
@@ -102,8 +105,9 @@ def _operations(config: ModelConfig, heads: Sequence[str], text_tokens: int) -> 
         table.add_row(part, f"{flops / 1e9:,.2f}")
     if {"mlm", "itm"} & set(heads):
         objectives = ObjectivesConfig(mlm="mlm" in heads, itm="itm" in heads, itc="itc" in heads)
-        masked_tokens = objectives.mlm_probability * (text_tokens - 2)
-        step = count_step(config, objectives, text_tokens, masked_tokens)
+        masked_tokens = round(objectives.mlm_probability * (text_tokens - 2) * _PAIRS)
+        shares = [masked_tokens // _PAIRS + (number < masked_tokens % _PAIRS) for number in range(_PAIRS)]
+        step = count_step(config, objectives, ComputeConfig(), [text_tokens] * _PAIRS, shares)
         active = " + ".join(head.upper() for head in objectives.heads)
         table.add_row(f"pretraining step ({active}), forward and backward", f"{step / 1e9:,.2f}")
     return table

@@ -93,9 +93,9 @@ def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
     masked = clean.clone()
     masked.view(-1)[index] = 4
     image = torch.arange(pairs)
-    image[pairs // 2 :] = torch.arange(pairs // 2)
+    image[(pairs + 1) // 2 :] = torch.arange(pairs // 2)
     image_id = torch.arange(100, 100 + pairs)
-    image_id[1] = image_id[0]
+    image_id[:2] = 100
     return PretrainBatch(
         pixels_N3SS=torch.randint(0, 256, (pairs, 3, 24, 24), generator=rng, dtype=torch.uint8),
         clean_ids_BL=clean,
@@ -107,5 +107,7 @@ def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
         itm_image_B=image,
         itm_label_B=(image == torch.arange(pairs)).long(),
         image_id_B=image_id,
+        num_tokens=tuple(mask.sum(dim=1).tolist()),
+        num_masked=tuple(torch.bincount(index // mask.shape[1], minlength=pairs).tolist()),
         replaced_B=torch.zeros(pairs, dtype=torch.bool),
     )

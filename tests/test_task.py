@@ -142,7 +142,10 @@ def test_matching_sees_clean_captions_and_masked_words_are_predicted_with_the_tr
 def test_batch_without_a_masked_word_has_a_loss_of_zero_and_gradients_for_all():
     task = small_task(ObjectivesConfig(mlm=True, itm=False))
     none = torch.zeros(0, dtype=torch.long)
-    loss, metrics = task(random_batch()._replace(mlm_index_M=none, mlm_label_M=none, mlm_weight_M=torch.zeros(0)))
+    batch = random_batch()._replace(
+        mlm_index_M=none, mlm_label_M=none, mlm_weight_M=torch.zeros(0), num_masked=(0,) * 4
+    )
+    loss, metrics = task(batch)
     loss.backward()
     assert float(loss.detach()) == 0 and metrics["accuracy/mlm"].tolist() == [0, 0]
     assert all(parameter.grad is not None for parameter in task.parameters() if parameter.requires_grad)

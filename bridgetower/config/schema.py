@@ -402,6 +402,47 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How much of the step's work is saved. Losses and gradients are those of the plain step, with all of it off."""
+
+    share_images: bool = True
+    """The vision tower runs once per image of a micro-batch; off: once for MLM and once for ITM, as published."""
+    pack_text: bool = True
+    """Nothing is computed for padding; off: captions are padded to the longest of the micro-batch."""
+    masked_logits_only: bool = True
+    """MLM's logits are computed at masked tokens only; off: at all."""
+    prune_last_layer: bool = True
+    """Of the last cross-modal layer only what a loss reads is computed."""
+    share_first_layer: bool = True
+    """Images enter the first cross-modal layer once, not once for MLM and once for ITM."""
+    absorb_projections: bool = True
+    """Texts attend to images without projecting these to keys and values, where captions are short."""
+    joint_pass: bool = True
+    """MLM and ITM go through the cross-modal encoder together; off: one after the other."""
+    recompute: tuple[str, ...] = ()
+    """Parts whose layers are computed again in the backward pass instead of kept: some of vision, text, fusion."""
+    compile: bool = False
+    """torch.compile of what the layers are made of; the first step then takes minutes."""
+
+    def __post_init__(self) -> None:
+        for part in self.recompute:
+            if part not in ("vision", "text", "fusion"):
+                raise ConfigError(f"compute.recompute={part} is no part of the model. Use some of vision,text,fusion.")
+
+
+PLAIN = ComputeConfig(
+    share_images=False,
+    pack_text=False,
+    masked_logits_only=False,
+    prune_last_layer=False,
+    share_first_layer=False,
+    absorb_projections=False,
+    joint_pass=False,
+)
+"""The step without any of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Scores on held-out data."""
 
@@ -484,6 +525,7 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

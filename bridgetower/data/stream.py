@@ -103,17 +103,21 @@ class PretrainStream(Dataset[PretrainBatch]):
         weight_M = collate.mlm_weights(
             drawn.masked.index_M, drawn.ids_BL.shape[1], len(drawn.pairs), self.config.negative_group_size
         )
+        is_token_BL = drawn.ids_BL != self.tokenizer.pad_id
+        num_masked_B = np.bincount(drawn.masked.index_M // drawn.ids_BL.shape[1], minlength=len(drawn.pairs))
         return PretrainBatch(
             pixels_N3SS=pixels[: len(drawn.images)],
             clean_ids_BL=torch.from_numpy(drawn.ids_BL),
             masked_ids_BL=torch.from_numpy(drawn.masked.ids_BL),
-            attention_mask_BL=torch.from_numpy(drawn.ids_BL != self.tokenizer.pad_id),
+            attention_mask_BL=torch.from_numpy(is_token_BL),
             mlm_index_M=torch.from_numpy(drawn.masked.index_M),
             mlm_label_M=torch.from_numpy(drawn.masked.label_M),
             mlm_weight_M=torch.from_numpy(weight_M),
             itm_image_B=torch.from_numpy(drawn.choice.image_B),
             itm_label_B=torch.from_numpy(drawn.choice.label_B),
             image_id_B=torch.from_numpy(as_int64(image_id_B)),
+            num_tokens=tuple(is_token_BL.sum(axis=1).tolist()),
+            num_masked=tuple(num_masked_B.tolist()),
             replaced_B=torch.tensor([bool(one.replaced) for one in drawn.pairs]),
             notes=tuple(one.replaced for one in drawn.images if one.replaced),
             lines=tuple(self.lines(micro_step, drawn)) if self.config.record_pairs else (),

@@ -1,16 +1,19 @@
 """The two sublayers that cross-modal layers and some bridges are made of, each with its residual and post-norm.
 
-Shapes: B pairs, Q queries, N positions attended to, D width, H heads.
+States are dense, (R, N, D): an image has as many positions as another; or packed, (T, D) with a layout: texts. Shapes:
+R rows, N positions, T tokens of all rows, L of the longest, P image positions, D width, H heads, d width of a head.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
+from bridgetower.model.packing import Layout
 
 
 class Attention(nn.Module):
@@ -26,37 +29,117 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
-    def forward(self, states_BQD: Tensor, context_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        context: Tensor,
+        layout: Layout | None = None,
+        context_layout: Layout | None = None,
+        *,
+        state_rows: Tensor | None = None,
+        context_rows: Tensor | None = None,
+        absorb: bool = False,
+        sees_padding: bool = False,
+    ) -> Tensor:
         """Attend from the states to the context.
 
         Args:
-            mask_BN: True where the context may be attended to; None where all of it may.
+            layout: of packed states; None if they are dense.
+            context_layout: that of the context.
+            state_rows: the row of dense states that each row of the result reads, so that what is the same for some
+                of them is projected once; None: each its own.
+            context_rows: those of a dense context.
+            absorb: move the projections of a dense context to the packed queries if that is less work.
+            sees_padding: attend to padding too.
 
-        Returns: shape (B, Q, D).
+        Returns: the states' shape, or as many rows as ``state_rows``.
         """
-        attended_BHQD = F.scaled_dot_product_attention(
-            self._split(self.query(states_BQD)),
-            self._split(self.key(context_BND)),
-            self._split(self.value(context_BND)),
-            attn_mask=None if mask_BN is None else mask_BN[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        attended_BQD = attended_BHQD.transpose(1, 2).flatten(2)
-        update_BQD = F.dropout(self.output(attended_BQD), self.dropout, self.training)
-        result: Tensor = self.norm(states_BQD + update_BQD)
+        if absorb and layout is not None and self._absorbs(layout, context.shape[1]):
+            query = self.query(states)
+            attended = self._absorbed(query, _pick(context, context_rows), layout)
+        else:
+            if states is context:
+                query, key, value = self.project(states, self.query, self.key, self.value)
+            else:
+                query = self.query(states)
+                key, value = self.project(context, self.key, self.value)
+            mask = None if context_layout is None or sees_padding else context_layout.whole.mask_RL
+            attended_RHND = F.scaled_dot_product_attention(
+                self._heads(query, layout, state_rows),
+                self._heads(key, context_layout, context_rows),
+                self._heads(value, context_layout, context_rows),
+                attn_mask=None if mask is None else mask[:, None, None, :],
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            attended = attended_RHND.transpose(1, 2).flatten(2)
+            if layout is not None:
+                attended = layout.whole.collect(attended)
+        return self.finish(attended, _pick(states, state_rows))
+
+    def project(self, states: Tensor, *parts: nn.Linear) -> tuple[Tensor, ...]:
+        """Some projections of the same states; of dense ones in one product, which reads them once."""
+        if states.dim() == 2:  # a few tokens: not worth the copy of the weights
+            return tuple(part(states) for part in parts)
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        return F.linear(states, weight, bias).chunk(len(parts), dim=-1)
+
+    def finish(self, attended: Tensor, states: Tensor) -> Tensor:
+        """Project what was attended to, and add it to the states."""
+        result: Tensor = self.norm(states + F.dropout(self.output(attended), self.dropout, self.training))
         return result
 
-    def shares(self, states_BQD: Tensor, context_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
-        """How much each query looks at each position, shape (B, H, Q, N), rows summing to 1; for figures."""
-        query_BHQD, key_BHND = self._split(self.query(states_BQD)), self._split(self.key(context_BND))
-        scores_BHQN = query_BHQD @ key_BHND.transpose(2, 3) / math.sqrt(query_BHQD.shape[-1])
-        if mask_BN is not None:
-            scores_BHQN = scores_BHQN.masked_fill(~mask_BN[:, None, None, :], float("-inf"))
-        return scores_BHQN.float().softmax(dim=-1)
+    def shares(
+        self, states_TD: Tensor, context: Tensor, layout: Layout | None, context_layout: Layout | None
+    ) -> Tensor:
+        """How much each query looks at each position, shape (R, H, Q, N), rows summing to 1; for figures."""
+        query_RHQD = self._heads(self.query(states_TD), layout)
+        key_RHND = self._heads(self.key(context), context_layout)
+        scores_RHQN = query_RHQD @ key_RHND.transpose(2, 3) / math.sqrt(query_RHQD.shape[-1])
+        mask = None if context_layout is None else context_layout.whole.mask_RL
+        if mask is not None:
+            scores_RHQN = scores_RHQN.masked_fill(~mask[:, None, None, :], float("-inf"))
+        return scores_RHQN.float().softmax(dim=-1)
 
-    def _split(self, states_BND: Tensor) -> Tensor:
-        batch, positions, width = states_BND.shape
-        return states_BND.view(batch, positions, self.num_heads, width // self.num_heads).transpose(1, 2)
+    def _heads(self, states: Tensor, layout: Layout | None, rows: Tensor | None = None) -> Tensor:
+        states_RND = _pick(states, rows) if layout is None else layout.whole.spread(states)
+        return states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _absorbs(self, layout: Layout, positions: int) -> bool:
+        """True if the products with every head's queries are fewer than the projections of the context."""
+        width, heads = self.query.in_features, self.num_heads
+        tokens = sum(grid.num_rows * grid.width for grid in layout.buckets)
+        whole = layout.whole
+        projected = whole.num_rows * positions * width * (width + whole.width)
+        absorbed = tokens * positions * width * heads + layout.whole.tokens.stop * width * width
+        return absorbed < projected
+
+    def _absorbed(self, query_TD: Tensor, context_RPD: Tensor, layout: Layout) -> Tensor:
+        """Attention that never projects the context: q (W_k x) = (q W_k) x, and sum p (W_v x) = W_v (sum p x).
+
+        The bias of the keys adds the same to all scores of a query, which a softmax does not see; that of the values
+        counts as much as the shares that dropout leaves.
+        """
+        heads = (self.num_heads, -1)
+        key_HdD = self.key.weight.unflatten(0, heads)
+        value_HdD, value_bias_Hd = self.value.weight.unflatten(0, heads), self.value.bias.unflatten(0, heads)
+        # The bias of the keys has no effect, and so its gradient is zero; but it is there, as for all that is trained.
+        query_HTd = (query_TD + 0.0 * self.key.bias).unflatten(-1, heads).transpose(0, 1)
+        scale = 1.0 / math.sqrt(query_HTd.shape[-1])
+        query_TE = torch.bmm(query_HTd * scale, key_HdD).transpose(0, 1).flatten(1)
+        sums, lefts = [], []
+        for grid in layout.buckets:
+            context_rPD = context_RPD[grid.rows]
+            query_rMD = grid.spread(query_TE).unflatten(-1, heads).flatten(1, 2)  # M = L x H
+            share_rMP = torch.bmm(query_rMD, context_rPD.transpose(1, 2)).softmax(dim=-1)
+            if self.training and self.dropout:
+                share_rMP = F.dropout(share_rMP, self.dropout)
+                lefts.append(grid.collect(share_rMP.sum(dim=-1).unflatten(1, (-1, self.num_heads))))
+            sum_rMD = torch.bmm(share_rMP, context_rPD)
+            sums.append(grid.collect(sum_rMD.unflatten(1, (-1, self.num_heads)).flatten(2)))
+        sum_HTD = _joined(sums).unflatten(-1, heads).transpose(0, 1)
+        attended_HTd = torch.bmm(sum_HTD, value_HdD.transpose(1, 2))
+        bias_HTd = value_bias_Hd[:, None] * _joined(lefts).t()[..., None] if lefts else value_bias_Hd[:, None]
+        return (attended_HTd + bias_HTd).transpose(0, 1).flatten(1)
 
 
 class FeedForward(nn.Module):
@@ -70,8 +153,16 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(4 * config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
-    def forward(self, states_BND: Tensor) -> Tensor:
-        """Shape (B, N, D) to (B, N, D)."""
-        update_BND = self.contract(F.gelu(self.expand(states_BND)))
-        result: Tensor = self.norm(states_BND + F.dropout(update_BND, self.dropout, self.training))
+    def forward(self, states: Tensor) -> Tensor:
+        """Shape (..., D) to the same."""
+        update = self.contract(F.gelu(self.expand(states)))
+        result: Tensor = self.norm(states + F.dropout(update, self.dropout, self.training))
         return result
+
+
+def _pick(states: Tensor, rows: Tensor | None) -> Tensor:
+    return states if rows is None else states.index_select(0, rows)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -4,7 +4,8 @@ The nine forms of the paper's Table 1. y is the tower's state, x the cross-modal
 epsilon 1e-5. Source: arXiv 2206.08657, Table 1, and for what the paper leaves open (the order [y; x], the inner norm of
 mlp_concat, starting values) the authors' own code in transformers pull request 20775.
 
-Shapes: B pairs, N positions (text tokens or image patches), D width.
+States are of images, (R, P, D), or of packed texts, (T, D) with a layout; N stands for either's positions. Shapes: R rows,
+P image positions, T tokens of all rows, D width.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model.attention import Attention, FeedForward
 from bridgetower.model.init import ZeroInitLinear
+from bridgetower.model.packing import Layout
 
 # Of all bridges and of the norms before the first cross-modal layer (not fusion.layer_norm_eps).
 BRIDGE_EPS = 1e-5
@@ -26,15 +28,15 @@ BRIDGE_EPS = 1e-5
 class Bridge(nn.Module):
     """Joins the two states in one modality before one cross-modal layer."""
 
-    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Join them.
 
         Args:
-            tower_BND: y.
-            cross_BND: x.
-            mask_BN: True at real positions; None if all are.
+            tower_ND: y.
+            cross_ND: x.
+            layout: where tokens stand; None for images.
 
-        Returns: shape (B, N, D).
+        Returns: their shape.
         """
         raise NotImplementedError  # abstract
 
@@ -47,12 +49,12 @@ class NormedBridge(Bridge):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=BRIDGE_EPS)
 
-    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Join position by position."""
-        joined: Tensor = self.norm(self.join(tower_BND, cross_BND))
+        joined: Tensor = self.norm(self.join(tower_ND, cross_ND))
         return joined
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """What is normed."""
         raise NotImplementedError  # abstract
 
@@ -60,17 +62,17 @@ class NormedBridge(Bridge):
 class AddBridge(NormedBridge):
     """(a) LN(x + y), the published model."""
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Add."""
-        return tower_BND + cross_BND
+        return tower_ND + cross_ND
 
 
 class ProductBridge(NormedBridge):
     """(b) LN(x * y)."""
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Multiply."""
-        return tower_BND * cross_BND
+        return tower_ND * cross_ND
 
 
 class InterpolateBridge(NormedBridge):
@@ -81,9 +83,9 @@ class InterpolateBridge(NormedBridge):
         super().__init__(config)
         self.beta = nn.Parameter(torch.full((config.width,), 0.5))
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Mix, channel by channel."""
-        return (1 - self.beta) * tower_BND + self.beta * cross_BND
+        return (1 - self.beta) * tower_ND + self.beta * cross_ND
 
 
 class GatedInterpolateBridge(NormedBridge):
@@ -94,10 +96,10 @@ class GatedInterpolateBridge(NormedBridge):
         super().__init__(config)
         self.gate = nn.Linear(2 * config.width, config.width)
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Mix, position by position and channel by channel."""
-        gate_BND = self.gate(torch.cat([tower_BND, cross_BND], dim=-1)).sigmoid()
-        mixed: Tensor = (1 - gate_BND) * tower_BND + gate_BND * cross_BND
+        gate_ND = self.gate(torch.cat([tower_ND, cross_ND], dim=-1)).sigmoid()
+        mixed: Tensor = (1 - gate_ND) * tower_ND + gate_ND * cross_ND
         return mixed
 
 
@@ -109,9 +111,9 @@ class LinearConcatBridge(NormedBridge):
         super().__init__(config)
         self.linear = nn.Linear(2 * config.width, config.width)
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Concatenate and project."""
-        joined: Tensor = self.linear(torch.cat([tower_BND, cross_BND], dim=-1))
+        joined: Tensor = self.linear(torch.cat([tower_ND, cross_ND], dim=-1))
         return joined
 
 
@@ -125,10 +127,10 @@ class MLPConcatBridge(NormedBridge):
         self.inner_norm = nn.LayerNorm(2 * config.width, eps=BRIDGE_EPS)
         self.contract = nn.Linear(2 * config.width, config.width)
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Concatenate and project twice."""
-        inner_BNE = self.inner_norm(self.expand(torch.cat([tower_BND, cross_BND], dim=-1)))
-        joined: Tensor = self.contract(F.gelu(inner_BNE))
+        inner_NE = self.inner_norm(self.expand(torch.cat([tower_ND, cross_ND], dim=-1)))
+        joined: Tensor = self.contract(F.gelu(inner_NE))
         return joined
 
 
@@ -140,9 +142,9 @@ class LinearResidualBridge(NormedBridge):
         super().__init__(config)
         self.linear = ZeroInitLinear(2 * config.width, config.width)
 
-    def join(self, tower_BND: Tensor, cross_BND: Tensor) -> Tensor:
+    def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Add, and correct the sum."""
-        joined: Tensor = cross_BND + tower_BND + self.linear(torch.cat([cross_BND, tower_BND], dim=-1))
+        joined: Tensor = cross_ND + tower_ND + self.linear(torch.cat([cross_ND, tower_ND], dim=-1))
         return joined
 
 
@@ -155,9 +157,9 @@ class CrossAttentionBridge(Bridge):
         self.attention = Attention(config)
         self.masks_padding = config.bridge_masks_padding
 
-    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Attend; the authors' code also looked at padding, which makes the result depend on how long that is."""
-        joined: Tensor = self.attention(cross_BND, tower_BND, mask_BN if self.masks_padding else None)
+        joined: Tensor = self.attention(cross_ND, tower_ND, layout, layout, sees_padding=not self.masks_padding)
         return joined
 
 
@@ -169,9 +171,9 @@ class CrossAttentionFFNBridge(CrossAttentionBridge):
         super().__init__(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, tower_BND: Tensor, cross_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Attend, then transform."""
-        joined: Tensor = self.feed_forward(super().forward(tower_BND, cross_BND, mask_BN))
+        joined: Tensor = self.feed_forward(super().forward(tower_ND, cross_ND, layout))
         return joined
 
 

@@ -1,6 +1,8 @@
 """BridgeTower: two towers whose last layers are bridged to the layers of a cross-modal encoder.
 
-Shapes: B pairs, L text tokens, P image positions, S image side in pixels, D width, K bridged layers, V vocabulary.
+Shapes: B pairs, L text tokens, P image positions, S image side in pixels, D width, K bridged layers, V vocabulary; in a
+step T tokens of all texts, N images, R rows (pairs of a text and an image), Q tokens that are read, I rows whose image
+state is read.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.schema import ComputeConfig, ModelConfig
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder
+from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder, Wanted
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
 from bridgetower.model.layer_gate import LayerGate
+from bridgetower.model.packing import Layout, padded
 from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
 from bridgetower.model.vision_tower import VisionTower, complete_vision_config, pixel_statistics
 
@@ -79,6 +82,8 @@ class BridgeTower(nn.Module):
         super().__init__()
         config = complete_model_config(config)
         self.config = config
+        self.compute = ComputeConfig()
+        """How work is saved; may be set anew at any time."""
         fusion = config.fusion
         self.vision_tower = VisionTower(config.vision, config.image_size_px)
         self.text_tower = TextTower(config.text)
@@ -184,7 +189,8 @@ class BridgeTower(nn.Module):
                 f"image_row={image_row}, but the modality embedding has {self.modality_embedding.num_embeddings} rows. "
                 "The row of a second image comes with an NLVR2 head: model.add_head('nlvr2')."
             )
-        states = self.vision_tower(pixels_B3SS, self._num_states(self.config.vision.num_layers))
+        recompute = "vision" in self.compute.recompute
+        states = self.vision_tower(pixels_B3SS, self._num_states(self.config.vision.num_layers), recompute=recompute)
         class_BD = states[-1][:, 0]
         if self.config.fusion.multi_layer_fusion:
             states = [self.image_gate(states)]
@@ -208,14 +214,40 @@ class BridgeTower(nn.Module):
         if ids_BL.device.type == "cpu":  # elsewhere the host would wait for the device
             self._check_vocabulary(ids_BL)
         _check_mask(attention_mask_BL, ids_BL.shape)
-        states = self.text_tower(ids_BL, attention_mask_BL.bool(), self._num_states(self.config.text.num_layers))
-        class_BD = states[-1][:, 0]
+        states = self.text_tower(
+            ids_BL,
+            attention_mask_BL.bool(),
+            self._num_states(self.config.text.num_layers),
+            recompute="text" in self.compute.recompute,
+        )
+        return Encoded(self._text_states(states), states[-1][:, 0])
+
+    def encode_tokens(self, ids_T: Tensor, column_T: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Run the text tower on captions without padding.
+
+        Args:
+            ids_T: tokens of all captions.
+            column_T: place of each in its caption.
+            layout: where they stand.
+
+        Returns: states as Encoded has them, (K, T, D), and those of the tower's last layer as they leave it, (T, D).
+        """
+        states = self.text_tower.packed(
+            ids_T,
+            column_T,
+            layout,
+            self._num_states(self.config.text.num_layers),
+            recompute="text" in self.compute.recompute,
+        )
+        return self._text_states(states), states[-1]
+
+    def _text_states(self, states: list[Tensor]) -> Tensor:
         if self.config.fusion.multi_layer_fusion:
             states = [self.text_gate(states)]
-        states_KBLD = torch.stack(states)
+        stacked = torch.stack(states)
         if self.config.fusion.num_layers:
-            states_KBLD = self.text_transform(states_KBLD) + self.modality_embedding.weight[TEXT_ROW]
-        return Encoded(states_KBLD, class_BD)
+            stacked = self.text_transform(stacked) + self.modality_embedding.weight[TEXT_ROW]
+        return stacked
 
     def _num_states(self, num_layers: int) -> int:
         """Tower layers whose states are read: the bridged ones, all for METER's fusion, else the last."""
@@ -240,11 +272,36 @@ class BridgeTower(nn.Module):
         mask_BL = attention_mask_BL.bool()
         maps = AttentionMaps([], []) if return_attention else None
         if self.config.fusion.num_layers:
-            text_BLD, image_BPD = self.cross_modal(text_KBLD, image_KBPD, mask_BL, maps)
+            text_TD, image_BPD = self.cross_modal(
+                text_KBLD.flatten(1, 2), image_KBPD, padded(mask_BL), self.compute, maps=maps
+            )
+            text_BLD = text_TD.unflatten(0, mask_BL.shape)
         else:
             text_BLD, image_BPD = text_KBLD[-1], image_KBPD[-1]
-        pooled_B2D = torch.cat([self.text_pooler(text_BLD[:, 0]), self.image_pooler(image_BPD[:, 0])], dim=-1).tanh()
-        return BridgeTowerOutput(text_BLD, image_BPD, pooled_B2D, maps)
+        return BridgeTowerOutput(text_BLD, image_BPD, self.pool(text_BLD[:, 0], image_BPD[:, 0]), maps)
+
+    def fuse_rows(
+        self, text_KTD: Tensor, layout: Layout, image_KNPD: Tensor, image_R: Tensor, wanted: Wanted
+    ) -> tuple[Tensor, Tensor]:
+        """Run the cross-modal encoder on encoded texts and images for what is read of its last layer.
+
+        Args:
+            text_KTD: of ``encode_tokens``.
+            image_KNPD: of ``encode_image``.
+            image_R: the image that each row's text is shown with.
+
+        Returns: text states (Q, D) and image class states (I, D).
+        """
+        if self.config.fusion.num_layers:
+            text_QD, image_I1D = self.cross_modal(
+                text_KTD, image_KNPD, layout, self.compute, image_R=image_R, wanted=wanted
+            )
+            return text_QD, image_I1D[:, 0]
+        return text_KTD[-1][wanted.token_Q], image_KNPD[-1][image_R[wanted.image_rows], 0]
+
+    def pool(self, text_BD: Tensor, image_BD: Tensor) -> Tensor:
+        """The pooled pair, shape (B, 2 D), of both streams' class states."""
+        return torch.cat([self.text_pooler(text_BD), self.image_pooler(image_BD)], dim=-1).tanh()
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, *, return_attention: bool = False

@@ -1,6 +1,6 @@
 """The text tower: a RoBERTa-like encoder of transformers that gives the states of its last layers.
 
-Shapes: B captions, L tokens, D width.
+Shapes: R captions, T tokens of all, D width, H heads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -25,6 +28,7 @@ from transformers import (
 from bridgetower.config.schema import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.named_sizes import fill_sizes
+from bridgetower.model.packing import Layout, padded
 
 _CLASSES: dict[str, Any] = {
     "roberta": RobertaModel,
@@ -61,21 +65,77 @@ class TextTower(nn.Module):
         super().__init__()
         self.encoder = build_encoder(encoder_config(config))
 
-    def forward(self, ids_BL: Tensor, attention_mask_BL: Tensor, num_states: int) -> list[Tensor]:
-        """Run all layers once.
+    def forward(
+        self, ids_RL: Tensor, attention_mask_RL: Tensor, num_states: int, *, recompute: bool = False
+    ) -> list[Tensor]:
+        """Run all layers once on padded captions.
 
         Args:
-            ids_BL: token ids; padding has the encoder's pad id, from which a RoBERTa counts positions.
-            attention_mask_BL: True for real tokens.
+            ids_RL: token ids; padding has the encoder's pad id, from which a RoBERTa counts positions.
+            attention_mask_RL: True for real tokens.
             num_states: how many of the last layers to hand out.
+            recompute: keep only what enters a layer.
 
-        Returns: their states, first bridged layer first, each of shape (B, L, D).
+        Returns: their states, first bridged layer first, each of shape (R, L, D).
         """
-        # A 4-d mask is taken as it is; from a 2-d one transformers would first read on the host whether it is full.
-        output = self.encoder(
-            input_ids=ids_BL, attention_mask=attention_mask_BL[:, None, None, :], output_hidden_states=True
-        )
-        return list(output.hidden_states[-num_states:])
+        position_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)
+        position_RL = position_L.expand(ids_RL.shape)
+        if self._first_position:  # a RoBERTa's padding has a position of its own
+            is_real_RL = ids_RL != self.encoder.config.pad_token_id
+            position_RL = is_real_RL.cumsum(dim=1) * is_real_RL + self.encoder.config.pad_token_id
+        states = self._run(ids_RL.flatten(), position_RL.flatten(), padded(attention_mask_RL), num_states, recompute)
+        return [states_TD.unflatten(0, ids_RL.shape) for states_TD in states]
+
+    def packed(
+        self, ids_T: Tensor, column_T: Tensor, layout: Layout, num_states: int, *, recompute: bool = False
+    ) -> list[Tensor]:
+        """The same without padding.
+
+        Args:
+            ids_T: tokens of all captions.
+            column_T: place of each in its caption.
+            layout: where they stand.
+
+        Returns: states of shape (T, D).
+        """
+        return self._run(ids_T, column_T + self._first_position, layout, num_states, recompute)
+
+    @property
+    def _first_position(self) -> int:
+        """Row of the position table of a caption's first token."""
+        config = self.encoder.config
+        return 0 if config.model_type == "bert" else int(config.pad_token_id) + 1
+
+    def _run(self, ids_T: Tensor, position_T: Tensor, layout: Layout, num_states: int, recompute: bool) -> list[Tensor]:
+        """The parts are transformers'; the way through them is ours, as theirs computes padding."""
+        states_TD = self.encoder.embeddings(input_ids=ids_T[None], position_ids=position_T[None])[0]
+        handed_out = [states_TD]
+        for layer in self.encoder.encoder.layer:
+            if recompute and torch.is_grad_enabled():
+                states_TD = checkpoint(_run_layer, layer, states_TD, layout, use_reentrant=False)
+            else:
+                states_TD = _run_layer(layer, states_TD, layout)
+            handed_out.append(states_TD)
+        return handed_out[-num_states:]
+
+
+def _run_layer(layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
+    attention, grid = layer.attention.self, layout.whole
+    query_RHLd, key_RHLd, value_RHLd = (
+        grid.spread(part(states_TD)).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for part in (attention.query, attention.key, attention.value)
+    )
+    attended_RHLd = F.scaled_dot_product_attention(
+        query_RHLd,
+        key_RHLd,
+        value_RHLd,
+        attn_mask=None if grid.mask_RL is None else grid.mask_RL[:, None, None, :],
+        dropout_p=attention.dropout.p if layer.training else 0.0,
+    )
+    attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
+    states_TD = layer.attention.output(attended_TD, states_TD)
+    result: Tensor = layer.output(layer.intermediate(states_TD), states_TD)
+    return result
 
 
 def build_encoder(config: PretrainedConfig) -> Any:

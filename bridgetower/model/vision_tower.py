@@ -15,8 +15,10 @@ import timm
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPVisionCfg
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
@@ -42,8 +44,11 @@ class VisionTower(nn.Module):
         self.vit = _build_vit(config, image_size_px)
         blocks = blocks_of(self.vit)
         del blocks[config.num_layers :]
+        for block in blocks:
+            if type(block) is ResidualAttentionBlock:
+                block.__class__ = _Block
 
-    def forward(self, pixels_B3SS: Tensor, num_states: int) -> list[Tensor]:
+    def forward(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> list[Tensor]:
         """Run all layers once.
 
         The final norm is applied to a copy of each state handed out; the stream that feeds the next layer stays
@@ -52,11 +57,13 @@ class VisionTower(nn.Module):
         Args:
             pixels_B3SS: normalised.
             num_states: how many of the last layers to hand out.
+            recompute: keep only what enters a block.
 
         Returns: their states, first bridged layer first, each of shape (B, P, D).
         """
         if isinstance(self.vit, VisionTransformer):
-            return self._clip_states(self.vit, pixels_B3SS, num_states)
+            return self._clip_states(self.vit, pixels_B3SS, num_states, recompute and torch.is_grad_enabled())
+        self.vit.set_grad_checkpointing(recompute)
         states = self.vit.forward_intermediates(
             pixels_B3SS,
             indices=num_states,
@@ -75,7 +82,7 @@ class VisionTower(nn.Module):
         ]
 
     @staticmethod
-    def _clip_states(vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int) -> list[Tensor]:
+    def _clip_states(vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int, recompute: bool) -> list[Tensor]:
         patches_BND = vit.conv1(pixels_B3SS).flatten(2).transpose(1, 2)
         class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
         states_BPD = torch.cat([class_B1D, patches_BND], dim=1) + vit.positional_embedding.to(patches_BND.dtype)
@@ -83,10 +90,28 @@ class VisionTower(nn.Module):
         blocks = list(vit.transformer.resblocks)
         handed_out = []
         for number, block in enumerate(blocks):
-            states_BPD = block(states_BPD)
+            states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
             if number >= len(blocks) - num_states:
                 handed_out.append(vit.ln_post(states_BPD))
         return handed_out
+
+
+class _Block(ResidualAttentionBlock):  # type: ignore[misc]
+    """open_clip's, without the copies that nn.MultiheadAttention makes of queries, keys and values."""
+
+    def forward(self, states_BPD: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
+        """As open_clip's in a vision tower, where nothing else is attended to and nothing is masked."""
+        assert k_x is None and v_x is None and attn_mask is None
+        attention = self.attn
+        joined = F.linear(self.ln_1(states_BPD), attention.in_proj_weight, attention.in_proj_bias)
+        parts = joined.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        attended_BHPd = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
+        states_BPD = states_BPD + self.ls_1(attention.out_proj(attended_BHPd.transpose(1, 2).flatten(2)))
+        inner = self.mlp.c_fc(self.ln_2(states_BPD))
+        # x * sigmoid(1.702 x), keeping one tensor for the backward pass instead of three.
+        inner = F.silu(1.702 * inner) / 1.702 if isinstance(self.mlp.gelu, QuickGELU) else self.mlp.gelu(inner)
+        result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner))
+        return result
 
 
 def blocks_of(vit: Any) -> Any:

@@ -106,6 +106,8 @@ FREE = {
     # Compared as what it became on this device.
     "optim.implementation",
     *("engine.deepspeed", "engine.threads_per_rank"),
+    # Work that is saved changes no loss and no gradient.
+    *(f"compute.{field}" for field in vars(tiny().compute)),
     *(f"evaluation.{field}" for field in vars(tiny().evaluation)),
     *(f"checkpoint.{field}" for field in vars(tiny().checkpoint)),
     *(f"tracker.{field}" for field in vars(tiny().tracker)),

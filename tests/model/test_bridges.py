@@ -14,6 +14,7 @@ from bridgetower.config.schema import BridgeForm, FusionConfig, ModelConfig
 from bridgetower.model.bridge import build_bridge
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.cross_modal import CrossModalEncoder
+from bridgetower.model.packing import padded
 from tests.model.formulas import Formulas, close
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config
 
@@ -67,7 +68,7 @@ def test_bridge_equals_its_formula(form):
     shake(bridge)
     tower, cross = states(3, 7, 40, seed=0), states(3, 7, 40, seed=1)
     _, mask = random_texts(3, 7)
-    found = bridge(tower, cross, mask)
+    found = bridge(tower.flatten(0, 1), cross.flatten(0, 1), padded(mask)).unflatten(0, (3, 7))
     formulas = formulas_of(bridge, fusion)
     for row in range(3):
         close(found[row], formulas.bridge(form, tower[row], cross[row], mask[row], ""))

@@ -39,7 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bridgetower.model": FOUNDATION | {"bridgetower.config"},
     "bridgetower.interop": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
     "bridgetower.objectives": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
-    "bridgetower.task": FOUNDATION | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives"},
+    "bridgetower.rows": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
+    "bridgetower.task": FOUNDATION
+    | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.rows"},
     "bridgetower.flops": FOUNDATION
     | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.task"},
     # Is handed models and data, and imports neither.

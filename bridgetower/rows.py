@@ -1,0 +1,146 @@
+"""The rows of a pretraining step: which texts and images go through the model, where their tokens stand, what is read.
+
+Planned on the host from the lengths of the captions, so that nothing waits for the device. Shapes: B pairs, L tokens of
+the longest caption, T tokens of all texts, R rows of a pass, Q tokens that are read, M masked tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridgetower.batch import PretrainBatch
+from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
+from bridgetower.model.cross_modal import Wanted
+from bridgetower.model.packing import I64, Layout, Packing, padded, similar
+
+# Texts whose lengths differ by less than this are one bucket.
+_BUCKET_TOKENS = 8
+
+
+class Pass(NamedTuple):
+    """What goes through the cross-modal encoder together: the rows of MLM, those of ITM, or both."""
+
+    tokens: slice
+    """Of the texts' tokens."""
+    layout: Layout
+    image_R: Tensor
+    wanted: Wanted
+    kinds: tuple[str, ...]
+    """mlm, itm: what each B of its rows are for. ITM reads B text tokens, its class tokens; MLM the others."""
+
+
+class StepRows(NamedTuple):
+    """A micro-batch as the model works on it, pairs in the order of their captions' lengths."""
+
+    ids_T: Tensor
+    """Tokens of the masked captions, then of the clean ones, as the objectives need them."""
+    column_T: Tensor
+    """Column of each in its caption."""
+    layout: Layout
+    """Of all texts, for the text tower."""
+    passes: list[Pass]
+    order_B: Tensor
+    """Pair that stands at each place."""
+    class_B: Tensor
+    """Where the class tokens of the last texts stand: the clean ones, if there are any."""
+    mlm_read_M: Tensor | None
+    """Which of the tokens that are read for MLM each loss is of; None: each its own."""
+    mlm_label_M: Tensor
+    mlm_weight_M: Tensor
+
+
+def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepRows:
+    """Plan a micro-batch."""
+    num_pairs, longest = batch.clean_ids_BL.shape
+    count_B = np.asarray(batch.num_masked, np.int64)
+    if compute.pack_text:
+        length_B = np.asarray(batch.num_tokens, np.int64)
+        order_B = np.argsort(length_B, kind="stable")
+        length_B = length_B[order_B]
+        cuts = similar(length_B, _BUCKET_TOKENS)
+    else:
+        order_B, length_B, cuts = np.arange(num_pairs), np.full(num_pairs, longest), [num_pairs]
+    num_tokens = int(length_B.sum())  # T, of one kind of text
+    column_T = _ranges(length_B)
+    source_T = np.repeat(order_B, length_B) * longest + column_T
+    place_S = np.zeros(num_pairs * longest, np.int64)  # where each token of the padded captions stands
+    place_S[source_T] = np.arange(num_tokens)
+    # Masked tokens in the order of their pairs' places.
+    masked_M = np.repeat((np.cumsum(count_B) - count_B)[order_B], count_B[order_B]) + _ranges(count_B[order_B])
+
+    text_kinds = ["mlm"] * objectives.mlm + ["clean"] * (objectives.itm or objectives.itc)
+    kinds = [kind for kind in ("mlm", "itm") if getattr(objectives, kind)]
+    passes = [kinds] if compute.joint_pass else [[kind] for kind in kinds]
+    read_B = {"mlm": count_B[order_B] if compute.masked_logits_only else length_B, "itm": np.ones(num_pairs, np.int64)}
+    read_cuts = {"mlm": cuts, "itm": [num_pairs]}
+
+    packing = Packing()
+    numbers = [packing.table(values) for values in (order_B, source_T, column_T, place_S, masked_M)]
+    first = packing.table(np.cumsum(length_B) - length_B)
+    texts = {n: packing.layout(np.tile(length_B, n), _repeated([cuts] * n, num_pairs)) for n in (1, 2)}
+    wanted = [
+        packing.layout(
+            np.concatenate([read_B[kind] for kind in part]), _repeated([read_cuts[kind] for kind in part], num_pairs)
+        )
+        for part in passes
+    ]
+    tables, layouts = packing.on(batch.clean_ids_BL.device)
+    order, source, column, place, masked = (tables[number] for number in numbers)
+
+    def layout_of(num_kinds: int) -> Layout:
+        if compute.pack_text:
+            return layouts[texts[num_kinds]]
+        return padded(batch.attention_mask_BL.repeat(num_kinds, 1))
+
+    masked_place_M = place[batch.mlm_index_M[masked]]
+    all_T = torch.arange(num_tokens, device=place.device)
+    read_tokens = {"mlm": masked_place_M if compute.masked_logits_only else all_T, "itm": tables[first]}
+    # Not shared, ITM's images stand after all others, once more.
+    itm_images = batch.itm_image_B[order] if compute.share_images else order + len(batch.pixels_N3SS)
+    images = {"mlm": order, "itm": itm_images}
+    found = []
+    for part, layout in zip(passes, wanted, strict=True):
+        start = num_tokens * (len(text_kinds) - 1 if part == ["itm"] else 0)
+        itm = part.index("itm") if "itm" in part else None
+        found.append(
+            Pass(
+                tokens=slice(start, start + num_tokens * len(part)),
+                layout=layout_of(len(part)),
+                image_R=torch.cat([images[kind] for kind in part]),
+                wanted=Wanted(
+                    token_Q=torch.cat([read_tokens[kind] + num_tokens * n for n, kind in enumerate(part)]),
+                    token_layout=layouts[layout],
+                    image_rows=slice(0, 0) if itm is None else slice(num_pairs * itm, num_pairs * (itm + 1)),
+                    tokens=slice(0, 0) if itm is None else slice(num_tokens * itm, num_tokens * (itm + 1)),
+                    layout=layout_of(1),
+                ),
+                kinds=tuple(part),
+            )
+        )
+    sources = {"mlm": batch.masked_ids_BL, "clean": batch.clean_ids_BL}
+    return StepRows(
+        ids_T=torch.cat([sources[kind].flatten()[source] for kind in text_kinds]),
+        column_T=column.repeat(len(text_kinds)),
+        layout=layout_of(len(text_kinds)),
+        passes=found,
+        order_B=order,
+        class_B=tables[first] + num_tokens * (len(text_kinds) - 1),
+        mlm_read_M=None if compute.masked_logits_only else masked_place_M,
+        mlm_label_M=batch.mlm_label_M[masked],
+        mlm_weight_M=batch.mlm_weight_M[masked],
+    )
+
+
+def _repeated(cuts: Sequence[Sequence[int]], num_pairs: int) -> list[int]:
+    """Where parts end if one kind of row after the other is cut."""
+    return [num_pairs * number + cut for number, part in enumerate(cuts) for cut in part]
+
+
+def _ranges(length_R: I64) -> I64:
+    """0 to n - 1 for each n, one after the other."""
+    return np.arange(int(length_R.sum())) - np.repeat(np.cumsum(length_R) - length_R, length_R)
