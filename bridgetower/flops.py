@@ -48,11 +48,11 @@ def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -
         side = model.config.image_size_px
         pixels = torch.empty(1, 3, side, side)
         ids, mask = torch.ones(1, text_tokens, dtype=torch.long), torch.ones(1, text_tokens, dtype=torch.bool)
-    image_flops, image = _count(lambda: model.encode_image(pixels))
-    text_flops, text = _count(lambda: model.encode_text(ids, mask))
-    fuse_flops, output = _count(lambda: model.fuse(text.states_KBND, image.states_KBND, mask))
+    image_flops, image = count_flops(lambda: model.encode_image(pixels))
+    text_flops, text = count_flops(lambda: model.encode_text(ids, mask))
+    fuse_flops, output = count_flops(lambda: model.fuse(text.states_KBND, image.states_KBND, mask))
     scores = {"mlm": model.mlm_logits, "itm": model.itm_logits}
-    by_head = {name: _count(partial(score, output))[0] for name, score in scores.items() if name in heads}
+    by_head = {name: count_flops(partial(score, output))[0] for name, score in scores.items() if name in heads}
     return ForwardFlops(image_flops, text_flops, fuse_flops, by_head)
 
 
@@ -91,11 +91,12 @@ def count_step(
             num_masked=tuple(masked_B.tolist()),
             replaced_B=torch.zeros(pairs, dtype=torch.bool),
         )
-    flops, _ = _count(lambda: task(batch)[0].backward())
+    flops, _ = count_flops(lambda: task(batch)[0].backward())
     return flops / pairs
 
 
-def _count(run: Callable[[], Result]) -> tuple[int, Result]:
+def count_flops(run: Callable[[], Result]) -> tuple[int, Result]:
+    """Count what a function computes. Returns: operations, and its result."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = run()
     return int(counter.get_total_flops()), result

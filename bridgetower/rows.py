@@ -136,6 +136,29 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
     )
 
 
+def read_columns(mask_RL: Tensor, column_Q: I64, count_R: I64, *, images: bool) -> Wanted:
+    """What is read of padded texts.
+
+    Args:
+        column_Q: which columns of each row, row by row.
+        count_R: how many of each row.
+        images: whether each row's image state is read too.
+    """
+    num_rows, width = mask_RL.shape
+    packing = Packing()
+    tokens = packing.table(np.repeat(np.arange(num_rows), count_R) * width + column_Q)
+    layout = packing.layout(count_R, [num_rows])
+    tables, layouts = packing.on(mask_RL.device)
+    rows = num_rows if images else 0
+    return Wanted(
+        token_Q=tables[tokens],
+        token_layout=layouts[layout],
+        image_rows=slice(0, rows),
+        tokens=slice(0, rows * width),
+        layout=padded(mask_RL),
+    )
+
+
 def _repeated(cuts: Sequence[Sequence[int]], num_pairs: int) -> list[int]:
     """Where parts end if one kind of row after the other is cut."""
     return [num_pairs * number + cut for number, part in enumerate(cuts) for cut in part]

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.packing import padded
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching, match_log_odds
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result
-from bridgetower.rows import Pass, StepRows, plan_rows
+from bridgetower.rows import Pass, StepRows, plan_rows, read_columns
 
 
 class Features(NamedTuple):
@@ -118,15 +120,32 @@ class PretrainTask(nn.Module):
         embedding = self.model.itc_head.embed_text(encoded.class_BD) if self.objectives.itc else None
         return Features(encoded.states_KBND, embedding)
 
-    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor:
-        """ITM's log odds of a match for encoded pairs, float32, shape (R,). Needs the itm head."""
-        return match_log_odds(self.model.itm_logits(self.model.fuse(text_KRLD, image_KRPD, mask_RL)))
+    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+        """ITM's log odds of a match for encoded pairs, float32, shape (R,). Needs the itm head.
+
+        Args:
+            image_R: the image of each pair.
+        """
+        num_pairs = len(mask_RL)
+        wanted = read_columns(mask_RL, np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64), images=True)
+        text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+        return match_log_odds(self.model.itm_head(self.model.pool(text_RD, image_RD)))
 
     def contrast_temperature(self) -> float:
         """ITC's temperature. Needs the itc head."""
         return float(self.model.itc_head.clamped_temperature())
 
-    def masked_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor, index_M: Tensor) -> Tensor:
-        """MLM's logits at masked positions of encoded pairs, float32, shape (M, V). Needs the mlm head."""
-        fused = self.model.fuse(text_KRLD, image_KRPD, mask_RL)
-        return self.model.word_logits(fused.text_states.flatten(0, 1)[index_M]).float()
+    def masked_logits(
+        self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor, index_M: Tensor
+    ) -> Tensor:
+        """MLM's logits at masked positions of encoded pairs, float32, shape (M, V). Needs the mlm head.
+
+        Args:
+            image_R: the image of each pair.
+            index_M: flat index r * L + l of each, in order; on the CPU.
+        """
+        num_pairs, length = mask_RL.shape
+        counts = np.bincount(index_M.numpy() // length, minlength=num_pairs)
+        wanted = read_columns(mask_RL, index_M.numpy() % length, counts, images=False)
+        text_MD, _ = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+        return self.model.word_logits(text_MD).float()

@@ -16,6 +16,8 @@ from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.compiled import compile_parts
+from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
 from bridgetower.task import PretrainTask
 
@@ -42,7 +44,11 @@ def build_task(config: RunConfig) -> PretrainTask:
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)
-    return PretrainTask(model, config.objectives, config.compute)
+    freeze_layers(model, vision=config.optim.frozen_vision_layers, text=config.optim.frozen_text_layers)
+    task = PretrainTask(model, config.objectives, config.compute)
+    if config.compute.compile:
+        compile_parts(model)
+    return task
 
 
 def load_task(config: RunConfig, checkpoint: Path, precision: str) -> PretrainTask:

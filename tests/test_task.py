@@ -157,10 +157,11 @@ def test_scores_for_the_evaluation_are_those_of_the_training_step():
     pixels, mask = task.model.normalize(batch.pixels_N3SS), batch.attention_mask_BL
     image, text = task.image_features(batch.pixels_N3SS), task.text_features(batch.clean_ids_BL, mask)
     logits = task.model.itm_logits(task.model(pixels, batch.clean_ids_BL, mask))
-    log_odds = task.match_log_odds(text.states_KBND, mask, image.states_KBND)
+    own = torch.arange(4)
+    log_odds = task.match_log_odds(text.states_KBND, mask, image.states_KBND, own)
     torch.testing.assert_close(log_odds.sigmoid(), logits.softmax(dim=-1)[:, 1])
     masked = task.text_features(batch.masked_ids_BL, mask)
-    words = task.masked_logits(masked.states_KBND, mask, image.states_KBND, batch.mlm_index_M)
+    words = task.masked_logits(masked.states_KBND, mask, image.states_KBND, own, batch.mlm_index_M)
     loss = (F.cross_entropy(words, batch.mlm_label_M, reduction="none") * batch.mlm_weight_M).sum()
     assert float(loss) == pytest.approx(float(task(batch)[1]["loss/mlm"][0]), rel=1e-5)
     assert image.embedding_BC is not None and text.embedding_BC is not None

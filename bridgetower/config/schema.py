@@ -360,6 +360,11 @@ class OptimConfig:
     """Added to the root of the squared gradient's mean."""
     max_grad_norm: float = 0.0
     """Gradients of a larger global norm are scaled down to it; 0 never clips, as published."""
+    frozen_vision_layers: int = 0
+    """Lowest blocks of the vision tower that are not trained, with what comes before them; -1 the whole tower. They
+    cost no backward pass."""
+    frozen_text_layers: int = 0
+    """The same of the text tower."""
     implementation: Literal["auto", "fused", "torch"] = "auto"
     """fused = DeepSpeed's FusedAdam, torch = torch's AdamW; auto is fused on CUDA and torch on the CPU."""
 

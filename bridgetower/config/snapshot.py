@@ -85,7 +85,7 @@ def write_run_file(
         "world_size": world_size,
         "device": device,
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": find_commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
@@ -183,7 +183,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def find_commit() -> str:
     """The commit of this code, with + where files differ from it; empty outside a git checkout."""
     here = Path(__file__).parent
     try:

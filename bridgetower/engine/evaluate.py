@@ -61,14 +61,16 @@ class Scorer(Protocol):
     def text_features(self, ids_TL: Tensor, attention_mask_TL: Tensor) -> Encoded:
         """Encode captions."""
 
-    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor:
-        """Score encoded pairs by ITM, shape (R,)."""
+    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+        """Score encoded pairs, each of a text and one of the images, by ITM, shape (R,)."""
 
     def contrast_temperature(self) -> float:
         """ITC's temperature."""
 
-    def masked_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor, index_M: Tensor) -> Tensor:
-        """Predict masked words of encoded pairs, shape (M, V)."""
+    def masked_logits(
+        self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor, index_M: Tensor
+    ) -> Tensor:
+        """Predict masked words of encoded pairs, shape (M, V); the index is on the CPU."""
 
 
 class Split(Protocol):
@@ -244,10 +246,8 @@ def _score_masked_words(
                 continue
             mask_TL = batch.attention_mask_TL.to(device)
             text = scorer.text_features(batch.masked_ids_TL.to(device), mask_TL)
-            rows = torch.from_numpy(image_of_T[first : first + len(mask_TL)] - first_image).to(device)
-            logits_MV = scorer.masked_logits(
-                text.states_KBND, mask_TL, states_KBND[:, rows], batch.mlm_index_M.to(device)
-            )
+            images_KNPD, image_R = _needed(states_KBND, image_of_T[first : first + len(mask_TL)] - first_image)
+            logits_MV = scorer.masked_logits(text.states_KBND, mask_TL, images_KNPD, image_R, batch.mlm_index_M)
             label_M = batch.mlm_label_M.to(device)
             loss_sum += float(F.cross_entropy(logits_MV, label_M, reduction="sum"))
             num_right += int((logits_MV.argmax(dim=1) == label_M).sum())
@@ -302,11 +302,11 @@ def _score_pairs(
         parts = []
         for first in range(0, len(text_R), batch_size):
             texts = torch.from_numpy(text_R[first : first + batch_size]).to(device)
-            images = torch.from_numpy(image_R[first : first + batch_size]).to(device)
+            images_KNPD, rows_R = _needed(states_KBND, image_R[first : first + batch_size])
             mask_RL = captions.mask_TL[texts]
             longest = int(mask_RL.sum(dim=1).max())
             log_odds_R = scorer.match_log_odds(
-                captions.states_KTLD[:, texts, :longest], mask_RL[:, :longest], states_KBND[:, images]
+                captions.states_KTLD[:, texts, :longest], mask_RL[:, :longest], images_KNPD, rows_R
             )
             parts.append(log_odds_R.cpu().numpy())
         result = np.full(block.shape, -np.inf, np.float32)
@@ -314,6 +314,13 @@ def _score_pairs(
         own[first_image] = result
     blocks = _merge(dist.gather_objects(own))
     return np.concatenate([blocks[first] for first in sorted(blocks)], axis=1)
+
+
+def _needed(states_KBPD: Tensor, image_R: I64) -> tuple[Tensor, Tensor]:
+    """The images that some pairs need, each once, and which of them is that of each pair."""
+    images_N, rows_R = np.unique(image_R, return_inverse=True)
+    device = states_KBPD.device
+    return states_KBPD[:, torch.from_numpy(images_N).to(device)], torch.from_numpy(rows_R).to(device)
 
 
 def _top_candidates(similarity_TN: F32, top_k: int) -> npt.NDArray[np.bool_]:

@@ -4,8 +4,8 @@ The nine forms of the paper's Table 1. y is the tower's state, x the cross-modal
 epsilon 1e-5. Source: arXiv 2206.08657, Table 1, and for what the paper leaves open (the order [y; x], the inner norm of
 mlp_concat, starting values) the authors' own code in transformers pull request 20775.
 
-States are of images, (R, P, D), or of packed texts, (T, D) with a layout; N stands for either's positions. Shapes: R rows,
-P image positions, T tokens of all rows, D width.
+States are of images, (R, P, D), or of packed texts, (T, D) with a layout; N stands for either's positions. Shapes:
+R rows, P image positions, T tokens of all rows, D width.
 """
 
 from __future__ import annotations

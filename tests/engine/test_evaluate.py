@@ -1,0 +1,73 @@
+"""What an evaluation computes: each image and caption once, and of the pairs only those that are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from bridgetower.config.models import MODELS
+from bridgetower.config.schema import EvaluationConfig, ObjectivesConfig
+from bridgetower.engine.evaluate import evaluate_split
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.task import PretrainTask
+from pretrain.assemble_data import build_splits, build_tokenizer
+from pretrain.presets import tiny
+
+IMAGES, TOP = 40, 3
+
+
+@pytest.fixture
+def split(emoji_shards):
+    config = tiny()
+    config = replace(
+        config,
+        data=replace(config.data, eval_shards=(str(emoji_shards / "combination"),)),
+        evaluation=EvaluationConfig(max_images=IMAGES),
+    )
+    return build_splits(config, build_tokenizer(config))[0]
+
+
+def counted(model: BridgeTower) -> Counter[str]:
+    """Images, captions and pairs that run through the parts of a model from now on."""
+    found: Counter[str] = Counter()
+
+    def count(name: str, module: nn.Module, rows: int) -> None:
+        def note(_: nn.Module, arguments: tuple[torch.Tensor, ...], *__: object) -> None:
+            found[name] += len(arguments[rows])
+            found[f"{name}, most at once"] = max(found[f"{name}, most at once"], len(arguments[rows]))
+
+        module.register_forward_pre_hook(note)
+
+    count("images", model.vision_tower, 0)
+    count("captions", model.text_tower, 0)
+    model.cross_modal.register_forward_pre_hook(
+        lambda _, __, named: found.update({"pairs": len(named["image_R"])}), with_kwargs=True
+    )
+    return found
+
+
+@pytest.mark.parametrize("itc", [True, False], ids=["with ITC", "without"])
+def test_retrieval_costs_a_tower_pass_for_each_image_and_caption_and_a_fusion_for_each_pair_that_is_asked_for(
+    split, itc
+):
+    objectives = ObjectivesConfig(mlm=False, itm=True, itc=itc)
+    torch.manual_seed(0)
+    task = PretrainTask(BridgeTower(MODELS["tiny"](), objectives.heads), objectives).eval()
+    found = counted(task.model)
+    config = EvaluationConfig(batch_size=16, rerank_top_k=TOP, max_images_without_itc=10, num_samples=2)
+    evaluate_split(task, split, config, seed=0, device=torch.device("cpu"))
+    captions = split.num_captions
+    assert found["images"] == split.num_images == IMAGES and found["captions"] == captions
+    assert max(found["images, most at once"], found["captions, most at once"]) <= 16
+    own_and_negative = 2 * captions
+    if itc:
+        # The best images of each caption and the best captions of each image, and own and random ones for ITM's score.
+        assert captions * TOP < found["pairs"] <= captions * TOP + IMAGES * TOP + own_and_negative
+    else:
+        in_gallery = int((split.image_of_caption_T < 10).sum())
+        assert in_gallery * 10 <= found["pairs"] <= in_gallery * 10 + own_and_negative
+    assert found["pairs"] < captions * IMAGES / 2  # not every pair
