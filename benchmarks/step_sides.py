@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ class Side(NamedTuple):
     def step(self) -> float:
         """Forward and backward; gradients are let go."""
         loss = self.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for parameter in self.parameters:
             parameter.grad = None
         return float(loss.detach())
@@ -94,11 +95,12 @@ def make_batch(
         "replaced_B": np.zeros(pairs, bool),
     }
     pixels = rng.integers(0, 256, (pairs, 3, side, side), np.uint8)
+    tensors: dict[str, Any] = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
     return PretrainBatch(
         pixels_N3SS=torch.from_numpy(pixels).to(device),
         num_tokens=tuple(length_B.tolist()),
         num_masked=tuple(is_masked_BL.sum(axis=1).tolist()),
-        **{name: torch.from_numpy(values).to(device) for name, values in arrays.items()},
+        **tensors,
     )
 
 
@@ -142,15 +144,19 @@ def transformers_side(model: BridgeTower, batch: PretrainBatch, *, compiled: boo
                 "BridgeTowerResidualAttention",
             ):
                 module.compile()
-    mask_BL = batch.attention_mask_BL.long()
+    mask_BL, statistics, dtype = batch.attention_mask_BL.long(), model.pixel_statistics, model.text_pooler.weight.dtype
+    mean, std = (torch.tensor(values, device=mask_BL.device).view(3, 1, 1) for values in statistics)
+
+    def normalized(pixels_N3SS: Tensor) -> Tensor:
+        return ((pixels_N3SS.float() / 255 - mean) / std).to(dtype)
 
     def loss() -> Tensor:
-        pixels = model.normalize(batch.pixels_N3SS)
+        pixels = normalized(batch.pixels_N3SS)
         words_BLV = masked_lm(pixel_values=pixels, input_ids=batch.masked_ids_BL, attention_mask=mask_BL).logits
         label_S = torch.full((mask_BL.numel(),), -100, device=mask_BL.device)
         label_S = label_S.index_put((batch.mlm_index_M,), batch.mlm_label_M)
         mlm = F.cross_entropy(words_BLV.flatten(0, 1).float(), label_S)
-        shown = model.normalize(batch.pixels_N3SS[batch.itm_image_B])
+        shown = normalized(batch.pixels_N3SS[batch.itm_image_B])
         match_B2 = matching(pixel_values=shown, input_ids=batch.clean_ids_BL, attention_mask=mask_BL).logits
         return mlm + F.cross_entropy(match_B2.float(), batch.itm_label_B)
 
@@ -158,30 +164,35 @@ def transformers_side(model: BridgeTower, batch: PretrainBatch, *, compiled: boo
 
 
 def kept_bytes(side: Side) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters excluded."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in side.parameters}
-    kept: dict[int, int] = {}
-    tensors: list[Tensor] = []
+    """Bytes that are kept between forward and backward: by autograd, and what recomputed layers start from."""
+    there = {parameter.untyped_storage().data_ptr() for parameter in side.parameters}
+    there |= {tensor.untyped_storage().data_ptr() for tensor in _living_tensors()}
+    kept: dict[int, Tensor] = {}  # tensors, so that no address is used again
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            tensors.append(tensor)  # so that its address is not used again
-        return tensor
+        bare = tensor.detach()  # an operator's own result would hold the operator, and this the result
+        if bare.untyped_storage().data_ptr() not in there:
+            kept.setdefault(bare.untyped_storage().data_ptr(), bare)
+        return bare
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = side.loss()
+    for tensor in _living_tensors():
+        note(tensor)
     del loss
-    return sum(kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _living_tensors() -> list[Tensor]:
+    """All that Python holds."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.layout == torch.strided]
 
 
 class _BytesMoved(TorchDispatchMode):
     """Adds up what every operator reads and writes; views move nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes, self.num_operators = 0, 0
+    num_bytes = num_operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -205,7 +216,7 @@ def flops(side: Side) -> int:
 
 def moved(side: Side) -> tuple[int, int]:
     """Bytes that the operators of one step move, and how many operators there are."""
-    with _BytesMoved() as mode:
+    with _BytesMoved() as mode:  # type: ignore[no-untyped-call]
         side.step()
     return mode.num_bytes, mode.num_operators
 
@@ -218,10 +229,16 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is not counted before
+    give_memory_back()  # so that it is not counted before
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = _status("VmRSS")
     yield lambda: _status("VmHWM") - before
+
+
+def give_memory_back() -> None:
+    """Hand what was freed back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -164,7 +164,7 @@ def _from_workers(stream: PretrainStream, first: int, end: int, pin_memory: bool
     shape = (slots, stream.max_images, 3, side, side)
     _check_shared_memory(math.prod(shape))
     ring = torch.empty(shape, dtype=torch.uint8)
-    ring.share_memory_()  # type: ignore[no-untyped-call]
+    ring.share_memory_()
     _rings[number] = ring
     try:
         for item in prepared(

@@ -102,7 +102,8 @@ class Attention(nn.Module):
 
     def _heads(self, states: Tensor, layout: Layout | None, rows: Tensor | None = None) -> Tensor:
         states_RND = _pick(states, rows) if layout is None else layout.whole.spread(states)
-        return states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads_RHNd: Tensor = states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return heads_RHNd
 
     def _absorbs(self, layout: Layout, positions: int) -> bool:
         """True if the products with every head's queries are fewer than the projections of the context."""
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         tokens = sum(grid.num_rows * grid.width for grid in layout.buckets)
         whole = layout.whole
         projected = whole.num_rows * positions * width * (width + whole.width)
-        absorbed = tokens * positions * width * heads + layout.whole.tokens.stop * width * width
+        absorbed: int = tokens * positions * width * heads + whole.tokens.stop * width * width
         return absorbed < projected
 
     def _absorbed(self, query_TD: Tensor, context_RPD: Tensor, layout: Layout) -> Tensor:
@@ -139,7 +140,8 @@ class Attention(nn.Module):
         sum_HTD = _joined(sums).unflatten(-1, heads).transpose(0, 1)
         attended_HTd = torch.bmm(sum_HTD, value_HdD.transpose(1, 2))
         bias_HTd = value_bias_Hd[:, None] * _joined(lefts).t()[..., None] if lefts else value_bias_Hd[:, None]
-        return (attended_HTd + bias_HTd).transpose(0, 1).flatten(1)
+        attended_TD: Tensor = (attended_HTd + bias_HTd).transpose(0, 1).flatten(1)
+        return attended_TD
 
 
 class FeedForward(nn.Module):

@@ -21,27 +21,31 @@ from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.vision_tower import blocks_of
 
 
-def compile_parts(model: BridgeTower) -> None:
-    """Compile the parts of a model in place; names and values of its weights stay. They compile at their first call."""
+def compile_parts(model: BridgeTower, backend: str = "inductor") -> None:
+    """Compile the parts of a model in place; names and values of its weights stay. They compile at their first call.
+
+    Args:
+        backend: of torch.compile; aot_eager traces and splits as inductor does, but generates no kernels.
+    """
     # Each kind of module is compiled for training and evaluation, and for images of one or two kinds of shapes.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for block in blocks_of(model.vision_tower.vit):
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, backend=backend)
     for layer in model.text_tower.encoder.encoder.layer:
         for part in (layer.attention.output, layer.intermediate, layer.output):
-            part.compile(dynamic=True)
+            part.compile(dynamic=True, backend=backend)
     for module in model.modules():
         if isinstance(module, Attention):
-            _replace(module, "project")
-            _replace(module, "finish")
+            _replace(module, "project", backend)
+            _replace(module, "finish", backend)
         elif isinstance(module, FeedForward | Bridge):
-            _replace(module, "forward")
+            _replace(module, "forward", backend)
 
 
-def _replace(module: nn.Module, name: str) -> None:
+def _replace(module: nn.Module, name: str, backend: str) -> None:
     """Two compiled versions of a method: of dense states, (R, P, D), and of packed ones, (T, D)."""
     method: Callable[..., Any] = getattr(module, name)
-    dense, packed = torch.compile(method, dynamic=False), torch.compile(method, dynamic=True)
+    dense, packed = (torch.compile(method, dynamic=dynamic, backend=backend) for dynamic in (False, True))
 
     def either(states: Tensor, *arguments: Any, **settings: Any) -> Any:
         return (packed if states.dim() == 2 else dense)(states, *arguments, **settings)

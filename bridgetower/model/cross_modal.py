@@ -6,7 +6,7 @@ K bridged layers, Q tokens whose last state is read, I rows whose last image sta
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class CrossModalEncoder(nn.Module):
         wanted: Wanted | None,
         absorb: bool,
     ) -> Tensor:
-        layer = self.text_layers[number]
+        layer = cast(CrossModalLayer, self.text_layers[number])
         states, own = text_TD, layout
         if wanted is not None:
             states, own = text_TD.index_select(0, wanted.token_Q), wanted.token_layout
@@ -176,7 +176,7 @@ class CrossModalEncoder(nn.Module):
         wanted: Wanted | None,
     ) -> Tensor:
         """Rows that see the same image share what no text has touched yet, but each has its own dropout."""
-        layer = self.image_layers[number]
+        layer = cast(CrossModalLayer, self.image_layers[number])
         if wanted is not None:
             if wanted.image_rows.start == wanted.image_rows.stop:
                 return image_RPD[:0, :1]
@@ -193,7 +193,8 @@ class CrossModalEncoder(nn.Module):
         return result
 
     def _note_maps(self, maps: AttentionMaps, number: int, text_TD: Tensor, image_RPD: Tensor, layout: Layout) -> None:
-        text_layer, image_layer = self.text_layers[number], self.image_layers[number]
+        text_layer = cast(CrossModalLayer, self.text_layers[number])
+        image_layer = cast(CrossModalLayer, self.image_layers[number])
         own_TD = text_layer.self_attention(text_TD, text_TD, layout, layout)
         own_RPD = image_layer.self_attention(image_RPD, image_RPD)
         maps.text_to_image.append(text_layer.cross_attention.shares(own_TD, image_RPD, layout, None))

@@ -35,7 +35,8 @@ class Grid(NamedTuple):
         if self.place_T is not None:
             empty = part_TD.new_zeros(self.num_rows * self.width, part_TD.shape[-1])
             part_TD = empty.index_copy(0, self.place_T, part_TD)
-        return part_TD.unflatten(0, (self.num_rows, self.width))
+        grid_RLD: Tensor = part_TD.unflatten(0, (self.num_rows, self.width))
+        return grid_RLD
 
     def collect(self, grid_RLD: Tensor) -> Tensor:
         """The tokens of a grid, shape (T, D)."""
