@@ -1,0 +1,199 @@
+"""Every GPU measurement of the project in one call: rates, memory, compiling, recomputing, DeepSpeed, the data's way.
+
+python benchmarks/gpu/measure.py --out=benchmarks/results/gpu_h100.json [--minutes=8] [--small] [--device=auto]
+    [--sections=NAME,NAME]
+
+Each section is a process of its own, so that one that dies or takes too long costs the others nothing; the file is
+written after each. benchmarks/gpu/README.md says what is measured, and how to get there without a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from fire.decorators import SetParseFn
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it need not be installed
+
+from benchmarks.gpu.plan import Request, fastest, plan, seconds_for
+from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
+from bridgetower.config.overrides import unknown_name
+from bridgetower.errors import EXIT_FAILED, ConfigError
+from bridgetower.files import write_atomically
+
+_FLAGS = {
+    "out": "JSON file for the results (required)",
+    "minutes": "for everything together (default 8); sections that are left then are not begun",
+    "small": "true tries every path with small shapes, which a CPU does in a minute (default false)",
+    "device": "cuda or cpu (default auto: cuda; with --small cuda where there is one)",
+    "sections": "only these, separated by commas (default all)",
+}
+_USAGE = "Usage: python benchmarks/gpu/measure.py --out=FILE.json [flags]\n\nFlags:\n" + "\n".join(
+    f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
+)
+# Pairs a second on an H100: 35 and 50 % of its bf16 peak, counted on the least operations of a step
+# (docs/performance.md).
+GOALS = {"base": (850, 1_210), "large": (245, 350)}
+
+
+def main(
+    *unexpected: str,
+    out: str = "",
+    minutes: str = "8",
+    small: str = "false",
+    device: str = "auto",
+    sections: str = "",
+    **unknown: str,
+) -> None:
+    """Measure, write after each section, and print a table."""
+    refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
+    begin, is_small = time.monotonic(), parse_bool("small", small)
+    end = begin + 60 * parse_whole("minutes", minutes, 1)
+    if not out:
+        raise ConfigError("--out is missing. Name the file for the results: --out=benchmarks/results/gpu_h100.json.")
+    chosen_device = _choose_device(device, is_small)
+    chosen = plan(is_small)
+    names = [section.name for section in chosen]
+    wanted = [name.strip() for name in sections.split(",") if name.strip()] or names
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"--sections: {unknown_name('section', name, names)}")
+    # What the others' figures are of is always said.
+    chosen = [section for section in chosen if section.name in ("machine", *wanted)]
+    file = Path(out).absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    setting = {"minutes": int(minutes), "small": is_small, "device": chosen_device}
+    results: dict[str, dict[str, Any]] = {}
+    # A call that is cut short leaves no process on the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        context = start_server()
+        for number, section in enumerate(chosen):
+            seconds = seconds_for(section, chosen[number:], end - time.monotonic())
+            if seconds:
+                request = Request(section.measure, chosen_device, is_small, seconds, **section.options(results))
+                print(f"{section.name}, at most {seconds:.0f} s ...", flush=True)
+                results[section.name] = run_section(context, request, Path(folder) / str(number))
+            else:
+                results[section.name] = {"seconds": 0.0, "error": "not begun: --minutes were over", "rows": []}
+            content = {"setting": setting, "seconds": time.monotonic() - begin, "sections": results}
+            write_atomically(file, json.dumps(content, indent=1).encode() + b"\n")
+    _print(results)
+    if any(result["error"] for result in results.values()):
+        sys.exit(EXIT_FAILED)
+
+
+def _choose_device(device: str, small: bool) -> str:
+    if device not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"--device={device} is not known. Use auto, cuda or cpu.")
+    has_gpu = device != "cpu" and torch.cuda.is_available()
+    if not has_gpu and (device == "cuda" or not small):
+        found = "--device=cpu asks for none" if device == "cpu" else f"torch {torch.__version__} sees none"
+        raise ConfigError(
+            f"A GPU is needed, and {found}: base and large would take a CPU hours. Run it on a machine with one "
+            "(benchmarks/gpu/README.md), or use --small --device=cpu, which tries every path in a minute."
+        )
+    return "cuda" if has_gpu else "cpu"
+
+
+def start_server() -> ForkServerContext:
+    """A server whose processes have all libraries loaded; it never touches CUDA, so that each of them can."""
+    paths = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is from a hub, and nobody should wait for one
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.gpu.sections"])
+    return context
+
+
+def run_section(context: ForkServerContext, request: Request, folder: Path) -> dict[str, Any]:
+    """Measure in a process of its own, which is killed when its time is over.
+
+    Returns: ``rows``, ``seconds``, ``error``, and with an error the end of what the process said.
+    """
+    folder.mkdir()
+    asked, found, log = folder / "request.json", folder / "result.json", folder / "log"
+    request.write(asked)
+    start = time.monotonic()
+    process = context.Process(target=_serve, args=(asked, found, log))
+    process.start()
+    assert process.pid is not None
+    try:
+        process.join(request.seconds)
+        is_late = process.is_alive()
+    finally:
+        # With all that it has started.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    result: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {"rows": [], "error": ""}
+    result["seconds"] = time.monotonic() - start
+    if is_late:
+        result["error"] = f"killed after {request.seconds:.0f} s, which was its time; its rows until then are kept"
+    elif process.exitcode:
+        result["error"] = f"its process died with exit code {process.exitcode} (-9: for want of memory?)"
+    if result["error"]:
+        result["log"] = log.read_text()[-2000:] if log.exists() else ""
+    return result
+
+
+def _serve(asked: Path, found: Path, log: Path) -> None:
+    """A section's process: its own group, and what it prints in a file."""
+    os.setsid()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from benchmarks.gpu import sections  # torch and all; the server has it
+
+    sections.serve(asked, found)
+
+
+def _print(results: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(title="Steps of pretraining, forward and backward", title_justify="left")
+    for column in ("section", "what", "pairs", "pairs/s", "ms", "GFLOP a pair", "of peak", "peak GB", "kept MB a pair"):
+        table.add_column(column, justify="left" if column in ("section", "what") else "right")
+    table.add_column("")
+    keys = {
+        "micro_batch": "{:d}",
+        "pairs_per_second": "{:,.1f}",
+        "step_ms": "{:,.1f}",
+        "gflop_per_pair": "{:,.1f}",
+        "mfu": "{:.1%}",
+        "peak_gb": "{:.1f}",
+        "kept_mb_per_pair": "{:,.0f}",
+    }
+    for name, result in results.items():
+        for row in result["rows"]:
+            cells = (form.format(row[key]) if row.get(key) is not None else "" for key, form in keys.items())
+            table.add_row(name, row["what"], *cells, row.get("error") or row.get("note", ""))
+        if result["error"]:
+            table.add_row(name, "[red]error[/red]", *[""] * len(keys), result["error"].splitlines()[0][:300])
+    console = Console()
+    # In a log nothing is cut off.
+    (console if console.is_terminal else Console(width=200)).print(table)
+    for size, (least, goal) in GOALS.items():
+        rates = [row for kind in ("eager", "compiled") for row in fastest(results, f"{kind}_{size}")[:1]]
+        if rates and rates[0]["model"] == size:
+            best = max(rates, key=lambda row: float(row["pairs_per_second"]))
+            rate = best["pairs_per_second"]
+            print(f"{size}: {rate:,.0f} pairs/s, {best['what']}; at least {least:,} on an H100, goal {goal:,}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: fire.Fire(SetParseFn(str)(main)))

@@ -1,0 +1,159 @@
+"""From photographs to training steps: the real loader and the real training script, on shards that are made here."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.gpu.plan import Request, Run
+from benchmarks.photos import cut_photos
+from benchmarks.step_sides import MEAN_TOKENS, PUBLISHED_TOKENS, caption_lengths
+from bridgetower.errors import ConfigError
+
+_REPO = Path(__file__).resolve().parent.parent.parent
+# Whether shapes are small, and how many photographs there are: each is in the page cache after it was read once.
+_NUM_PHOTOS = {False: 512, True: 16}
+_PHOTO_SIZE = (640, 480)
+_CAPTIONS_PER_PHOTO = 8
+_WORDS = ("a", "photograph", "of", "some", "thing", "that", "stands", "in", "the", "light", "beside", "another", "one")
+
+
+def measure(request: Request, note: Callable[[dict[str, Any]], None]) -> None:
+    """Build the shards and train over them, once for each of the request's runs."""
+    begin, cores = time.perf_counter(), len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        photographs = _build_shards(folder, _NUM_PHOTOS[request.small])
+        for run in request.runs:
+            # A little before this process is killed, so that what the run has reported by then is kept.
+            seconds = request.seconds - (time.perf_counter() - begin) - 3
+            found = _train(request, run, folder, max(1, cores - 2), seconds)
+            note({"what": f"train.py, {run.describe()}", "model": request.preset, "photographs": photographs, **found})
+
+
+def _build_shards(folder: Path, count: int) -> str:
+    """Shards of photographs, built by the command that people use. Returns: what they are."""
+    origin = "cut from scikit-image's"
+    try:
+        photos = cut_photos(_PHOTO_SIZE, count)
+    except (ConfigError, ImportError, OSError) as error:
+        origin, photos = f"made up, as there are none: {error}", synthetic_photos(_PHOTO_SIZE, count)
+    (folder / "raw").mkdir()
+    lines = ["image,caption"]
+    # <s> and </s> are counted, and each of the words is a token.
+    lengths = iter(caption_lengths(count * _CAPTIONS_PER_PHOTO, MEAN_TOKENS, PUBLISHED_TOKENS))
+    for number, raw in enumerate(photos):
+        (folder / "raw" / f"{number:05d}.jpg").write_bytes(raw)
+        for _ in range(_CAPTIONS_PER_PHOTO):
+            lines.append(f"{number:05d}.jpg,{' '.join(_WORDS[n % len(_WORDS)] for n in range(next(lengths) - 2))}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    flags = {"raw": "raw", "captions": "captions.csv", "out": "shards"}
+    command = ["data_prep/build_shards.py", "folder", *(f"--{flag}={folder / file}" for flag, file in flags.items())]
+    said = _run([*command, f"--samples_per_shard={max(1, count // 8)}"], folder / "build.log", seconds=300)
+    if said:
+        raise RuntimeError(f"The shards of the photographs cannot be built: {said}")
+    return f"{count} of {_PHOTO_SIZE[0]}x{_PHOTO_SIZE[1]}, {origin}"
+
+
+def synthetic_photos(size: tuple[int, int], count: int, *, seed: int = 0) -> list[bytes]:
+    """JPEGs of quality 90 with about as many bytes a pixel as photographs, for machines without scikit-image.
+
+    Args:
+        size: width and height.
+    """
+    random = np.random.default_rng(seed)
+    photos = []
+    for _ in range(count):
+        summed = np.full((size[1], size[0], 3), 128.0)
+        for cells in (4, 16, 64, 256):
+            noise = random.integers(0, 256, (cells * size[1] // size[0], cells, 3), np.uint8)
+            coarse = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+            summed += (np.asarray(coarse, np.float64) - 128) * 2 / cells**0.5  # finer is weaker, as in photographs
+        stream = io.BytesIO()
+        Image.fromarray(summed.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+        photos.append(stream.getvalue())
+    return photos
+
+
+def _train(request: Request, run: Run, folder: Path, workers: int, seconds: float) -> dict[str, Any]:
+    """Run pretrain/train.py and read its metrics.
+
+    Raises:
+        RuntimeError: it ended before its second report.
+    """
+    settings = training_settings(request, run, folder, workers)
+    command = ["pretrain/train.py", request.preset, *(f"--{name}={value}" for name, value in settings.items())]
+    said = _run(command, folder / "train.log", seconds)
+    file = folder / "runs" / settings["name"] / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    shutil.rmtree(file.parent, ignore_errors=True)  # its checkpoint is gigabytes
+    # The first report has the workers' start in it, and compiling.
+    reports = [line for line in lines if "speed/pairs_per_second" in line][1:]
+    if not reports:
+        raise RuntimeError(f"{' '.join(command)} ended before its second report: {said}")
+    rates, waits = ([line[key] for line in reports] for key in ("speed/pairs_per_second", "data/wait_fraction"))
+    wait = statistics.median(waits)
+    return {
+        "micro_batch": run.micro_batch,
+        "pairs_per_second": statistics.median(rates),
+        "pairs_per_second_of_reports": rates,
+        "wait_fraction": wait,
+        "workers": workers,
+        "settings": settings,
+        "note": f"waits for data {wait:.0%}; data.workers={workers}{said and f'; {said}'}",
+    }
+
+
+def training_settings(request: Request, run: Run, folder: Path, workers: int) -> dict[str, str]:
+    """What the training run's preset is changed by: one step a micro-batch, and nothing but steps."""
+    settings: dict[str, object] = {
+        "name": "compiled" if run.compiled else "eager",
+        "run_root": folder / "runs",
+        "model.vision.weights": "none",
+        "model.text.weights": "none",
+        "data.train_shards": folder / "shards",
+        "data.eval_shards": "",
+        "data.workers": workers,
+        "data.micro_batch_size": run.micro_batch,
+        "data.global_batch_size": run.micro_batch,
+        "data.negative_group_size": math.gcd(run.micro_batch, 32),
+        "optim.total_steps": request.num_steps,
+        "optim.implementation": request.optimizer,
+        "engine.threads_per_rank": 1 if request.small else 0,
+        "compute.compile": str(run.compiled).lower(),
+        "evaluation.every_steps": 0,
+        "checkpoint.every_steps": 10**9,  # the last step is always saved
+        "tracker.every_steps": max(1, request.num_steps // 8),
+        "tracker.wandb": "off",
+    }
+    return {name: str(value) for name, value in settings.items()}
+
+
+def _run(command: list[str], log: Path, seconds: float) -> str:
+    """Run a script of this repository. Returns: why it did not come to its end; empty if it did."""
+    with log.open("w") as file:  # not a pipe, which the workers of a killed run would keep open
+        try:
+            code = subprocess.run(
+                [sys.executable, *command],
+                cwd=_REPO,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=max(1.0, seconds),
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s, before its end"
+    return f"exit code {code}: {log.read_text().strip()[-1000:]}" if code else ""

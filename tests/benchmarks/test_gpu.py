@@ -1,0 +1,224 @@
+"""benchmarks/gpu/measure.py with small shapes on the CPU: every path that a GPU will take, run once."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.gpu import measure
+from benchmarks.gpu.pipeline import synthetic_photos, training_settings
+from benchmarks.gpu.plan import EVERYTHING, Request, Run, plan, read_request, seconds_for
+from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_memory
+from bridgetower.config.models import MODELS
+from bridgetower.config.overrides import apply_overrides
+from bridgetower.data.order import cut_global_batch
+from bridgetower.errors import ConfigError
+from pretrain.presets import PRESETS
+from tests.conftest import REPO, run_script, script_environment
+
+SCRIPT = "benchmarks/gpu/measure.py"
+NAMES = [section.name for section in plan(small=True)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What one call finds: printed text and the file's content."""
+    out = tmp_path_factory.mktemp("gpu") / "results/gpu.json"
+    said = run_script(SCRIPT, "--small", "--device=cpu", f"--out={out}", timeout_s=500).stdout
+    return said, json.loads(out.read_text())
+
+
+def rows_of(content, *names):
+    return [row for name in names for row in content["sections"][name]["rows"]]
+
+
+def test_every_section_finds_figures_without_an_error(measured):
+    said, content = measured
+    assert list(content["sections"]) == NAMES and content["setting"]["small"]
+    for name, result in content["sections"].items():
+        assert result["error"] == "" and result["rows"] and result["seconds"] > 0, name
+        assert name in said
+        assert not any("error" in row for row in result["rows"])
+    assert 0 < content["seconds"] < 60 * content["setting"]["minutes"]
+
+
+def test_steps_have_a_rate_their_operations_and_what_they_keep(measured):
+    rows = rows_of(measured[1], *(name for name in NAMES if name.startswith(("eager", "compiled", "engine", "sides"))))
+    kinds = {row["what"].split(",")[0] for row in rows}
+    assert kinds == {"eager", "compiled", "ours", "plain", "transformers", "ZeRO-2"}
+    for row in rows:
+        assert row["pairs_per_second"] == pytest.approx(row["micro_batch"] / row["step_ms"] * 1e3)
+        assert len(row["step_ms_of_rounds"]) == 3 and row["gflop_per_pair"] > 0 and math.isfinite(row["loss"])
+        assert row["mfu"] is None and row["peak_gb"] is None  # no GPU
+        assert row["what"] != "eager" or row["kept_mb_per_pair"] > 0
+
+
+def test_sides_have_the_same_loss_but_not_the_same_work(measured):
+    ours, plain, transformers = rows_of(measured[1], "sides")
+    assert ours["gflop_per_pair"] < 0.6 * plain["gflop_per_pair"]
+    assert transformers["gflop_per_pair"] == pytest.approx(plain["gflop_per_pair"], rel=0.05)
+
+
+def test_recomputing_keeps_less_and_is_not_counted_as_work(measured):
+    (kept,) = (row for row in rows_of(measured[1], "eager_base") if row["micro_batch"] == 4)
+    everything, fusion = rows_of(measured[1], "recompute_base")
+    assert everything["kept_mb_per_pair"] < fusion["kept_mb_per_pair"] < kept["kept_mb_per_pair"]
+    for row in (everything, fusion):
+        assert row["gflop_per_pair"] == kept["gflop_per_pair"] < row["gflop_per_pair_with_recomputing"]
+
+
+def test_saved_work_agrees_with_the_plain_step_in_both_precisions(measured):
+    rows = rows_of(measured[1], "agreement", "agreement_compiled")
+    assert all(row["agrees"] for row in rows)
+    assert {row["what"].partition(", ")[2] for row in rows} >= {"float32", "bfloat16", "compiled, bfloat16"}
+    (exact,) = (row for row in rows if row["what"] == "ours, float32")
+    assert exact["gradient_difference"] < 1e-5
+
+
+def test_training_run_says_how_long_it_waits_for_data(measured):
+    (row,) = rows_of(measured[1], "pipeline")
+    assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
+    assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
+
+
+def test_results_say_what_they_were_measured_with(measured):
+    (machine,) = rows_of(measured[1], "machine")
+    assert machine["torch"] == torch.__version__ and machine["cores"] >= 1 and "commit" in machine
+    assert {"deepspeed", "transformers", "timm", "open_clip_torch"} <= machine["versions"].keys()
+    assert "not installed" not in machine["versions"].values()
+
+
+def test_section_that_fails_is_recorded_and_the_others_still_run(tmp_path):
+    out = tmp_path / "gpu.json"
+    flags = ("--small", "--device=cpu", "--sections=engine_base,eager_large", f"--out={out}")
+    # Half of what a launcher sets: the engine cannot start.
+    said = run_script(SCRIPT, *flags, env={"RANK": "0"}, code=1).stdout
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == ["machine", "eager_large", "engine_base"]
+    failed = sections.pop("engine_base")
+    assert failed["rows"] == [] and "RANK=0 is set but WORLD_SIZE" in failed["error"]
+    assert "Traceback" in failed["log"] and "WORLD_SIZE" in said
+    assert all(result["rows"] and not result["error"] for result in sections.values())
+
+
+def test_section_that_takes_too_long_is_killed_with_its_reason(tmp_path):
+    request = Request("steps", "cpu", True, 0.5, "small", (Run(2),))
+    result = measure.run_section(multiprocessing.get_context("forkserver"), request, tmp_path / "section")
+    assert result["rows"] == [] and result["error"].startswith("killed after 0 s, which was its time")
+    assert multiprocessing.active_children() == []
+
+
+def test_engine_goes_on_with_torchs_adamw_where_fusedadam_cannot_be_built(tmp_path):
+    asked, found = tmp_path / "request.json", tmp_path / "result.json"
+    Request("engine", "cpu", True, 60.0, "small", (Run(2),), optimizer="fused").write(asked)
+    # A compiler that always fails.
+    env = script_environment({"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
+    command = [sys.executable, "-m", "benchmarks.gpu.sections", str(asked), str(found)]
+    subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True, timeout=300)
+    result = json.loads(found.read_text())
+    (row,) = result["rows"]
+    assert result["error"] == "" and row["optimizer"] == "torch" and row["pairs_per_second"] > 0
+    assert row["note"].startswith("torch's AdamW, as FusedAdam cannot be built")
+
+
+def test_step_that_does_not_fit_is_a_row_and_no_error_of_its_section():
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    assert or_out_of_memory(step) == {"error": "does not fit: CUDA out of memory. Tried to allocate 2.00 GiB."}
+
+
+def test_wrong_or_missing_gradient_is_noticed():
+    expected = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
+    assert gradient_difference(expected, dict(expected)) == (0.0, "a")
+    difference, where = gradient_difference(expected, {**expected, "b": torch.tensor([3.0])})
+    assert difference == pytest.approx(0.2) and where == "b"
+    assert gradient_difference(expected, {"a": expected["a"]}) == (math.inf, "b")
+
+
+def found_rows(*sizes, **more):
+    return {"rows": [{"micro_batch": n, "pairs_per_second": rate, **more} for n, rate in sizes]}
+
+
+RESULTS = {
+    "nothing": {},
+    "failed": {name: {"rows": [{"micro_batch": 16, "error": "does not fit"}]} for name in NAMES},
+    "compiled is faster": {
+        "eager_base": found_rows((32, 800.0), (64, 900.0), (128, 890.0)),
+        "eager_large": found_rows((8, 200.0), (16, 250.0)),
+        "compiled_base": found_rows((64, 1200.0), (128, 1190.0)),
+        "engine_base": found_rows((64, 850.0), optimizer="torch"),
+    },
+}
+
+
+@pytest.mark.parametrize("results", RESULTS.values(), ids=RESULTS)
+def test_full_plan_asks_for_what_exists_whatever_was_found_before(results, tmp_path):
+    for section in plan(small=False):
+        request = Request(section.measure, "cuda", False, 60.0, **section.options(results))
+        request.write(tmp_path / "request.json")
+        assert read_request(tmp_path / "request.json") == request
+        assert request.measure in MEASURES and request.model in MODELS
+        assert request.runs or section.name == "machine"
+        assert {run.recompute for run in request.runs} <= {(), EVERYTHING, ("fusion",)}
+        for run in request.runs if section.name == "pipeline" else ():
+            settings = training_settings(request, run, tmp_path, workers=14)
+            data = apply_overrides(PRESETS[request.preset](), settings).data
+            cut_global_batch(data.global_batch_size, data.micro_batch_size, 1, data.negative_group_size)
+
+
+def test_plan_takes_the_fastest_micro_batches_and_the_optimizer_that_could_be_built():
+    options = {section.name: section.options(RESULTS["compiled is faster"]) for section in plan(small=False)}
+    assert [run.micro_batch for run in options["compiled_base"]["runs"]] == [64, 128]
+    assert options["engine_large"]["runs"] == (Run(16),) and options["engine_large"]["optimizer"] == "torch"
+    assert options["pipeline"]["runs"] == (Run(64), Run(64, compiled=True))
+
+
+def test_time_goes_to_sections_by_what_they_need_and_what_is_left_goes_on():
+    sections = plan(small=False)
+    given = [seconds_for(section, sections[number:], 480.0) for number, section in enumerate(sections)]
+    assert given[-1] == 480.0 and all(0 < seconds <= 480 for seconds in given)
+    eager, compiled = (next(s for s in sections if s.name == name) for name in ("eager_base", "compiled_base"))
+    assert seconds_for(compiled, sections, 480) > seconds_for(eager, sections, 480) > 0
+    assert seconds_for(eager, sections, 4.0) == 0.0
+
+
+def test_made_up_photographs_are_like_photographs():
+    first, second = synthetic_photos((640, 480), 2)
+    assert first != second and synthetic_photos((640, 480), 1) == [first]
+    for raw in (first, second):
+        assert Image.open(io.BytesIO(raw)).size == (640, 480)
+        # Photographs of quality 90 have 1 to 4 bits a pixel.
+        assert 640 * 480 / 8 < len(raw) < 640 * 480 / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"out": ""}, "--out is missing"),
+        ({"device": "cpu"}, "A GPU is needed, and --device=cpu asks for none.*--small --device=cpu"),
+        ({"device": "tpu"}, "--device=tpu is not known. Use auto, cuda or cpu"),
+        ({"minutes": "0"}, "--minutes=0 must be 1 or more"),
+        ({"small": "maybe"}, "--small=maybe is neither true nor false"),
+        ({"small": "true", "sections": "eager_bse"}, "--sections: Unknown section eager_bse. Did you mean eager_base"),
+        ({"minute": "3"}, "Unknown flag --minute. Did you mean --minutes"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_measured(flags, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        measure.main(**{"out": str(tmp_path / "gpu.json"), **flags})
+    assert not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_machine_without_a_gpu_is_told_what_to_do(tmp_path):
+    result = run_script(SCRIPT, f"--out={tmp_path / 'gpu.json'}", code=2)
+    assert "torch" in result.stderr and "sees none" in result.stderr and "--small" in result.stderr
