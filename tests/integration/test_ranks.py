@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_training_changed_every_tensor(fixture, request):
     trained = weights(root, "two_ranks")
     assert trained.keys() == initial.keys()
     unchanged = [name for name in trained if torch.equal(trained[name], initial[name])]
-    assert unchanged == []
+    # The bias of keys has no effect; where projections are absorbed, its gradient is not even rounding.
+    assert all(re.search(r"text_layers\.\d+\.cross_attention\.key\.bias$", name) for name in unchanged), unchanged
 
 
 def join(tensors, names):
