@@ -49,12 +49,12 @@ class Attention(nn.Module):
             state_rows: the row of dense states that each row of the result reads, so that what is the same for some
                 of them is projected once; None: each its own.
             context_rows: those of a dense context.
-            absorb: move the projections of a dense context to the packed queries if that is less work.
+            absorb: move the projections of a dense context to the packed queries.
             sees_padding: attend to padding too.
 
         Returns: the states' shape, or as many rows as ``state_rows``.
         """
-        if absorb and layout is not None and self._absorbs(layout, context.shape[1]):
+        if absorb and layout is not None:
             query = self.query(states)
             attended = self._absorbed(query, _pick(context, context_rows), layout)
         else:
@@ -104,15 +104,6 @@ class Attention(nn.Module):
         states_RND = _pick(states, rows) if layout is None else layout.whole.spread(states)
         heads_RHNd: Tensor = states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return heads_RHNd
-
-    def _absorbs(self, layout: Layout, positions: int) -> bool:
-        """True if the products with every head's queries are fewer than the projections of the context."""
-        width, heads = self.query.in_features, self.num_heads
-        tokens = sum(grid.num_rows * grid.width for grid in layout.buckets)
-        whole = layout.whole
-        projected = whole.num_rows * positions * width * (width + whole.width)
-        absorbed: int = tokens * positions * width * heads + whole.tokens.stop * width * width
-        return absorbed < projected
 
     def _absorbed(self, query_TD: Tensor, context_RPD: Tensor, layout: Layout) -> Tensor:
         """Attention that never projects the context: q (W_k x) = (q W_k) x, and sum p (W_v x) = W_v (sum p x).

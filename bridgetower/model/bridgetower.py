@@ -273,12 +273,23 @@ class BridgeTower(nn.Module):
         maps = AttentionMaps([], []) if return_attention else None
         if self.config.fusion.num_layers:
             text_TD, image_BPD = self.cross_modal(
-                text_KBLD.flatten(1, 2), image_KBPD, padded(mask_BL), self.compute, maps=maps
+                text_KBLD.flatten(1, 2), image_KBPD, padded(mask_BL), self._fusion_compute, maps=maps
             )
             text_BLD = text_TD.unflatten(0, mask_BL.shape)
         else:
             text_BLD, image_BPD = text_KBLD[-1], image_KBPD[-1]
         return BridgeTowerOutput(text_BLD, image_BPD, self.pool(text_BLD[:, 0], image_BPD[:, 0]), maps)
+
+    @property
+    def _fusion_compute(self) -> ComputeConfig:
+        """Absorbs projections where that is less work for the longest captions.
+
+        A rule of the model, not of the batch: gradients have to become ready in the same order on all ranks, as
+        DeepSpeed adds up what stands at the same place.
+        """
+        fusion = self.config.fusion
+        is_less = self.config.text.max_tokens * (fusion.num_heads - 1) < fusion.width
+        return dataclasses.replace(self.compute, absorb_projections=self.compute.absorb_projections and is_less)
 
     def fuse_rows(
         self, text_KTD: Tensor, layout: Layout, image_KNPD: Tensor, image_R: Tensor, wanted: Wanted
@@ -294,7 +305,7 @@ class BridgeTower(nn.Module):
         """
         if self.config.fusion.num_layers:
             text_QD, image_I1D = self.cross_modal(
-                text_KTD, image_KNPD, layout, self.compute, image_R=image_R, wanted=wanted
+                text_KTD, image_KNPD, layout, self._fusion_compute, image_R=image_R, wanted=wanted
             )
             return text_QD, image_I1D[:, 0]
         return text_KTD[-1][wanted.token_Q], image_KNPD[-1][image_R[wanted.image_rows], 0]

@@ -65,7 +65,8 @@ def test_two_ranks_end_with_the_weights_of_the_joined_batch(runs):
     found, expected = weights(runs, "two_ranks"), weights(runs, "joined")
     assert found.keys() == expected.keys()
     names = [name for name in found if not name.endswith(KEY_BIASES)]
-    assert relative_difference(join(found, names), join(expected, names)) < 1e-6
+    # Packed rows are summed in another order in the joined batch, and AdamW enlarges the rounding of small gradients.
+    assert relative_difference(join(found, names), join(expected, names)) < 5e-6
 
 
 def test_two_ranks_have_the_losses_of_accumulated_halves(calm_runs):
