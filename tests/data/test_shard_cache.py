@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 import bridgetower.data.shard_cache as shard_cache_module
 from bridgetower.config.schema import DataConfig
@@ -34,6 +33,7 @@ from bridgetower.errors import ConfigError, DataError
 from bridgetower.storage import place
 from tests.conftest import REPO
 from tests.data.faulty_server import Fault, FaultyServer, serving
+from tests.object_store import object_store
 from tests.small_corpora import write_corpus
 
 # Without torch, so that a process is there at once.
@@ -445,33 +445,24 @@ def test_a_stream_over_a_web_server_that_fails_now_and_then_is_that_of_the_folde
     assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 7 * size
 
 
-def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, tmp_path, monkeypatch):
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    store = ThreadedMotoServer(port=0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    try:
-        with serving(upstream=f"http://{host}:{port}") as proxy:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-            bucket = place("s3://cached-corpora")
-            bucket.mkdir()
-            for file in sorted(corpus.iterdir()):
-                if file.is_file():
-                    (bucket / "corpus" / file.name).write_bytes(file.read_bytes())
-            proxy.requests.clear()
-            load_manifest("s3://cached-corpora/corpus")
-            assert not [path for path in proxy.requests if path.endswith((".tar", ".npy"))]
-            assert len(proxy.requests) <= 5  # for eight shards and their indexes
-            proxy.faults = [Fault("503"), Fault("drop"), Fault("stall"), Fault("flip")]
-            proxy.hang_seconds = 0.5
-            url = "s3://cached-corpora/corpus"
-            size = max(entry.bytes for entry in load_manifest(corpus).shards)
-            remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
-            assert all(fault.times == 0 for fault in proxy.faults)
-    finally:
-        store.stop()
+def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, tmp_path):
+    with object_store() as address, serving(upstream=address) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        bucket = place("s3://cached-corpora")
+        bucket.mkdir()
+        for file in sorted(corpus.iterdir()):
+            if file.is_file():
+                (bucket / "corpus" / file.name).write_bytes(file.read_bytes())
+        proxy.requests.clear()
+        load_manifest("s3://cached-corpora/corpus")
+        assert not [path for path in proxy.requests if path.endswith((".tar", ".npy"))]
+        assert len(proxy.requests) <= 5  # for eight shards and their indexes
+        proxy.faults = [Fault("503"), Fault("drop"), Fault("stall"), Fault("flip")]
+        proxy.hang_seconds = 0.5
+        url = "s3://cached-corpora/corpus"
+        size = max(entry.bytes for entry in load_manifest(corpus).shards)
+        remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
+        assert all(fault.times == 0 for fault in proxy.faults)
     assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
 
 

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.storage import place, read_part, reading
 from tests.conftest import run_script
+from tests.object_store import object_store
 from tests.small_corpora import draw, file_of
 
 BUCKET = "s3://corpora"
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[dict[str, str]]:
-    """A server with an empty bucket. Gives the environment that leads there."""
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
+def store() -> Iterator[None]:
+    """A server with an empty bucket, to which the environment leads."""
+    with object_store():
         place(BUCKET).mkdir()
-        yield names
-    server.stop()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +98,9 @@ def test_a_part_of_an_object_is_one_range_request():
         read_part(file, 250, 50)
 
 
-def test_what_goes_wrong_with_a_store_is_said(store, raw):
-    wrong = {**store, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+@pytest.mark.usefixtures("store")
+def test_what_goes_wrong_with_a_store_is_said(raw):
+    wrong = {**os.environ, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     error = run_script(
         "data_prep/build_shards.py", "folder", f"--raw={BUCKET}/raw", f"--captions={raw}/captions.csv",
         f"--out={BUCKET}/x", code=2, env=wrong,
