@@ -21,8 +21,10 @@ from tests.integration.runs import (
     weights,
 )
 
-# Every step changes the weights.
-EXACT = [*FLOAT32, *NO_DROPOUT, "--optim.warmup_fraction=0"]
+# Every step changes the weights. With AdamW's usual epsilon of 1e-8, single elements whose gradient is no larger than
+# that make steps of its rounding: measured, one of 139,000 is then 97 % of the difference between two runs (1.6e-6;
+# with 1e-6 it is 6e-8).
+EXACT = [*FLOAT32, *NO_DROPOUT, "--optim.warmup_fraction=0", "--optim.eps=1e-6"]
 # Softmax does not change with the bias of its keys: the true gradient is 0, and AdamW makes full steps of its rounding.
 KEY_BIASES = ("key.bias", "attn.in_proj_bias")
 
@@ -39,7 +41,7 @@ def runs(emoji_shards, tmp_path_factory) -> Path:
 def calm_runs(emoji_shards, tmp_path_factory) -> Path:
     """Without ITC, which compares the pairs of one micro-step, so that accumulated halves are the same run too.
 
-    AdamW's epsilon stands above the rounding of gradients, so that no element makes steps of noise.
+    AdamW's epsilon stands above the rounding of gradients, so that each tensor by itself is compared.
     """
     root = tmp_path_factory.mktemp("calm_runs")
     calm = [*EXACT, "--objectives.itc=false", "--optim.eps=1e-3"]
@@ -65,8 +67,7 @@ def test_two_ranks_end_with_the_weights_of_the_joined_batch(runs):
     found, expected = weights(runs, "two_ranks"), weights(runs, "joined")
     assert found.keys() == expected.keys()
     names = [name for name in found if not name.endswith(KEY_BIASES)]
-    # Packed rows are summed in another order in the joined batch, and AdamW enlarges the rounding of small gradients.
-    assert relative_difference(join(found, names), join(expected, names)) < 5e-6
+    assert relative_difference(join(found, names), join(expected, names)) < 1e-6
 
 
 def test_two_ranks_have_the_losses_of_accumulated_halves(calm_runs):
