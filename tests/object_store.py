@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from fsspec import get_filesystem_class
 from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def object_store() -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    S3FileSystem.clear_instance_cache()
+    get_filesystem_class("s3").clear_instance_cache()
     try:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in names.items():
@@ -37,4 +37,4 @@ def object_store() -> Iterator[str]:
             yield address
     finally:
         server.stop()
-        S3FileSystem.clear_instance_cache()
+        get_filesystem_class("s3").clear_instance_cache()
