@@ -9,12 +9,13 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fast check format clean
+.PHONY: help demo test test-fast test-slurm check format clean
 
 help:
 	@echo 'make demo       install into $(VENV), pretrain a small BridgeTower on emoji, evaluate it, write $(DEMO)/report.html'
 	@echo 'make test       install into $(VENV), run the whole test suite'
 	@echo 'make test-fast  the tests that take less than a minute each'
+	@echo 'make test-slurm the job scripts on a real Slurm, which it installs (as root, on Debian or Ubuntu)'
 	@echo 'make check      ruff and mypy'
 	@echo 'make format     let ruff lay the code out'
 	@echo 'make clean      remove $(VENV), runs and shards of the demo'
@@ -44,6 +45,10 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+# A real Slurm of two nodes on this machine, as root: installs Debian's packages if they are not there.
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
+from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import complete_model_config
 
 _FLAGS = {
@@ -56,8 +57,6 @@ _USAGE = "Usage: python benchmarks/step.py [flags]\n\nFlags:\n" + "\n".join(
     f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Dense bf16 products per second, by a part of the device's name. Source: NVIDIA's data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 class Setting(NamedTuple):
@@ -240,12 +239,6 @@ def describe_machine(device: str) -> dict[str, Any]:
         "open_clip": open_clip.__version__,
         "commit": find_commit(),
     }
-
-
-def peak_flops(device: str) -> float | None:
-    """Of the device at hand, if it is known."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def _print(setting: Setting, results: dict[str, dict[str, Any]]) -> None:

@@ -92,6 +92,7 @@ def make_batch(
         "itm_image_B": image_B,
         "itm_label_B": (image_B == np.arange(pairs)).astype(np.int64),
         "image_id_B": np.arange(pairs),
+        "corpus_B": np.zeros(pairs, np.int64),
         "replaced_B": np.zeros(pairs, bool),
     }
     pixels = rng.integers(0, 256, (pairs, 3, side, side), np.uint8)

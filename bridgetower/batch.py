@@ -35,6 +35,8 @@ class PretrainBatch(NamedTuple):
     """int64; 1 where that image is the pair's own."""
     image_id_B: Tensor
     """int64; pairs with the same id show the same picture."""
+    corpus_B: Tensor
+    """int64; the corpus of each pair, a number in the order of data.train_shards."""
     num_tokens: tuple[int, ...]
     """Tokens of each caption, known to the host."""
     num_masked: tuple[int, ...]

@@ -6,6 +6,7 @@ seen as the matrix products that they are (torch's counter takes its fused kerne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -87,12 +88,41 @@ def count_step(
             itm_image_B=torch.ones(pairs, dtype=torch.long),
             itm_label_B=torch.ones(pairs, dtype=torch.long),
             image_id_B=torch.ones(pairs, dtype=torch.long),
+            corpus_B=torch.ones(pairs, dtype=torch.long),
             num_tokens=tuple(length_B.tolist()),
             num_masked=tuple(masked_B.tolist()),
             replaced_B=torch.zeros(pairs, dtype=torch.bool),
         )
     flops, _ = count_flops(lambda: task(batch)[0].backward())
     return flops / pairs
+
+
+class StepWork(NamedTuple):
+    """Operations of a pair as a function of its caption's length: a straight line, as they are short."""
+
+    without_text: float
+    per_token: float
+
+    def of_pair(self, text_tokens: float) -> float:
+        """Forward and backward.
+
+        Args:
+            text_tokens: mean length of the captions with their start and end.
+        """
+        return self.without_text + self.per_token * text_tokens
+
+
+def measure_step_work(config: ModelConfig, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepWork:
+    """Count steps with short and with longer captions, 15 % masked. What is computed anew is not work.
+
+    It takes a second or two. To be called before there is a process group.
+    """
+    compute = dataclasses.replace(compute, recompute=(), compile=False)
+    short, longer = (
+        count_step(config, objectives, compute, [tokens] * 2, [masked] * 2) for tokens, masked in ((7, 1), (27, 4))
+    )
+    per_token = (longer - short) / 20
+    return StepWork(short - 7 * per_token, per_token)
 
 
 def count_flops(run: Callable[[], Result]) -> tuple[int, Result]:

@@ -52,6 +52,8 @@ class StepRows(NamedTuple):
     """Which of the tokens that are read for MLM each loss is of; None: each its own."""
     mlm_label_M: Tensor
     mlm_weight_M: Tensor
+    mlm_pair_M: Tensor
+    """The pair that each is of."""
 
 
 def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepRows:
@@ -97,7 +99,8 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
             return layouts[texts[num_kinds]]
         return padded(batch.attention_mask_BL.repeat(num_kinds, 1))
 
-    masked_place_M = place[batch.mlm_index_M[masked]]
+    index_M = batch.mlm_index_M[masked]
+    masked_place_M = place[index_M]
     all_T = torch.arange(num_tokens, device=place.device)
     read_tokens = {"mlm": masked_place_M if compute.masked_logits_only else all_T, "itm": tables[first]}
     # Not shared, ITM's images stand after all others, once more.
@@ -133,6 +136,7 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
         mlm_read_M=None if compute.masked_logits_only else masked_place_M,
         mlm_label_M=batch.mlm_label_M[masked],
         mlm_weight_M=batch.mlm_weight_M[masked],
+        mlm_pair_M=index_M // longest,
     )
 
 

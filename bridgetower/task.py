@@ -6,11 +6,13 @@ M masked tokens, K bridged layers, P image positions, D width, C contrastive wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
@@ -19,7 +21,7 @@ from bridgetower.model.packing import padded
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching, match_log_odds
 from bridgetower.objectives.mlm import masked_language_modeling
-from bridgetower.objectives.objective import Result
+from bridgetower.objectives.objective import Result, mean_metric
 from bridgetower.rows import Pass, StepRows, plan_rows, read_columns
 
 
@@ -34,14 +36,24 @@ class Features(NamedTuple):
 class PretrainTask(nn.Module):
     """BridgeTower with the pretraining objectives that are switched on."""
 
-    def __init__(self, model: BridgeTower, objectives: ObjectivesConfig, compute: ComputeConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: BridgeTower,
+        objectives: ObjectivesConfig,
+        compute: ComputeConfig | None = None,
+        corpora: Sequence[str] = (),
+    ) -> None:
         """Take a model with a head for each objective.
+
+        Args:
+            corpora: names of the corpora that pairs are of; with two or more each has metrics of its own.
 
         Parameters that no active objective reads get no gradient; they are frozen, as DeepSpeed would still decay
         them (DeepSpeed 0.19.8 steps every parameter of its groups).
         """
         super().__init__()
         self.model, self.objectives = model, objectives
+        self.corpora = tuple(corpora) if len(corpora) > 1 else ()
         model.compute = compute or ComputeConfig()
         if not objectives.itm:
             self._freeze_what_only_itm_reads()
@@ -78,9 +90,28 @@ class PretrainTask(nn.Module):
             results.append(image_text_contrast(text_BC, image_BC, batch.image_id_B[own_B], head.clamped_temperature()))
         loss = torch.stack([result.loss for result in results]).sum()
         metrics = {name: value for result in results for name, value in result.metrics.items()}
-        replaced = batch.replaced_B.float()
-        metrics["replaced_fraction"] = torch.stack([replaced.sum(), torch.ones_like(replaced).sum()])
+        num_pairs = len(batch.replaced_B)
+        metrics["replaced_fraction"] = mean_metric(batch.replaced_B.sum(), num_pairs)
+        metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
+        if self.corpora:
+            metrics |= self._by_corpus(batch, rows, results)
         return loss, metrics
+
+    def _by_corpus(self, batch: PretrainBatch, rows: StepRows, results: Sequence[Result]) -> dict[str, Tensor]:
+        """Every loss and accuracy of each corpus alone, and its share of the pairs."""
+        is_of_BC = F.one_hot(batch.corpus_B, len(self.corpora)).float()
+        # A product has one order of adding up; index_add_ on a GPU has not.
+        found = {"share": (is_of_BC.sum(dim=0), torch.full_like(is_of_BC[0], len(is_of_BC)))}
+        for result in results:
+            for name, value_X in result.values.items():
+                pair_X = rows.mlm_pair_M if name.endswith("/mlm") else rows.order_B
+                is_of_XC = is_of_BC[pair_X]
+                found[name] = (value_X.float() @ is_of_XC, is_of_XC.sum(dim=0))
+        return {
+            f"corpus/{corpus}/{name}": torch.stack([total_C[number], count_C[number]])
+            for name, (total_C, count_C) in found.items()
+            for number, corpus in enumerate(self.corpora)
+        }
 
     def _fused_objectives(
         self,

@@ -14,7 +14,10 @@ from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.launch import computes_bf16
+from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
+from bridgetower.flops import measure_step_work
+from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.compiled import compile_parts
 from bridgetower.model.freeze import freeze_layers
@@ -38,14 +41,27 @@ def precision_of(memory: dict[str, object]) -> str:
     return "bf16" if is_bf16(memory) else "fp32"
 
 
-def build_task(config: RunConfig) -> PretrainTask:
-    """Model and objectives with their initial weights, a function of the seed and the towers' weights."""
+def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:
+    """What speed is compared with: operations of a pair, counted, and of the device in a second, by its name.
+
+    To be called before there is a process group.
+    """
+    work = measure_step_work(config.model, config.objectives, config.compute)
+    return Yardstick(flops_of_pair=work.of_pair, peak_flops=peak_flops(device.type))
+
+
+def build_task(config: RunConfig, corpora: Sequence[str] = ()) -> PretrainTask:
+    """Model and objectives with their initial weights, a function of the seed and the towers' weights.
+
+    Args:
+        corpora: names of those that it is trained on.
+    """
     check_vision_weights(config.model.vision)
     torch.manual_seed(draws.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)
     freeze_layers(model, vision=config.optim.frozen_vision_layers, text=config.optim.frozen_text_layers)
-    task = PretrainTask(model, config.objectives, config.compute)
+    task = PretrainTask(model, config.objectives, config.compute, corpora)
     if config.compute.compile:
         compile_parts(model)
     return task

@@ -48,7 +48,7 @@ def tiny() -> RunConfig:
         optim=OptimConfig(base_lr=1e-3, total_steps=900, fusion_lr_scale=1.0, head_lr_scale=1.0, max_grad_norm=1.0),
         evaluation=EvaluationConfig(every_steps=300),
         checkpoint=CheckpointConfig(every_steps=300),
-        tracker=TrackerConfig(every_steps=10),
+        tracker=TrackerConfig(every_steps=10, wandb="off"),
     )
 
 

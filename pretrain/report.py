@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,18 @@ USAGE = "Usage: python pretrain/report.py RUN [--out=FILE]   (default: report.ht
 _COLOURS = ("#2563a8", "#c8553d", "#3a8f5d", "#8a5fa8", "#b98a1d", "#4b5563")
 _TILES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 _THUMBNAIL_PX = 144
-# Title, unit of the y axis, metrics by prefix (a full name is its own prefix), logarithmic y axis.
+# Title, unit of the y axis, metrics (a name that ends in / stands for all below it, * for a part), logarithmic y axis.
 _CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Losses", "nats", ("train/loss/",), False),
     ("Training accuracy", "share", ("train/accuracy/",), False),
     ("Learning rate", "", ("optim/lr/",), False),
-    ("Gradient norm, before clipping", "", ("optim/grad_norm",), True),
+    ("Gradient norm, before clipping", "", ("optim/grad_norm", "optim/grad_norm/"), True),
+    ("Losses by corpus", "nats", ("train/corpus/*/loss/",), False),
+    ("Training accuracy by corpus", "share", ("train/corpus/*/accuracy/",), False),
     ("Speed", "pairs a second", ("speed/pairs_per_second",), False),
-    ("Share of time spent waiting for data", "share", ("data/wait_fraction",), False),
+    ("Model FLOPs utilisation", "share of the peak", ("speed/mfu",), False),
+    ("Share of time spent waiting for data", "share", ("data/wait_fraction", "data/wait_fraction_of_slowest"), False),
+    ("Memory of the rank that uses most", "GB", ("memory/",), False),
 )
 _HELD_OUT_CURVES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
@@ -165,10 +170,7 @@ def _charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     charts = []
     for title, unit, wanted, is_log in _CHARTS:
         curves = {
-            name.removeprefix(prefix) or name.rpartition("/")[2]: _curve(metrics, name)
-            for prefix in wanted
-            for name in names
-            if name == prefix or (prefix.endswith("/") and name.startswith(prefix))
+            label: _curve(metrics, name) for pattern in wanted for name in names if (label := _label(name, pattern))
         }
         if curves:
             charts.append(_draw(title, unit, curves, is_log=is_log))
@@ -182,6 +184,15 @@ def _charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
         if curves:
             charts.append(_draw(f"Held-out scores, {split} split", "share", curves, is_log=False))
     return charts
+
+
+def _label(name: str, pattern: str) -> str:
+    """What a curve is called: what of its name a pattern leaves open. Empty if the name does not match."""
+    expression = re.escape(pattern).replace(r"\*", "([^/]+)") + ("(.+)" if pattern.endswith("/") else "")
+    match = re.fullmatch(expression, name)
+    if match is None:
+        return ""
+    return " ".join(match.groups()) or name.rpartition("/")[2]
 
 
 def _curve(metrics: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

@@ -78,7 +78,8 @@ def run(config: RunConfig) -> bool:
         accumulation_steps=cut.accumulation_steps,
         max_grad_norm=config.optim.max_grad_norm,
     )
-    task = assemble.build_task(config)
+    task = assemble.build_task(config, corpora.names)
+    yardstick = assemble.find_yardstick(config, place.device) if place.device.type == "cuda" else None
     lock = claim_folder(folder) if place.rank == 0 else None
     launching.start(place, config.engine.threads_per_rank)
     try:
@@ -94,7 +95,7 @@ def run(config: RunConfig) -> bool:
             write_atomically(folder / "deepspeed.json", json.dumps(deepspeed_config, indent=1).encode() + b"\n")
         stream = assemble_data.build_stream(config, corpora, cut, place.rank, tokenizer)
         splits = assemble_data.build_splits(config, tokenizer)
-        return _train(config, folder, deepspeed_config, place, task, stream, splits, stop)
+        return _train(config, folder, deepspeed_config, place, task, stream, splits, stop, yardstick)
     except BridgeTowerError as error:
         error.rank = place.rank
         raise
@@ -113,6 +114,7 @@ def _train(
     stream: Any,
     splits: list[Any],
     stop: Any,
+    yardstick: Any,
 ) -> bool:
     from bridgetower.data.loader import micro_batches, recorded
     from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
@@ -142,6 +144,8 @@ def _train(
         checkpoint_every_steps=config.checkpoint.every_steps,
         evaluate_every_steps=config.evaluation.every_steps,
         seed=config.seed,
+        num_pairs=stream.order.num_pairs,
+        yardstick=yardstick,
         data_cure=assemble_data.data_cure(config.data, place.local_world_size),
     )
     tracker = Tracker(

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # BridgeTower-Large as published: 64 GPUs, global batch 4096, 100,000 steps. From the root of the repository:
-#     sbatch slurm/pretrain_large.sh [--section.field=value ...]
+#     sbatch [sbatch options] slurm/pretrain_large.sh [PRESET] [--section.field=value ...]
+# PRESET, or the run.json of a run, trains something else on the same nodes. With --ntasks-per-node=1 a task a node starts
+# the ranks through torchrun.
 #SBATCH --job-name=bridgetower-large
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -11,4 +13,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
-exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/_launch.sh" pretrain/train.py large_4m "$@"
+. slurm/_launch.sh || { echo "error: submit from the root of the repository, not from $PWD" >&2; exit 2; }
+launch pretrain/train.py large_4m "$@"

@@ -107,6 +107,7 @@ def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
         itm_image_B=image,
         itm_label_B=(image == torch.arange(pairs)).long(),
         image_id_B=image_id,
+        corpus_B=torch.arange(pairs) % 2,
         num_tokens=tuple(mask.sum(dim=1).tolist()),
         num_masked=tuple(torch.bincount(index // mask.shape[1], minlength=pairs).tolist()),
         replaced_B=torch.zeros(pairs, dtype=torch.bool),

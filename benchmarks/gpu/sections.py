@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import step_sides
 from benchmarks.gpu import pipeline
 from benchmarks.gpu.plan import EVERYTHING, Request, Run, read_request
-from benchmarks.step import describe_machine, peak_flops
+from benchmarks.step import describe_machine
 from bridgetower import draws
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.deepspeed import is_bf16, merge_deepspeed_config, read_memory_config
@@ -38,6 +38,7 @@ from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig, OptimConfig
 from bridgetower.files import write_atomically
 from bridgetower.flops import count_step
+from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.compiled import compile_parts
 from bridgetower.task import PretrainTask

@@ -501,8 +501,9 @@ class TrackerConfig:
 
     every_steps: int = 50
     """Steps between two lines of metrics."""
-    wandb: Literal["off", "auto", "online", "offline"] = "off"
-    """auto is online where a key is set, otherwise offline (files in the run folder, for `wandb sync`)."""
+    wandb: Literal["off", "auto", "online", "offline"] = "auto"
+    """auto does what WANDB_MODE says, else is online where a key is set, else offline (files in the run folder, for
+    `wandb sync`)."""
     wandb_project: str = "bridgetower"
     """Project of the dashboard."""
     wandb_entity: str = ""

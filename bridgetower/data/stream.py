@@ -116,6 +116,7 @@ class PretrainStream(Dataset[PretrainBatch]):
             itm_image_B=torch.from_numpy(drawn.choice.image_B),
             itm_label_B=torch.from_numpy(drawn.choice.label_B),
             image_id_B=torch.from_numpy(as_int64(image_id_B)),
+            corpus_B=torch.tensor([one.pair.corpus for one in drawn.pairs]),
             num_tokens=tuple(is_token_BL.sum(axis=1).tolist()),
             num_masked=tuple(num_masked_B.tolist()),
             replaced_B=torch.tensor([bool(one.replaced) for one in drawn.pairs]),

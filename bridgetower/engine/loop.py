@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bridgetower import draws
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
+from bridgetower.engine.grad_norms import grad_norms
 from bridgetower.engine.preemption import StopRequests
-from bridgetower.engine.throughput import DataAdvice, Throughput
+from bridgetower.engine.throughput import DataAdvice, Throughput, Yardstick, memory_figures
 from bridgetower.engine.tracker import Means, Tracker
 from bridgetower.errors import TrainingError
 
@@ -33,8 +34,26 @@ class Plan:
     evaluate_every_steps: int
     """0 only at the end."""
     seed: int
+    num_pairs: int
+    """Of an epoch."""
     data_cure: str = ""
     """What to do where steps wait for data, for people."""
+    yardstick: Yardstick | None = None
+    """What speed is compared with, where the work of a step was counted."""
+
+    def is_reported(self, step: int) -> bool:
+        """Whether a step has a line of metrics in any case."""
+        return is_due(step, self.log_every_steps, self.total_steps) or is_due(
+            step, self.checkpoint_every_steps, self.total_steps
+        )
+
+    def progress(self, state: TrainState, step_seconds: float) -> dict[str, float]:
+        """How far training is, and when it ends if it goes on at this speed."""
+        return {
+            "progress/pairs": state.pairs_seen,
+            "progress/epoch": state.pairs_seen / self.num_pairs,
+            "progress/eta_hours": (self.total_steps - state.step) * step_seconds / 3600,
+        }
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
@@ -67,18 +86,21 @@ def train(
     Raises:
         TrainingError: a loss, the gradient or a weight is not a finite number.
     """
-    means, throughput = Means(), Throughput()
+    means, throughput = Means(), Throughput(plan.yardstick)
     advice = DataAdvice(plan.data_cure if rank == 0 else "")
     batches = throughput.watch(batches)
     engine.train()
     while state.step < plan.total_steps:
         rates = {group["name"]: float(group["lr"]) for group in engine.optimizer.param_groups}
+        norms: dict[str, float] = {}
         for micro_step in range(plan.accumulation_steps):
             batch = to_device(next(batches), engine.device)
             # Dropout is a function of the step and the rank, so that there is no random state to lose.
             torch.manual_seed(draws.key(plan.seed, "dropout", state.step, micro_step, rank) >> 1)
             loss, metrics = engine(batch)
             engine.backward(loss)  # DeepSpeed divides by the accumulation steps
+            if micro_step == plan.accumulation_steps - 1 and plan.is_reported(state.step + 1):
+                norms = grad_norms(engine.module, engine.device)
             engine.step()  # changes weights on the last micro-step only
             means.add({**metrics, "loss/total": torch.stack([loss.detach().float(), torch.ones_like(loss)])})
         state.step += 1
@@ -88,22 +110,26 @@ def train(
         is_asked_to_stop = is_due(state.step, _STOP_CHECK_STEPS[engine.device.type], 0) and stop.agreed(engine.device)
         saves = is_asked_to_stop or is_due(state.step, plan.checkpoint_every_steps, plan.total_steps)
         # Never a checkpoint without a look at losses, gradient and weights: it must not be one of a run that diverged.
-        if saves or is_due(state.step, plan.log_every_steps, plan.total_steps):
-            figures = {f"train/{name}": value for name, value in means.take().items()}  # the only host sync
+        if saves or plan.is_reported(state.step):
+            figures = {f"train/{name}": value for name, value in means.take().items()}  # waits for the device
             figures |= _grad_norm(engine)
             _stop_if_not_finite(state.step, figures)
+            figures |= {f"optim/grad_norm/{part}": norm for part, norm in norms.items()}
             figures |= {f"optim/lr/{name}": rate for name, rate in rates.items()}
-            figures |= throughput.report(world_size)
+            figures["optim/skipped_updates"] = engine.skipped_steps
+            figures |= throughput.report(world_size, figures["train/tokens_per_pair"])
+            figures |= memory_figures(engine.device)
+            figures |= plan.progress(state, figures["speed/step_seconds"])
             tracker.write(state.step, figures)
-            advice.heed(figures["data/wait_fraction"])
+            advice.heed(figures["data/wait_fraction_of_slowest"])
         if saves:
             _stop_if_not_finite(state.step, {"a weight": _lost_weights(engine)})
-            with throughput.paused():
+            with throughput.paused("checkpoint"):
                 checkpoints.save(engine, state)
         if is_asked_to_stop and state.step < plan.total_steps:
             return False
         if is_due(state.step, plan.evaluate_every_steps, plan.total_steps):
-            with throughput.paused():
+            with throughput.paused("evaluation"):
                 tracker.write(state.step, evaluate(state.step))
             engine.train()
     return True

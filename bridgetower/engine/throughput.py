@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
+
+import torch
+
+from bridgetower import dist
+from bridgetower.hardware import host_memory_bytes
 
 Batch = TypeVar("Batch")
 
@@ -17,17 +23,29 @@ _QUIET_REPORTS = 20
 logger = logging.getLogger("bridgetower.throughput")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """What speed is compared with."""
+
+    flops_of_pair: Callable[[float], float]
+    """Operations of a pair, by the mean length of the captions."""
+    peak_flops: float | None
+    """Of a device."""
+
+
 class Throughput:
     """Measures the time between two reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, yardstick: Yardstick | None = None) -> None:
         """Start the clock."""
+        self._yardstick = yardstick
         self._begin()
 
     def _begin(self) -> None:
         self._start = time.perf_counter()
         self._pairs, self._steps = 0, 0
-        self._wait_seconds, self._paused_seconds = 0.0, 0.0
+        self._wait_seconds = 0.0
+        self._pauses: dict[str, float] = {}
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches through and count the time it takes to get them."""
@@ -41,28 +59,55 @@ class Throughput:
             yield batch
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count what happens inside: evaluation, a checkpoint."""
+    def paused(self, reason: str) -> Iterator[None]:
+        """Do not count what happens inside, but report how long it took.
+
+        Args:
+            reason: evaluation or checkpoint.
+        """
         before = time.perf_counter()
         yield
-        self._paused_seconds += time.perf_counter() - before
+        self._pauses[reason] = self._pauses.get(reason, 0.0) + time.perf_counter() - before
 
     def step_done(self, pairs: int) -> None:
         """Count one optimiser step."""
         self._pairs += pairs
         self._steps += 1
 
-    def report(self, world_size: int) -> dict[str, float]:
-        """Figures since the last report, and begin anew. Call it when the device has finished its work."""
-        seconds = max(time.perf_counter() - self._start - self._paused_seconds, 1e-9)
+    def report(self, world_size: int, tokens_per_pair: float) -> dict[str, float]:
+        """Figures since the last report, and begin anew. Call it when the device has finished its work.
+
+        Called on all ranks, which wait for each other: a rank that waits for data holds up all, whichever it is.
+        """
+        seconds = max(time.perf_counter() - self._start - sum(self._pauses.values()), 1e-9)
+        waits = [float(share) for share in dist.gather_objects(self._wait_seconds / seconds)]
+        per_rank = self._pairs / seconds / world_size
         figures = {
             "speed/pairs_per_second": self._pairs / seconds,
-            "speed/pairs_per_second_per_rank": self._pairs / seconds / world_size,
+            "speed/pairs_per_second_per_rank": per_rank,
             "speed/step_seconds": seconds / max(self._steps, 1),
-            "data/wait_fraction": self._wait_seconds / seconds,
+            "data/wait_fraction": sum(waits) / len(waits),
+            "data/wait_fraction_of_slowest": max(waits),
+            **{f"{reason}/pause_seconds": paused for reason, paused in self._pauses.items()},
         }
+        if self._yardstick is not None:
+            flops = self._yardstick.flops_of_pair(tokens_per_pair) * per_rank
+            figures["speed/tflops_per_rank"] = flops / 1e12
+            if self._yardstick.peak_flops:
+                figures["speed/mfu"] = flops / self._yardstick.peak_flops
         self._begin()
         return figures
+
+
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Memory of the rank that has most of it in use, GB, since the last call; called on all ranks."""
+    own = {"memory/host_gb": host_memory_bytes() / 1e9}
+    if device.type == "cuda":
+        own["memory/device_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        own["memory/device_reserved_gb"] = torch.cuda.memory_reserved(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+    ranks: list[dict[str, float]] = dist.gather_objects(own)
+    return {name: max(one[name] for one in ranks) for name in own}
 
 
 class DataAdvice:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
 import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from bridgetower import dist
+from bridgetower.engine.wandb_mirror import Mirror
 from bridgetower.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -64,16 +63,26 @@ class Tracker:
         Args:
             first_step: steps done before; metrics of later steps, of an earlier life of this run, are dropped.
             run_config: shown with the run in W&B.
+
+        Raises:
+            ConfigError: W&B is to be online, and there is no key.
         """
         self._total_steps = total_steps
         self._path = run_folder / METRICS_NAME
-        self._file = self._wandb = self._progress = None
+        self._file = self._mirror = self._progress = None
         if dist.rank() != 0:
             return
         _drop_after(self._path, first_step)
         self._file = self._path.open("a")
         if wandb_mode != "off":
-            self._wandb = _start_wandb(run_folder, wandb_mode, wandb_project, wandb_entity, run_config)
+            self._mirror = Mirror(
+                run_folder,
+                self._path,
+                mode=wandb_mode,
+                project=wandb_project,
+                entity=wandb_entity,
+                run_config=run_config,
+            )
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -96,14 +105,13 @@ class Tracker:
             json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n"
         )
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
         if "train/loss/total" in metrics:
             figures = _figures(metrics)
             if self._progress is not None:
                 self._progress.update(self._task, completed=step, figures=figures)
             else:
-                logger.info("step %d/%d  %s", step, self._total_steps, figures)
+                left = f"  {_time_left(metrics['progress/eta_hours'])} left" if step < self._total_steps else ""
+                logger.info("step %d/%d  %s%s", step, self._total_steps, figures, left)
 
     def show_step(self, step: int) -> None:
         """Move the progress bar."""
@@ -116,8 +124,8 @@ class Tracker:
             self._progress.stop()
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 def _figures(metrics: dict[str, float]) -> str:
@@ -126,10 +134,21 @@ def _figures(metrics: dict[str, float]) -> str:
         for name, value in metrics.items()
         if name.startswith("train/loss/") and name != "train/loss/total"
     )
-    return (
-        f"loss {metrics['train/loss/total']:.3f} ({losses})  {metrics['speed/pairs_per_second']:.0f} pairs/s  "
-        f"waits for data {metrics['data/wait_fraction']:.0%}"
-    )
+    utilisation = f"  MFU {metrics['speed/mfu']:.0%}" if "speed/mfu" in metrics else ""
+    speed = f"{metrics['speed/pairs_per_second']:.0f} pairs/s{utilisation}"
+    waits = f"waits for data {metrics['data/wait_fraction']:.0%}"
+    return f"loss {metrics['train/loss/total']:.3f} ({losses})  {speed}  {waits}"
+
+
+def _time_left(hours: float) -> str:
+    """As people say it: 2 d 7 h, 5 h 12 min, 3 min, 40 s."""
+    seconds = round(hours * 3600)
+    days, minutes = seconds // 86400, seconds // 60
+    if days:
+        return f"{days} d {seconds % 86400 // 3600} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds} s"
 
 
 def _rounded(value: float) -> float:
@@ -160,30 +179,3 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return lines
-
-
-def _start_wandb(run_folder: Path, mode: str, project: str, entity: str, run_config: dict[str, Any]) -> Any:
-    """Begin or go on with the dashboard's run. An outage there must not stop training, so it only warns."""
-    import wandb
-    from wandb.errors import Error
-
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    id_file = run_folder / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    write_atomically(id_file, run_id.encode())
-    try:
-        return wandb.init(
-            dir=str(run_folder),
-            project=project,
-            entity=entity or None,
-            name=run_folder.name,
-            id=run_id,
-            resume="allow",
-            mode=cast(Literal["online", "offline", "disabled"], mode),
-            config=run_config,
-            settings=wandb.Settings(console="off"),
-        )
-    except Error as error:
-        logger.warning("W&B is not used: %s Metrics are in %s all the same.", error, run_folder / METRICS_NAME)
-        return None

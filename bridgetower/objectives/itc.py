@@ -31,12 +31,14 @@ def image_text_contrast(text_BC: Tensor, image_BC: Tensor, image_id_B: Tensor, t
     target_BG = target_BG / target_BG.sum(dim=1, keepdim=True)
     image_logits_BG = image_BC @ text_GC.T / temperature
     text_logits_BG = text_BC @ image_GC.T / temperature
-    loss = (F.cross_entropy(image_logits_BG, target_BG) + F.cross_entropy(text_logits_BG, target_BG)) / 2
-    is_right_B = target_BG.gather(1, image_logits_BG.argmax(dim=1, keepdim=True)) > 0
+    image_losses_B = F.cross_entropy(image_logits_BG, target_BG, reduction="none")
+    losses_B = (image_losses_B + F.cross_entropy(text_logits_BG, target_BG, reduction="none")) / 2
+    loss = losses_B.mean()
+    is_right_B = target_BG.gather(1, image_logits_BG.argmax(dim=1, keepdim=True))[:, 0] > 0
     with torch.no_grad():
         metrics = {
             "loss/itc": mean_metric(loss, 1),
             "accuracy/itc": mean_metric(is_right_B.sum(), len(image_id_B)),
             "temperature": mean_metric(temperature.sum(), 1),
         }
-    return Result(loss, metrics)
+    return Result(loss, metrics, {"loss/itc": losses_B.detach(), "accuracy/itc": is_right_B})

@@ -18,11 +18,13 @@ def image_text_matching(logits_B2: Tensor, label_B: Tensor) -> Result:
         label_B: 1 where the pair is a true one.
     """
     logits_B2 = logits_B2.float()
-    loss = F.cross_entropy(logits_B2, label_B)
+    losses_B = F.cross_entropy(logits_B2, label_B, reduction="none")
+    loss = losses_B.mean()
     is_right_B = logits_B2.argmax(dim=-1) == label_B
     return Result(
         loss,
         {"loss/itm": mean_metric(loss, 1), "accuracy/itm": mean_metric(is_right_B.sum(), len(label_B))},
+        {"loss/itm": losses_B.detach(), "accuracy/itm": is_right_B},
     )
 
 

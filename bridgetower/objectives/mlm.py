@@ -26,4 +26,5 @@ def masked_language_modeling(logits_MV: Tensor, label_M: Tensor, weight_M: Tenso
     return Result(
         loss,
         {"loss/mlm": mean_metric(loss, 1), "accuracy/mlm": mean_metric(is_right_M.sum(), len(label_M))},
+        {"loss/mlm": losses_M.detach(), "accuracy/mlm": is_right_M},
     )

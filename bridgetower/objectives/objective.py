@@ -15,6 +15,8 @@ class Result(NamedTuple):
     """Scalar, float32, with gradient."""
     metrics: dict[str, Tensor]
     """Each a tensor (sum, count) without gradient, so that means over ranks and micro-steps are exact."""
+    values: dict[str, Tensor]
+    """Loss and accuracy of each masked token or pair of this rank, by the metric's name; without gradient."""
 
 
 def mean_metric(total: Tensor, count: int | Tensor) -> Tensor:

@@ -110,6 +110,7 @@ def join(parts: Sequence[PretrainBatch], pad_id: int) -> PretrainBatch:
         itm_image_B=torch.cat([part.itm_image_B + first for part, first in zip(parts, rows, strict=True)]),
         itm_label_B=torch.cat([part.itm_label_B for part in parts]),
         image_id_B=torch.cat([part.image_id_B for part in parts]),
+        corpus_B=torch.cat([part.corpus_B for part in parts]),
         num_tokens=tuple(count for part in parts for count in part.num_tokens),
         num_masked=tuple(count for part in parts for count in part.num_masked),
         replaced_B=torch.cat([part.replaced_B for part in parts]),

@@ -24,6 +24,7 @@ PLAN = Plan(
     checkpoint_every_steps=1,
     evaluate_every_steps=0,
     seed=0,
+    num_pairs=8,
 )
 
 
@@ -31,12 +32,12 @@ class Engine:
     """An engine whose loss is always fine; what becomes of gradient and weights is up to the test."""
 
     def __init__(self, grad_norm: float, weight: float) -> None:
-        self.module, self.device = nn.Linear(1, 1), torch.device("cpu")
+        self.module, self.device, self.skipped_steps = nn.Linear(1, 1), torch.device("cpu"), 0
         self.optimizer = SimpleNamespace(param_groups=[{"name": "base", "lr": 0.1}])
         self.grad_norm, self.weight = grad_norm, weight
 
     def __call__(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return torch.ones(()), {"loss/mlm": torch.ones(2)}
+        return torch.ones(()), {"loss/mlm": torch.ones(2), "tokens_per_pair": torch.ones(2)}
 
     def train(self) -> None:
         pass

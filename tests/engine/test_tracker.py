@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from bridgetower.engine.tracker import Means, Tracker, read_metrics
+from bridgetower.engine.tracker import Means, Tracker, _time_left, read_metrics
+from bridgetower.errors import ConfigError
+from tests.wandb_files import read_history
 
 
 def open_tracker(folder, first_step):
@@ -64,3 +66,79 @@ def test_mean_of_nothing_is_left_out():
     means = Means()
     means.add({"accuracy": torch.tensor([0.0, 0.0])})  # a micro-batch without a masked token
     assert means.take() == {}
+
+
+def lines_of(number: int) -> dict[str, float]:
+    return {"a": number / 3}
+
+
+def open_online(folder, monkeypatch, first_step=0):
+    """With a key, and a server that is not there."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return Tracker(
+        folder,
+        total_steps=10,
+        first_step=first_step,
+        wandb_mode="online",
+        wandb_project="p",
+        wandb_entity="",
+        run_config={},
+    )
+
+
+def test_outage_of_wandb_loses_no_line_and_ends_with_the_cure(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("bridgetower.engine.wandb_mirror._PATIENCE_SECONDS", 4.0)
+    tracker = open_online(tmp_path, monkeypatch)
+    for step in (1, 2, 3):
+        tracker.write(step, lines_of(step))
+    tracker.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert "W&B did not answer for 4 s" in caplog.text and "wandb sync" in caplog.text
+    assert not (tmp_path / "wandb_sent").exists()
+
+
+def test_online_without_a_key_is_an_error_before_training(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match="wandb login"):
+        Tracker(
+            tmp_path,
+            total_steps=10,
+            first_step=0,
+            wandb_mode="online",
+            wandb_project="",
+            wandb_entity="",
+            run_config={},
+        )
+
+
+def test_resumed_run_sends_only_what_was_not_sent(tmp_path):
+    for last in (2, 4):
+        tracker = Tracker(
+            tmp_path,
+            total_steps=10,
+            first_step=last - 2,
+            wandb_mode="offline",
+            wandb_project="p",
+            wandb_entity="",
+            run_config={},
+        )
+        for step in (last - 1, last):
+            tracker.write(step, lines_of(step))
+        tracker.close()
+    assert (tmp_path / "wandb_sent").read_text() == "4"
+    steps = [
+        [line["_step"] for line in read_history(path)] for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    ]
+    assert steps == [[1, 2], [3, 4]]
+    assert len({path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"), [(55, "2 d 7 h"), (5.2, "5 h 12 min"), (0.05, "3 min"), (40 / 3600, "40 s")]
+)
+def test_time_left_is_said_as_people_say_it(hours, said):
+    assert _time_left(hours) == said

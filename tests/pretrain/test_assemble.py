@@ -11,7 +11,7 @@ from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError
-from pretrain.assemble import build_task, find_memory_config, load_task, precision_of
+from pretrain.assemble import build_task, find_memory_config, find_yardstick, load_task, precision_of
 from pretrain.assemble_data import build_tokenizer, check_held_out
 from pretrain.presets import tiny
 from tests.conftest import REPO
@@ -85,3 +85,10 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     save(build_task(configured(objectives__itc="no")), tmp_path)
     with pytest.raises(CheckpointError, match=r"(?s)does not hold this model.*heads\.itc"):
         load_task(configured(), tmp_path, "fp32")
+
+
+def test_speed_is_compared_with_the_work_that_the_settings_leave():
+    own, plain = (
+        find_yardstick(configured(compute__share_images=share), CPU).flops_of_pair(10) for share in ("yes", "no")
+    )
+    assert 0 < own < plain and find_yardstick(configured(), CPU).peak_flops is None

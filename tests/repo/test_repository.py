@@ -48,7 +48,9 @@ def test_relative_links_of_a_page_lead_to_files(page):
 def test_files_that_a_page_names_exist(page):
     tops = "bridgetower|pretrain|data_prep|ds_configs|slurm|docs|tests|benchmarks|finetune"
     named = re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\w", (REPO / page).read_text())
-    assert sorted({name for name in named if not (REPO / name).exists()}) == []
+    # One that the reader makes from its example counts.
+    absent = {name for name in named if not (REPO / name).exists() and not (REPO / f"{name}.example").exists()}
+    assert sorted(absent) == []
 
 
 @pytest.mark.parametrize("page", pages())

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What srun starts: `_task.sh RANKS PYTHON... -- PROGRAM...`, with RANKS processes in this task. Each rank writes a log of
+# its own beside the merged one.
+set -uo pipefail
+# Python hears these as soon as it is up. Until then, and here, they must not end anything.
+trap '' USR1 TERM
+
+ranks=$1
+shift
+python=()
+while [ "$1" != -- ]; do
+    python+=("$1")
+    shift
+done
+shift
+
+if [ "$ranks" -gt 1 ]; then
+    exec "${python[@]}" -m torch.distributed.run --nnodes="$SLURM_STEP_NUM_NODES" --node-rank="$SLURM_NODEID" \
+        --nproc-per-node="$ranks" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+        --no-python bash slurm/_task.sh 1 "${PYTHON:-.venv/bin/python}" -- "$@"
+fi
+
+rank=${RANK:-$SLURM_PROCID}
+exec > >(exec tee -a "$RANK_LOGS/rank$(printf %05d "$rank").log") 2>&1
+tee=$!
+echo "rank $rank on ${SLURMD_NODENAME:-this node}, restart ${SLURM_RESTART_COUNT:-0}"
+"${python[@]}" "$@"
+code=$?
+[ "$code" != 75 ] || : >"$RANK_LOGS/.stopped.$rank"
+exec >&- 2>&-
+wait "$tee"  # else its last lines are lost when the task ends
+exit "$code"

@@ -1,0 +1,100 @@
+"""The cluster of these tests. `make test-slurm` runs them; `make test` does not, as they install packages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, run_script
+from tests.integration.runs import SMALL_MODEL
+from tests.slurm.cluster import Cluster, wait_for
+
+# Two ranks on two cores. The job scripts hand the environment of sbatch to the job.
+CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes."""
+    running = Cluster()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def emoji(tmp_path_factory) -> Path:
+    """The demo corpus."""
+    out = tmp_path_factory.mktemp("shards") / "emoji"
+    run_script("data_prep/build_shards.py", "emoji", f"--out={out}")
+    return out
+
+
+class Jobs:
+    """Submits as a person does, from the root of the repository."""
+
+    def __init__(self, cluster: Cluster, root: Path) -> None:
+        """Logs and runs are written into `root`."""
+        self.cluster, self.root = cluster, root
+
+    def submit(self, options: list[str], script: str, words: list[str], env: dict[str, str] | None = None) -> str:
+        """Submit a script. Returns: the job's number."""
+        name = f"job{len(list(self.root.glob('*.out')))}"
+        settings = {**CALM, "PYTHON": sys.executable, "RANK_LOGS": str(self.root / name), **(env or {})}
+        (self.root / f"{name}.out").touch()
+        command = ["sbatch", "--parsable", f"--output={self.root / name}.out", *options, script, *words]
+        number = self.cluster.call("env", "-C", str(REPO), *(f"{k}={v}" for k, v in settings.items()), *command)
+        self.names = {**getattr(self, "names", {}), number: name}
+        return number
+
+    def pretrain(
+        self, shards: Path, run: str, steps: int, *words: str, options: tuple[str, ...] = (), **env: str
+    ) -> str:
+        """Submit slurm/pretrain_base.sh with a small model, one rank on each of two nodes if nothing else is said."""
+        settings = [
+            "tiny",
+            f"--run_root={self.root}",
+            f"--name={run}",
+            f"--data.train_shards={shards / 'train'}",
+            "--data.eval_shards=",
+            "--data.global_batch_size=64",
+            "--data.micro_batch_size=32",
+            f"--optim.total_steps={steps}",
+            "--checkpoint.every_steps=1000",
+            "--evaluation.every_steps=0",
+            "--tracker.every_steps=1",
+            "--engine.threads_per_rank=1",
+            *SMALL_MODEL,
+            *words,
+        ]
+        where = ["--nodes=2", "--ntasks-per-node=1", *options]
+        return self.submit(where, "slurm/pretrain_base.sh", settings, {"RANKS_PER_NODE": "1", **env})
+
+    def state(self, number: str) -> str:
+        """PENDING, RUNNING, COMPLETED, ..."""
+        return self.cluster.job(number)["JobState"]
+
+    def end(self, number: str, seconds: float = 240) -> str:
+        """Wait for the end. Returns: the state."""
+        try:
+            wait_for(lambda: self.state(number) in ENDED, seconds)
+        except TimeoutError:
+            raise AssertionError(f"{self.cluster.job(number)}\n{self.log(number)}") from None
+        return self.state(number)
+
+    def log(self, number: str) -> str:
+        """The merged log."""
+        return (self.root / f"{self.names[number]}.out").read_text()
+
+    def rank_logs(self, number: str) -> dict[str, str]:
+        """The logs of the ranks by file name."""
+        return {path.name: path.read_text() for path in sorted((self.root / self.names[number]).glob("*.log"))}
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster, tmp_path_factory) -> Jobs:
+    """Of one folder for all tests, as runs are compared with each other."""
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
