@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bridgetower.errors import DataError
@@ -61,3 +62,17 @@ def claim_folder(folder: Path, *, shared: bool = False, name: str = ".lock") -> 
             raise DataError(f"Another program is writing to {folder}. Wait for it, or use another folder.") from None
         # A file system without locks: go on without.
     return lock
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """A name for each path, as given to people: as much of its end as makes it the only one."""
+    parts = [[part for part in str(path).split("/") if part] for path in paths]
+    ends = [1] * len(parts)
+    while True:
+        names = ["-".join(own[-end:]) for own, end in zip(parts, ends, strict=True)]
+        longer = [
+            min(end + (names.count(name) > 1), len(own)) for name, own, end in zip(names, parts, ends, strict=True)
+        ]
+        if longer == ends:
+            return names
+        ends = longer

@@ -180,3 +180,18 @@ class PretrainTask(nn.Module):
         wanted = read_columns(mask_RL, index_M.numpy() % length, counts, images=False)
         text_MD, _ = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
         return self.model.word_logits(text_MD).float()
+
+    def word_attention(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor | None:
+        """Where each token of encoded pairs looks: cross-attention of the last layer, mean over heads.
+
+        Returns: float32, shape (R, L, Y, X) for Y by X patches; a row adds up to 1, less what a class token takes. None
+            for a model without cross-modal layers.
+        """
+        maps = self.model.fuse(text_KRLD, image_KRPD, mask_RL, return_attention=True).attention
+        if maps is None or not maps.text_to_image:
+            return None
+        side = self.model.config.image_size_px // self.model.config.vision.patch_size_px
+        patches_RLP: Tensor = maps.text_to_image[-1].mean(dim=1)[
+            ..., -side * side :
+        ]  # a class token stands before them
+        return patches_RLP.reshape(*patches_RLP.shape[:2], side, side)

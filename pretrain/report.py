@@ -1,21 +1,18 @@
-"""A run as one HTML file that opens anywhere, without a network: ``python pretrain/report.py runs/demo``."""
+"""One run, or several beside each other, as one HTML file that opens anywhere, without a network.
+
+``python pretrain/report.py runs/demo``, ``python pretrain/report.py runs/a runs/b --out=compared.html``.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fire
 from fire.decorators import SetParseFn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from PIL import Image
 
 from bridgetower.config.cli import refuse_unknown, run_command
 from bridgetower.config.snapshot import RUN_FILE, read_run_file
@@ -23,73 +20,99 @@ from bridgetower.data.manifest import Manifest, load_manifest
 from bridgetower.engine.evaluate import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import write_atomically
+from bridgetower.files import short_names, write_atomically
+from pretrain.report_charts import Lines, draw_charts
+from pretrain.report_samples import Pictures, describe_samples
 from pretrain.score_table import LABELS, format_score
 
-USAGE = "Usage: python pretrain/report.py RUN [--out=FILE]   (default: report.html in the run folder)"
+USAGE = """Usage: python pretrain/report.py RUN [RUN ...] [--out=FILE]
 
-_COLOURS = ("#2563a8", "#c8553d", "#3a8f5d", "#8a5fa8", "#b98a1d", "#4b5563")
+FILE is report.html in the run folder, of several runs report.html in the folder where the first one lies."""
+
 _TILES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
-_THUMBNAIL_PX = 144
-# Title, unit of the y axis, metrics (a name that ends in / stands for all below it, * for a part), logarithmic y axis.
-_CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
-    ("Losses", "nats", ("train/loss/",), False),
-    ("Training accuracy", "share", ("train/accuracy/",), False),
-    ("Learning rate", "", ("optim/lr/",), False),
-    ("Gradient norm, before clipping", "", ("optim/grad_norm", "optim/grad_norm/"), True),
-    ("Losses by corpus", "nats", ("train/corpus/*/loss/",), False),
-    ("Training accuracy by corpus", "share", ("train/corpus/*/accuracy/",), False),
-    ("Speed", "pairs a second", ("speed/pairs_per_second",), False),
-    ("Model FLOPs utilisation", "share of the peak", ("speed/mfu",), False),
-    ("Share of time spent waiting for data", "share", ("data/wait_fraction", "data/wait_fraction_of_slowest"), False),
-    ("Memory of the rank that uses most", "GB", ("memory/",), False),
-)
-_HELD_OUT_CURVES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
 
-def main(run: str = "", *unexpected: str, out: str = "", **unknown: str) -> None:
-    """Write the report of a run."""
-    refuse_unknown(unexpected, unknown, ["out"], USAGE)
-    if not run:
+class _Run(NamedTuple):
+    """What a run folder holds."""
+
+    name: str
+    folder: Path
+    description: dict[str, Any]
+    lines: Lines
+    scores: dict[str, Any]
+    predictions: dict[str, Any]
+    deepspeed: dict[str, Any]
+
+
+def main(*runs: str, out: str = "", **unknown: str) -> None:
+    """Write the report of one run or several."""
+    refuse_unknown((), unknown, ["out"], USAGE)
+    if not runs:
         raise ConfigError(f"Which run? {USAGE}")
-    folder = Path(run)
-    path = Path(out) if out else folder / "report.html"
-    page = render(folder)
+    folders = [Path(run) for run in runs]
+    path = Path(out) if out else (folders[0] if len(runs) == 1 else folders[0].absolute().parent) / "report.html"
+    page = render(*folders)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
     print(f"{path} ({len(page) / 1e6:.1f} MB)")
 
 
-def render(folder: Path) -> str:
-    """The page for a run folder, from what is there: a run that has just begun has a report too.
+def render(*folders: Path) -> str:
+    """The page for run folders, from what is there: a run that has just begun has a report too.
 
     Raises:
-        ConfigError: the folder is not a run's.
+        ConfigError: a folder is not a run's, or is given twice.
     """
-    run = read_run_file(folder / RUN_FILE)
-    metrics = read_metrics(folder)
-    scores = _read_json(folder / EVAL_NAME)
-    predictions = _read_json(folder / PREDICTIONS_NAME)
-    manifests = {path: (role, _manifest(path)) for path, role in _corpora(run["config"])}
-    attributions = {m.attribution for _, m in manifests.values() if m is not None and m.attribution}
+    absolute = [folder.absolute() for folder in folders]
+    if twice := [folder for number, folder in enumerate(folders) if absolute[number] in absolute[:number]]:
+        raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
+    names = short_names(absolute)
+    runs = [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+    pictures = Pictures()
+    parts = [_describe(run, pictures) for run in runs]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
-        name=run["config"]["name"],
-        folder=str(folder),
-        summary=_summary(run, metrics),
-        tiles=_tiles(scores),
-        splits=list(scores["splits"]) if scores else [],
-        score_step=scores["step"] if scores else 0,
-        score_rows=_score_rows(scores),
-        charts=_charts(metrics),
-        corpora=[_corpus_row(path, role, manifest) for path, (role, manifest) in manifests.items()],
-        samples=[_sample_section(split, content) for split, content in predictions.get("splits", {}).items()],
-        run_json=json.dumps(run, indent=1),
-        deepspeed_json=json.dumps(_read_json(folder / "deepspeed.json"), indent=1),
-        attributions=sorted(attributions),
+        title=" · ".join(names),
+        runs=parts,
+        tiles=_tiles(runs[0].scores) if len(runs) == 1 else [],
+        score_rows=_score_rows(runs),
+        charts=draw_charts({run.name: run.lines for run in runs}),
+        differences=_differences([run.description["config"] for run in runs]),
+        picture_rules=pictures.rules,
+        attributions=sorted({line for part in parts for line in part["attributions"]}),
     )
+
+
+def _read(folder: Path, name: str) -> _Run:
+    return _Run(
+        name,
+        folder,
+        read_run_file(folder / RUN_FILE),
+        read_metrics(folder),
+        _read_json(folder / EVAL_NAME),
+        _read_json(folder / PREDICTIONS_NAME),
+        _read_json(folder / "deepspeed.json"),
+    )
+
+
+def _describe(run: _Run, pictures: Pictures) -> dict[str, Any]:
+    manifests = [(path, role, _manifest(path)) for path, role in _corpora(run.description["config"])]
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "summary": _summary(run.description, run.lines),
+        "splits": list(run.scores["splits"]) if run.scores else [],
+        "score_step": run.scores["step"] if run.scores else 0,
+        "corpora": [_corpus_row(*each) for each in manifests],
+        "samples": [
+            describe_samples(split, content, pictures) for split, content in run.predictions.get("splits", {}).items()
+        ],
+        "run_json": json.dumps(run.description, indent=1),
+        "deepspeed_json": json.dumps(run.deepspeed, indent=1),
+        "attributions": {m.attribution for _, _, m in manifests if m is not None and m.attribution},
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -148,9 +171,11 @@ def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
-def _score_rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _score_rows(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """A row a score, with a cell for each split of each run."""
+    parts = [part for run in runs for part in run.scores.get("splits", {}).values()]
     rows = []
-    for name, label in LABELS.items() if scores else []:
+    for name, label in LABELS.items():
         cells = [
             {
                 "value": format_score(name, part["scores"][name]),
@@ -158,80 +183,29 @@ def _score_rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
             if name in part["scores"]
             else None
-            for part in scores["splits"].values()
+            for part in parts
         ]
         if any(cells):
             rows.append({"label": label, "cells": cells})
     return rows
 
 
-def _charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
-    names = list(dict.fromkeys(name for line in metrics for name in line if name != "step"))
-    charts = []
-    for title, unit, wanted, is_log in _CHARTS:
-        curves = {
-            label: _curve(metrics, name) for pattern in wanted for name in names if (label := _label(name, pattern))
-        }
-        if curves:
-            charts.append(_draw(title, unit, curves, is_log=is_log))
-    splits = list(dict.fromkeys(name.split("/")[1] for name in names if name.startswith("eval/")))
-    for split in splits:
-        curves = {
-            LABELS[score].split(" (")[0]: _curve(metrics, f"eval/{split}/{score}")
-            for score in _HELD_OUT_CURVES
-            if f"eval/{split}/{score}" in names
-        }
-        if curves:
-            charts.append(_draw(f"Held-out scores, {split} split", "share", curves, is_log=False))
-    return charts
+def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, each with its value in each run."""
+    flat = [dict(_flatten(config)) for config in configs]
+    names = dict.fromkeys(name for one in flat for name in one if name != "name")
+    rows = [(name, [one.get(name, "–") for one in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _label(name: str, pattern: str) -> str:
-    """What a curve is called: what of its name a pattern leaves open. Empty if the name does not match."""
-    expression = re.escape(pattern).replace(r"\*", "([^/]+)") + ("(.+)" if pattern.endswith("/") else "")
-    match = re.fullmatch(expression, name)
-    if match is None:
-        return ""
-    return " ".join(match.groups()) or name.rpartition("/")[2]
-
-
-def _curve(metrics: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in metrics if name in line]
-
-
-def _draw(title: str, unit: str, curves: Mapping[str, list[tuple[float, float]]], *, is_log: bool) -> str:
-    """One chart as inline SVG, with its text as text."""
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "report"}):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (label, points) in enumerate(curves.items()):
-            steps, values = zip(*points, strict=True)
-            is_sparse = len(points) < 12
-            axes.plot(
-                steps,
-                values,
-                color=_COLOURS[number % len(_COLOURS)],
-                linewidth=1.6,
-                marker="o" if is_sparse else None,
-                markersize=4,
-                label=label.replace("_", " "),
-            )
-        axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-        axes.set_xlabel("step")
-        if unit:
-            axes.set_ylabel(unit)
-        if is_log:
-            axes.set_yscale("log")
-        elif all(value >= 0 for points in curves.values() for _, value in points):
-            axes.set_ylim(bottom=0)
-        axes.grid(color="#e3e7ee", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
-    drawing = stream.getvalue()
-    return drawing[drawing.index("<svg") :]
+def _flatten(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{before}{name}.")
+        else:
+            flat.append((f"{before}{name}", value if isinstance(value, str) else json.dumps(value)))
+    return flat
 
 
 def _corpus_row(path: str, role: str, manifest: Manifest | None) -> dict[str, str]:
@@ -247,35 +221,6 @@ def _corpus_row(path: str, role: str, manifest: Manifest | None) -> dict[str, st
         "megabytes": f"{totals.bytes / 1e6:,.1f}",
         "rejects": ", ".join(f"{count} {reason}" for reason, count in totals.rejects.items()) or "0",
     }
-
-
-def _sample_section(split: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    pictures = {int(number): _thumbnail(data) for number, data in content["pictures"].items()}
-    return {
-        "split": split,
-        "samples": [
-            {
-                "caption": sample["caption"],
-                "picture": pictures[sample["picture"]],
-                "match": sample.get("match_probability"),
-                "words": sample["masked_words"],
-                "captions": sample.get("best_captions", []),
-                "pictures": [(pictures[n], is_right) for n, is_right in sample.get("best_pictures", [])],
-            }
-            for sample in content["samples"]
-        ],
-    }
-
-
-def _thumbnail(data: str) -> str:
-    """A small PNG or JPEG as a data URI."""
-    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        kind = "png" if image.format == "PNG" and max(image.size) <= _THUMBNAIL_PX else "jpeg"
-        picture = image.convert("RGB")
-    picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    stream = io.BytesIO()
-    picture.save(stream, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ launch() {
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)}
     MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
     set_defaults "$ranks_per_node"
-    local srun=(srun "--nodes=$nodes" "--ntasks=$tasks" --label --kill-on-bad-exit=0 --wait=120
+    local srun=(srun "--nodes=$nodes" "--ntasks=$tasks" --label --kill-on-bad-exit=0
         "--cpu-bind=${CPU_BIND:-cores}" "${container_flags[@]}")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || srun+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")  # srun has not asked sbatch since 22.05
     if [ -n "$is_dry" ]; then
@@ -148,7 +148,7 @@ launch() {
     trap 'ask_to_stop &' USR1
     trap 'echo "terminated: saving"' TERM
     # Not --kill-on-bad-exit: the first rank that ends with 75 would have the others killed before they end with it. After
-    # the first rank has ended, however it did, the others have two minutes.
+    # the first rank has ended, however it did, the others have SLURM_WAIT seconds.
     "${srun[@]}" bash slurm/_task.sh "$ranks_per_node" "${command[@]}" &
     local step=$! code
     while :; do  # a trapped signal ends `wait` early
@@ -158,11 +158,20 @@ launch() {
     done
     # torchrun gives its own exit code, so each rank leaves a note of a 75.
     if [ "$code" = 75 ] || { [ "$code" != 0 ] && compgen -G "$RANK_LOGS/.stopped.*" >/dev/null; }; then
-        echo "stopped with a checkpoint; queueing the job again"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60  # Slurm ends this script
+        requeue "stopped with a checkpoint"
+    fi
+    # Ranks that miss another's answer end long before Slurm takes a silent node for dead (SlurmdTimeout, mostly 300 s).
+    if [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$nodes" -gt 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ] &&
+        ! timeout --kill-after=5 60 srun --overlap "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 true; then
+        requeue "a node of ${SLURM_JOB_NODELIST:-this job} does not answer"
     fi
     exit "$code"
+}
+
+requeue() {
+    echo "$1; queueing the job again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60  # Slurm ends this script
 }
 
 # Again and again, as a trainer that is still starting does not hear it.
@@ -173,6 +182,8 @@ ask_to_stop() {
 # What a job needs on most clusters; each is left as it is where the site's file or the environment sets it.
 set_defaults() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # Seconds from the end of the first task until srun ends the others.
+    export SLURM_WAIT=${SLURM_WAIT:-120}
     # A rank that waits in vain ends with the reason instead of hanging until the time limit.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     # Products run on GPUs; more threads than cores only get in each other's way.

@@ -173,3 +173,20 @@ def test_scores_for_the_evaluation_are_those_of_the_training_step():
 def test_without_contrast_there_are_no_embeddings_to_retrieve_by():
     task = small_task(ObjectivesConfig()).eval()
     assert task.image_features(random_batch().pixels_N3SS).embedding_BC is None
+
+
+@torch.no_grad()
+def test_words_look_at_patches_from_left_to_right_and_from_top_to_bottom():
+    task = small_task().eval()
+    batch = random_batch()
+    mask = batch.attention_mask_BL
+    text, image = task.text_features(batch.clean_ids_BL, mask), task.image_features(batch.pixels_N3SS)
+    shares_RLYX = task.word_attention(text.states_KBND, mask, image.states_KBND)
+    assert shares_RLYX is not None and shares_RLYX.shape == (*mask.shape, 3, 3)  # 24 px in patches of 8
+    maps = task.model.fuse(text.states_KBND, image.states_KBND, mask, return_attention=True).attention
+    assert maps is not None
+    last_RLP = maps.text_to_image[-1].mean(dim=1)
+    for row, column in product(range(3), range(3)):
+        # Position 0 is the class token.
+        assert torch.equal(shares_RLYX[..., row, column], last_RLP[..., 1 + 3 * row + column])
+    assert (shares_RLYX.sum(dim=(-2, -1)) + last_RLP[..., 0] - 1).abs().max() < 1e-5

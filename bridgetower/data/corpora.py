@@ -15,6 +15,7 @@ from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import Manifest, load_manifest
 from bridgetower.data.shard_cache import Held, RemoteShard, ShardCache
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.files import short_names
 from bridgetower.storage import is_remote, place
 
 _MAX_OPEN_SHARDS = 256
@@ -102,17 +103,8 @@ class Corpora:
 
     @property
     def names(self) -> list[str]:
-        """A short name for each corpus, as given to people: as much of its path's end as makes it the only one."""
-        parts = [[part for part in str(folder).split("/") if part] for folder in self.folders]
-        ends = [1] * len(parts)
-        while True:
-            names = ["-".join(own[-end:]) for own, end in zip(parts, ends, strict=True)]
-            longer = [
-                min(end + (names.count(name) > 1), len(own)) for name, own, end in zip(names, parts, ends, strict=True)
-            ]
-            if longer == ends:
-                return names
-            ends = longer
+        """A short name for each corpus, as given to people."""
+        return short_names(self.folders)
 
     def reader(self, shard: int) -> ShardReader:
         """The reader of one shard; the ones used last stay open."""

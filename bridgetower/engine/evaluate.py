@@ -72,6 +72,9 @@ class Scorer(Protocol):
     ) -> Tensor:
         """Predict masked words of encoded pairs, shape (M, V); the index is on the CPU."""
 
+    def word_attention(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor | None:
+        """Tell where each token of encoded pairs looks in its image, shape (R, L, Y, X); None without fusion."""
+
 
 class Split(Protocol):
     """What it is evaluated on."""
@@ -200,9 +203,10 @@ def evaluate_split(
             right_TN = is_match_TN[in_gallery_T, :gallery]
             scores |= _recalls("", log_odds_TN[in_gallery_T, :gallery], right_TN)
             chance |= _chance("", right_TN)
+    looks = _look_of_words(scorer, split, captions, states_by_block, shown, seed, device)
     samples = {}
     if dist.rank() == 0:
-        samples = _describe_samples(split, shown, words, ranking_TN, log_odds_TN, is_match_TN)
+        samples = _describe_samples(split, shown, words, looks, ranking_TN, log_odds_TN, is_match_TN)
     return SplitScores(scores, chance, samples)
 
 
@@ -286,6 +290,39 @@ def _note_guesses(
         )
 
 
+def _look_of_words(
+    scorer: Scorer,
+    split: Split,
+    captions: _Captions,
+    states_by_block: Mapping[int, Tensor],
+    shown: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> dict[int, list[dict[str, Any]]]:
+    """For each shown caption its tokens, each with its share of attention on every place of the picture."""
+    own: dict[int, list[dict[str, Any]]] = {}
+    for caption in shown:
+        image = int(split.image_of_caption_T[caption])
+        block = max((first for first in states_by_block if first <= image), default=None)
+        if block is None or image - block >= states_by_block[block].shape[1]:  # another rank's
+            continue
+        batch = split.text_batch(caption, 1, seed=seed)
+        length = batch.clean_ids_TL.shape[1]
+        shares_1LYX = scorer.word_attention(
+            captions.states_KTLD[:, caption : caption + 1, :length],
+            batch.attention_mask_TL.to(device),
+            states_by_block[block][:, image - block : image - block + 1],
+        )
+        if shares_1LYX is None:
+            break
+        tokens, shares_LYX = batch.clean_ids_TL[0].tolist()[1:-1], shares_1LYX[0].cpu().numpy()[1:-1]
+        own[caption] = [
+            {"token": split.tokenizer.decode([token]), "shares": shares_YX.astype(float).round(5).tolist()}
+            for token, shares_YX in zip(tokens, shares_LYX, strict=True)
+        ]
+    return _merge(dist.gather_objects(own))
+
+
 def _score_pairs(
     scorer: Scorer,
     captions: _Captions,
@@ -367,6 +404,7 @@ def _describe_samples(
     split: Split,
     shown: Sequence[int],
     words: Mapping[int, list[dict[str, Any]]],
+    looks: Mapping[int, list[dict[str, Any]]],
     ranking_TN: F32 | None,
     log_odds_TN: F32 | None,
     is_match_TN: npt.NDArray[np.bool_],
@@ -381,14 +419,18 @@ def _describe_samples(
             "caption": split.captions[caption],
             "picture": image,
             "masked_words": words.get(caption, []),
+            "attention": looks.get(caption, []),
         }
         if log_odds_TN is not None:
             row["match_probability"] = _sigmoid(log_odds_TN[caption, image])
         if ranking_TN is not None:
-            best_texts = _best(ranking_TN[:, image])
-            row["best_captions"] = [[split.captions[t], bool(is_match_TN[t, image])] for t in best_texts]
-            best_images = _best(ranking_TN[caption])
-            row["best_pictures"] = [[n, bool(is_match_TN[caption, n])] for n in best_images]
+            best_texts, best_images = _best(ranking_TN[:, image]), _best(ranking_TN[caption])
+            row["best_captions"] = [
+                [split.captions[t], bool(is_match_TN[t, image]), _match(log_odds_TN, t, image)] for t in best_texts
+            ]
+            row["best_pictures"] = [
+                [n, bool(is_match_TN[caption, n]), _match(log_odds_TN, caption, n)] for n in best_images
+            ]
             pictures.update(best_images)
         rows.append(row)
     files = {str(n): base64.b64encode(split.image_bytes(n)).decode() for n in sorted(pictures)}
@@ -398,6 +440,15 @@ def _describe_samples(
 def _best(scores: F32) -> list[int]:
     order = np.argsort(-scores, kind="stable")[:_SHOWN]
     return [int(number) for number in order if np.isfinite(scores[number])]
+
+
+def _match(log_odds_TN: F32 | None, caption: int, image: int) -> float | None:
+    """ITM's probability of a pair, where it was scored."""
+    return (
+        None
+        if log_odds_TN is None or not np.isfinite(log_odds_TN[caption, image])
+        else _sigmoid(log_odds_TN[caption, image])
+    )
 
 
 def _sigmoid(log_odds: float) -> float:

@@ -45,7 +45,9 @@ def counted(model: BridgeTower) -> Counter[str]:
     count("images", model.vision_tower, 0)
     count("captions", model.text_tower, 0)
     model.cross_modal.register_forward_pre_hook(
-        lambda _, __, named: found.update({"pairs": len(named["image_R"])}), with_kwargs=True
+        # Those of attention maps, for a person to look at, are fused one by one.
+        lambda _, __, named: found.update({"shown": 1} if named.get("maps") else {"pairs": len(named["image_R"])}),
+        with_kwargs=True,
     )
     return found
 
@@ -61,6 +63,7 @@ def test_retrieval_costs_a_tower_pass_for_each_image_and_caption_and_a_fusion_fo
     config = EvaluationConfig(batch_size=16, rerank_top_k=TOP, max_images_without_itc=10, num_samples=2)
     evaluate_split(task, split, config, seed=0, device=torch.device("cpu"))
     captions = split.num_captions
+    assert found["shown"] == 2
     assert found["images"] == split.num_images == IMAGES and found["captions"] == captions
     assert max(found["images, most at once"], found["captions, most at once"]) <= 16
     own_and_negative = 2 * captions

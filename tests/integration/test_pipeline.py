@@ -118,22 +118,37 @@ def test_report_needs_nothing_but_itself(root):
     assert "skin tone" in page and "Twitter, Inc." in page
 
 
+# Writes down what the browser makes of the page: pictures it cannot draw, and whether it has to be scrolled sideways.
+PROBE = """<script>addEventListener('load', async () => {
+  const shown = [...document.querySelectorAll('.picture')].map(e => getComputedStyle(e).backgroundImage.slice(5, -2));
+  const layers = [...document.images].map(i => i.src);
+  const broken = await Promise.all([...shown, ...layers].map(async address => {
+    const image = new Image();
+    image.src = address;
+    return image.decode().then(() => 0, () => 1);
+  }));
+  document.title = 'pictures ' + shown.length + ' layers ' + layers.length + ' broken ' +
+    broken.reduce((a, b) => a + b, 0) + ' wide ' + (document.documentElement.scrollWidth > innerWidth);
+})</script></body>"""
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which not every machine has")
-def test_report_draws_every_picture_in_a_browser(root, tmp_path):
-    # The page that is looked at is a copy which writes down what the browser made of it.
-    page = (root / "whole/report.html").read_text()
-    probe = (
-        "<script>addEventListener('load', () => { document.title = 'broken ' + [...document.images]"
-        ".filter(i => !i.complete || !i.naturalWidth).length + ' of ' + document.images.length"
-        " + ' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script></body>"
-    )
-    copy = tmp_path / "report.html"
-    copy.write_text(page.replace("</body>", probe))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
-    shown = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
-    title = re.search(r"<title>(broken.*?)</title>", shown)
+@pytest.mark.parametrize("width_px", [1200, 600])
+@pytest.mark.parametrize("runs", [["whole"], ["whole", "plain"]], ids=" and ".join)
+def test_report_draws_every_picture_in_a_browser(root, tmp_path, runs, width_px):
+    page = tmp_path / "report.html"
+    run_script("pretrain/report.py", *(str(root / run) for run in runs), f"--out={page}")
+    page.write_text(page.read_text().replace("</body>", PROBE))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+    command += [f"--window-size={width_px},900", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(pictures.*?)</title>", shown)
     assert title is not None
-    assert re.fullmatch(r"broken 0 of [1-9]\d* wide false", title[1])
+    # Two splits of 6 samples, each with its picture, the best of its caption, and a layer for each of its words.
+    found = re.fullmatch(r"pictures (\d+) layers (\d+) broken 0 wide false", title[1])
+    assert found is not None, title[1]
+    pictures, layers = int(found[1]), int(found[2])
+    assert layers >= 2 * 6 and pictures >= 2 * 6 * (1 + 5) + layers
 
 
 def test_sigint_saves_and_exits_75(root, emoji_shards):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,8 +65,9 @@ def add_scores(folder, caption, split="test"):
         "picture": 0,
         "masked_words": [word],
         "match_probability": 0.25,
-        "best_captions": [[caption, False]],
-        "best_pictures": [[0, True]],
+        "attention": [{"token": caption, "shares": [[0.0, 0.35], [0.5, 0.1]]}],
+        "best_captions": [[caption, False, 0.125]],
+        "best_pictures": [[0, True, None]],
     }
     content = {"samples": [sample], "pictures": {"0": picture()}}
     (folder / "predictions.json").write_text(json.dumps({"step": 20, "splits": {split: content}}))
@@ -103,8 +106,8 @@ def test_captions_and_words_with_html_in_them_are_shown_as_they_are(tmp_path):
         add_scores(start_run(tmp_path / name), caption)
         pages[name] = Tags(render(tmp_path / name))
     assert pages["evil"].names == pages["plain"].names
-    # The caption, the masked word with what stands before and after it, the guess, and the best caption.
-    assert pages["evil"].text.count(EVIL) == 6
+    # The caption, the masked word with what stands before and after it, the guess, the best caption, and the token.
+    assert pages["evil"].text.count(EVIL) == 7
 
 
 def test_names_with_html_in_them_are_shown_as_they_are(tmp_path):
@@ -152,3 +155,53 @@ def test_folder_of_something_else_is_an_error(tmp_path):
     (tmp_path / "run.json").write_text('{"config": {}}')
     with pytest.raises(ConfigError, match=r"is not the run\.json of a run"):
         render(tmp_path)
+
+
+def test_runs_are_compared_score_by_score_curve_by_curve_and_setting_by_setting(tmp_path):
+    folders = [
+        start_run(tmp_path / "one", **{"optim.base_lr": "1e-4", "name": "one"}),
+        start_run(tmp_path / "two", **{"optim.base_lr": "5e-4", "name": "two"}),
+    ]
+    for folder, rate in zip(folders, (1e-4, 5e-4), strict=True):
+        line = {"step": 10, "train/loss/mlm": 2.5, "train/loss/itm": 0.5, "optim/lr/base": rate}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    add_scores(folders[1], "a caption")
+    run_script("pretrain/report.py", *map(str, folders))
+    page = (tmp_path / "report.html").read_text()
+    shown = " ".join(Tags(page).text.split())
+    # A chart a metric, in which each run has its own colour.
+    assert page.count("<svg") == 3 and "Losses: mlm" in page and "Losses: itm" in page and "Learning rate" in page
+    for chart in page.split("<svg")[1:]:
+        assert "#2563a8" in chart and "#c8553d" in chart
+    assert "optim.base_lr0.00010.0005" in shown and "optim.total_steps" not in shown.split("How one")[0]
+    assert "two, after step 20" in shown and "one: Not evaluated yet" in shown and "75.0%" in shown
+    assert "What two says: test" in shown
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    page = render(start_run(tmp_path / "a/same"), start_run(tmp_path / "b/same"))
+    assert "a-same · b-same" in Tags(page).text
+
+
+def test_run_that_is_given_twice_is_an_error(tmp_path):
+    folder = start_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="is given twice"):
+        render(folder, tmp_path / "run")
+
+
+def test_word_glows_where_it_looks(tmp_path):
+    folder = start_run(tmp_path / "looks")
+    add_scores(folder, "a caption")
+    page = render(folder)
+    encoded = re.search(r'<div class="picture look p0"><img src="data:image/png;base64,([^"]+)"', page)
+    assert encoded is not None
+    opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))))[..., 3]
+    # Shares of 0, 0.35, 0.5 and 0.1, where an even one is 0.25: only what is above it glows.
+    assert opacity.tolist() == [[0, 90], [225, 0]] and "2.0×" in page
+
+
+def test_picture_that_is_shown_often_is_there_once(tmp_path):
+    folder = start_run(tmp_path / "once")
+    add_scores(folder, "a caption")
+    page = render(folder)
+    assert page.count("picture p0") == 2 and page.count("background-image: url(") == 1

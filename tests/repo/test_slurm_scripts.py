@@ -42,7 +42,7 @@ def test_bash_reads_it(script):
 def test_a_dry_run_shows_the_command_of_the_published_run(site):
     command = run(site, "slurm/pretrain_base.sh", "--dry-run", "--name=first run")
     expected = (
-        "srun --nodes=8 --ntasks=64 --label --kill-on-bad-exit=0 --wait=120 --cpu-bind=cores --cpus-per-task=10 "
+        "srun --nodes=8 --ntasks=64 --label --kill-on-bad-exit=0 --cpu-bind=cores --cpus-per-task=10 "
         r"bash slurm/_task.sh 1 .venv/bin/python -- pretrain/train.py base_4m --name=first\ run"
     )
     assert command.strip() == expected

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 HOSTS = Path("/etc/hosts")
 MARK = "# a node of tests/slurm"
 PROGRAMS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge", "shellcheck": "shellcheck"}
@@ -52,7 +54,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=10
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=300
 MinJobAge=3600
 PropagateResourceLimits=NONE
 GresTypes=gpu
@@ -131,6 +133,14 @@ class Cluster:
         (self.folder / "spool" / node).mkdir(exist_ok=True)
         self._start(node, "slurmd", "-D", "-N", node)
 
+    def crash_node(self, node: str) -> None:
+        """Kill all that runs on a node at once, as when it loses its power."""
+        tasks = [process for process in psutil.process_iter() if _node_of(process) == node]
+        daemons = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
+        for process in (psutil.Process(self._daemons.pop(node).pid), *daemons, *tasks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def call(self, *command: str) -> str:
         """Run a command of Slurm; its output.
 
@@ -170,6 +180,14 @@ def install() -> None:
         for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
             command = ["apt-get", "-qq", "-o", "Acquire::Retries=3", *words]
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def _node_of(process: psutil.Process) -> str:
+    """The node on which a process of a job runs."""
+    try:
+        return process.environ().get("SLURMD_NODENAME", "")
+    except psutil.Error:
+        return ""
 
 
 def without_nodes(hosts: str) -> str:

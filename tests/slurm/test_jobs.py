@@ -74,7 +74,7 @@ def test_a_requeued_and_then_signalled_job_ends_like_an_undisturbed_one(jobs, em
 
 def test_a_job_at_its_time_limit_goes_on_in_the_next(jobs, emoji, undisturbed):
     # The warning comes at once, before the trainer is up: it is repeated until it is heard.
-    number = jobs.pretrain(emoji, "short", STEPS, options=("--time=1", "--signal=B:USR1@55"))
+    number = jobs.pretrain(emoji, "short", STEPS, options=("--time=4", "--signal=B:USR1@235"))
     wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
     jobs.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
@@ -89,6 +89,20 @@ def test_a_preempted_job_comes_back(jobs, emoji, undisturbed):
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
     assert jobs.cluster.job(number)["Restarts"] == "1"
     assert_like_undisturbed(jobs, "preempted")
+
+
+def test_a_job_whose_node_dies_comes_back(jobs, emoji, undisturbed):
+    number = jobs.pretrain(emoji, "crashed", STEPS, "--checkpoint.every_steps=5", SLURM_WAIT="15")
+    wait_for(lambda: steps_done(jobs, "crashed") >= 8, 120)
+    jobs.cluster.crash_node("n2")
+    wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
+    assert "does not answer; queueing the job again" in jobs.log(number)
+    # As slurmctld says by itself after SlurmdTimeout: what it still has to tell the dead node is dropped.
+    jobs.cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=crashed")
+    jobs.cluster.start_node("n2")
+    jobs.cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert jobs.end(number) == "COMPLETED", jobs.log(number)
+    assert_like_undisturbed(jobs, "crashed")
 
 
 def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, emoji):
