@@ -61,7 +61,7 @@ def describe_samples(split: str, content: Mapping[str, Any], pictures: Pictures)
 
 
 def _look(token: str, shares: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """A token with a layer for its picture that glows where it looks more than evenly, fully from twice an even share."""
+    """A token with a layer for its picture that glows where it looks more than evenly, at most from twice that."""
     times_even_YX = np.asarray(shares) * np.size(shares)
     peak = float(times_even_YX.max())
     pixels = np.empty((*times_even_YX.shape, 4), np.uint8)
