@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from torch import Tensor
 
 from bridgetower import dist
@@ -20,6 +21,8 @@ from bridgetower.files import write_atomically
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+# Columns of a terminal from which on a live line has room for a bar, and for the loss of each objective.
+_NARROW, _WIDE = 100, 130
 
 
 class Means:
@@ -84,15 +87,15 @@ class Tracker:
                 run_config=run_config,
             )
         if sys.stderr.isatty():
+            console, whole = Console(stderr=True), Column(no_wrap=True)
+            bar = [BarColumn(bar_width=None, table_column=Column(ratio=1))] if console.width >= _NARROW else []
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+                TextColumn("[bold]{task.description}", table_column=whole),
+                *bar,
+                MofNCompleteColumn(table_column=whole),
+                TextColumn("{task.fields[figures]}", table_column=whole),
+                console=console,
+                expand=bool(bar),
             )
             self._task = self._progress.add_task(run_folder.name, total=total_steps, completed=first_step, figures="")
             self._progress.start()
@@ -106,11 +109,15 @@ class Tracker:
         )
         self._file.flush()
         if "train/loss/total" in metrics:
-            figures = _figures(metrics)
+            left = f"  {_time_left(metrics['progress/eta_hours'])} left" if step < self._total_steps else ""
             if self._progress is not None:
+                width = self._progress.console.width
+                figures = f"{_figures(metrics, has_parts=width >= _WIDE)}{left}"
+                if width < _NARROW:
+                    figures = figures.replace("  ", " ")
                 self._progress.update(self._task, completed=step, figures=figures)
             else:
-                left = f"  {_time_left(metrics['progress/eta_hours'])} left" if step < self._total_steps else ""
+                figures = _figures(metrics, has_parts=True)
                 logger.info("step %d/%d  %s%s", step, self._total_steps, figures, left)
 
     def show_step(self, step: int) -> None:
@@ -128,16 +135,17 @@ class Tracker:
             self._mirror.close()
 
 
-def _figures(metrics: dict[str, float]) -> str:
-    losses = "  ".join(
+def _figures(metrics: dict[str, float], *, has_parts: bool) -> str:
+    parts = "  ".join(
         f"{name.removeprefix('train/loss/')} {value:.3f}"
         for name, value in metrics.items()
         if name.startswith("train/loss/") and name != "train/loss/total"
     )
+    losses = f"loss {metrics['train/loss/total']:.3f}" + (f" ({parts})" if has_parts else "")
     utilisation = f"  MFU {metrics['speed/mfu']:.0%}" if "speed/mfu" in metrics else ""
     speed = f"{metrics['speed/pairs_per_second']:.0f} pairs/s{utilisation}"
-    waits = f"waits for data {metrics['data/wait_fraction']:.0%}"
-    return f"loss {metrics['train/loss/total']:.3f} ({losses})  {speed}  {waits}"
+    waits = f"{'waits for data' if has_parts else 'waits'} {metrics['data/wait_fraction']:.0%}"
+    return f"{losses}  {speed}  {waits}"
 
 
 def _time_left(hours: float) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
 
 from bridgetower.engine.tracker import Means, Tracker, _time_left, read_metrics
 from bridgetower.errors import ConfigError
+from tests.conftest import REPO
 from tests.wandb_files import read_history
 
 
@@ -142,3 +149,37 @@ def test_resumed_run_sends_only_what_was_not_sent(tmp_path):
 )
 def test_time_left_is_said_as_people_say_it(hours, said):
     assert _time_left(hours) == said
+
+
+LIVE = """
+import sys
+from pathlib import Path
+from bridgetower.engine.tracker import Tracker
+folder = Path(sys.argv[1]) / "base_4m"
+folder.mkdir()
+tracker = Tracker(
+    folder, total_steps=100_000, first_step=0, wandb_mode="off", wandb_project="", wandb_entity="", run_config={}
+)
+tracker.write(49_950, {
+    "train/loss/total": 2.345, "train/loss/mlm": 1.901, "train/loss/itm": 0.444, "speed/pairs_per_second": 24123.0,
+    "speed/mfu": 0.447, "data/wait_fraction": 0.013, "progress/eta_hours": 5.2,
+})
+tracker.close()
+"""
+
+
+@pytest.mark.parametrize(("columns", "has_parts"), [(80, False), (140, True)])
+def test_live_line_of_a_terminal_shows_every_figure_whole(tmp_path, columns, has_parts):
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", LIVE, str(tmp_path)], stderr=slave, cwd=REPO, env=environment, check=True)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # how a terminal ends
+        while part := os.read(master, 1 << 16):
+            shown += part
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    for figure in ("base_4m", "49950/100000", "loss 2.345", "24123 pairs/s", "MFU 45%", "1%", "5 h 12 min left"):
+        assert figure in text
+    assert ("mlm 1.901" in text) == has_parts
