@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
@@ -28,6 +29,7 @@ _CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Share of time spent waiting for data", "share", ("data/wait_fraction", "data/wait_fraction_of_slowest"), False),
     ("Memory of the rank that uses most", "GB", ("memory/",), False),
 )
+_TITLE_CHARACTERS = 50
 _HELD_OUT = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
 
@@ -101,7 +103,7 @@ def _draw(title: str, unit: str, curves: Mapping[str, Points], runs: Sequence[st
                 markersize=4,
                 label=_plain(label if len(runs) > 1 else label.replace("_", " ")),
             )
-        axes.set_title(_plain(title), fontsize=10, loc="left", fontweight="bold")
+        axes.set_title(_plain(textwrap.fill(title, _TITLE_CHARACTERS)), fontsize=10, loc="left", fontweight="bold")
         axes.set_xlabel("step")
         if unit:
             axes.set_ylabel(unit)

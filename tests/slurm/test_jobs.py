@@ -92,15 +92,14 @@ def test_a_preempted_job_comes_back(jobs, emoji, undisturbed):
 
 
 def test_a_job_whose_node_dies_comes_back(jobs, emoji, undisturbed):
-    number = jobs.pretrain(emoji, "crashed", STEPS, "--checkpoint.every_steps=5", SLURM_WAIT="15")
+    number = jobs.pretrain(emoji, "crashed", STEPS, "--checkpoint.every_steps=5", SLURM_WAIT="5")
     wait_for(lambda: steps_done(jobs, "crashed") >= 8, 120)
     jobs.cluster.crash_node("n2")
     wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
     assert "does not answer; queueing the job again" in jobs.log(number)
-    # As slurmctld says by itself after SlurmdTimeout: what it still has to tell the dead node is dropped.
-    jobs.cluster.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=crashed")
+    # Slurm takes the node for dead only now. One that answers before that would be told to end what it does not run.
+    wait_for(lambda: "down" in jobs.cluster.call("sinfo", "-hN", "-p", "main", "-n", "n2", "-o", "%T"), 120)
     jobs.cluster.start_node("n2")
-    jobs.cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
     assert_like_undisturbed(jobs, "crashed")
 
