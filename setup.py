@@ -59,6 +59,7 @@ setup(
             "pyarrow>=20",
             "pandas>=2.2,<4",  # of open_clip's training data pipeline
             "hypothesis>=6.150,<7",
+            "wandb-workspaces>=0.4.13,<0.5",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
@@ -73,6 +74,6 @@ setup(
         # its own for it when it is first used (data_prep/url_pictures.py).
         "download": ["uv>=0.9,<1"],
         # W&B workspaces as code.
-        "dashboard": ["wandb-workspaces>=0.3,<1"],
+        "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],
     },
 )

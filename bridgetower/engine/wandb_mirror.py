@@ -51,7 +51,7 @@ class Mirror:
         Raises:
             ConfigError: mode is online, and there is no key.
         """
-        if mode == "online" and not _has_key():
+        if mode == "online" and not has_key():
             raise ConfigError(
                 "tracker.wandb=online, but there is no W&B key. Run `wandb login`, set WANDB_API_KEY, or use "
                 "--tracker.wandb=auto, which keeps offline files where there is none."
@@ -91,8 +91,8 @@ class Mirror:
             )
 
 
-def _has_key() -> bool:
-    """Where W&B looks for one, without asking its server."""
+def has_key() -> bool:
+    """Whether there is one where W&B looks, without asking its server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai") is not None
@@ -107,7 +107,7 @@ def main() -> None:
     request = json.loads(_first_line())
     mode = request["mode"]
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     if mode == "disabled":
         return
     folder = Path(request["folder"])

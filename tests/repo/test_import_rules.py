@@ -60,7 +60,8 @@ for top in ("pretrain", "finetune", "benchmarks"):
 OWNERS = {
     "deepspeed": ("bridgetower.engine",),
     "apex": ("bridgetower.engine",),
-    "wandb": ("bridgetower.engine.wandb_mirror",),
+    "wandb": ("bridgetower.engine.wandb_mirror", "pretrain.dashboard"),
+    "wandb_workspaces": ("pretrain.dashboard", "pretrain.dashboard_panels"),
     "webdataset": ("bridgetower.data", "data_prep", "benchmarks"),
     "fire": ("script",),
 }
@@ -142,7 +143,12 @@ def test_each_part_of_the_table_but_those_to_come_exists():
         ("bridgetower.task", "from pretrain.presets import tiny", "may not import pretrain"),
         ("pretrain.train", "import data_prep.record", "may not import data_prep"),
         ("bridgetower.model.heads", "def f():\n    import deepspeed", "belongs to bridgetower.engine"),
-        ("bridgetower.engine.loop", "import wandb", "belongs to bridgetower.engine.wandb_mirror"),
+        (
+            "bridgetower.engine.loop",
+            "import wandb",
+            "belongs to bridgetower.engine.wandb_mirror and",
+        ),
+        ("pretrain.report", "import wandb_workspaces", "belongs to pretrain.dashboard and pretrain.dashboard_panels"),
         (
             "bridgetower.engine.launch",
             "from webdataset import TarWriter",
