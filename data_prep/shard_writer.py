@@ -29,7 +29,7 @@ from bridgetower.data.manifest import MANIFEST_NAME, ShardEntry, Totals
 from bridgetower.data.sample import Sample, clean_caption
 from bridgetower.errors import DataError
 from bridgetower.files import sha256_of
-from bridgetower.storage import is_remote, publish_bytes, publish_file, read_part
+from bridgetower.storage import EndOfFile, is_remote, publish_bytes, publish_file, read_part
 from data_prep.convert import Converted, Rejected, convert
 from data_prep.exclusion import Exclusion
 from data_prep.plan import Plan
@@ -295,6 +295,8 @@ def _read(image: ImageFile) -> _Raw:
         return read_part(image.path, image.offset, image.num_bytes)
     except FileNotFoundError:
         return Rejected("image file missing")
+    except EndOfFile:  # not its own words, which have a number: reasons are counted together
+        return Rejected("image file cut short")
     except OSError as error:
         return Rejected(f"image file unreadable: {error.strerror or type(error).__name__}")
     except ValueError:  # a name with a NUL

@@ -94,6 +94,7 @@ def test_a_part_of_an_object_is_one_range_request():
     file = place(f"{BUCKET}/part")
     file.write_bytes(bytes(range(256)))
     assert read_part(file, 10, 5) == bytes(range(10, 15))
+    assert read_part(file, 10, 0) == b""
     with pytest.raises(OSError, match="ends before byte 300"):
         read_part(file, 250, 50)
 

@@ -349,6 +349,14 @@ def test_every_rejected_record_is_counted_by_its_reason(tmp_path):
     assert load_manifest(tmp_path / "out") == manifest
 
 
+def test_parts_of_a_tar_that_was_cut_short_have_one_reason(tmp_path):
+    (tmp_path / "0.tar").write_bytes(file_of(draw(1)))
+    size = (tmp_path / "0.tar").stat().st_size
+    images = [ImageFile(path=tmp_path / "0.tar", offset=at, num_bytes=size) for at in (0, 7, 70)]
+    records = [Record(key=f"k{n}", image=image, image_id="", captions=("x",)) for n, image in enumerate(images)]
+    assert build(records, tmp_path / "out").totals.rejects == {"image file cut short": 2}
+
+
 def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
     record = record_of("k", tmp_path / "nowhere.png", "x")
     manifest = build([record], tmp_path / "out")
