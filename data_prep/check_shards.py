@@ -34,6 +34,7 @@ from bridgetower.errors import EXIT_USAGE, ConfigError, DataError
 from bridgetower.files import sha256_of
 from bridgetower.storage import is_remote, publish_bytes, reading
 from data_prep.build import num_cores
+from data_prep.exclusion import is_telling
 from data_prep.local import each_shard, local_copy, shard_folder
 from data_prep.shard_writer import writing
 
@@ -238,8 +239,9 @@ def _read_shard(local: Path, name: str, to_decode: int, findings: list[_Finding]
             image_ids.append(hash64(record["image_id"]))
             words += sum(len(caption.split()) for caption in record["captions"])
             findings.extend(_Finding(where, what) for what in _wrong_in_record(record, content.get("txt")))
-            if isinstance(record.get("phash"), str) and re.fullmatch("[0-9a-f]{16}", record["phash"]):
-                phashes.append(int(record["phash"], 16))
+            phash = record.get("phash")
+            if isinstance(phash, str) and re.fullmatch("[0-9a-f]{16}", phash) and is_telling(int(phash, 16)):
+                phashes.append(int(phash, 16))
             if number in chosen:
                 findings.extend(_wrong_pictures(record, content, where, name))
     return {

@@ -51,7 +51,7 @@ class Exclusion:
 
     def has_hash(self, phash: int) -> bool:
         """True if an excluded image looks like it."""
-        if not len(self.hashes) or not _is_telling(phash):
+        if not len(self.hashes) or not is_telling(phash):
             return False
         return bool((np.bitwise_count(self.hashes ^ np.uint64(phash)) <= self.distance).any())
 
@@ -65,7 +65,8 @@ def image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
             yield f"{prefix}:{meta[name]}"
 
 
-def _is_telling(phash: int) -> bool:
+def is_telling(phash: int) -> bool:
+    """False for the hash of a plain picture, which says nothing about it."""
     return _MIN_DETAIL_BITS <= phash.bit_count() <= 64 - _MIN_DETAIL_BITS
 
 
@@ -93,7 +94,7 @@ def load_exclusion(manifests: Sequence[str], distance: int) -> Exclusion:
                     "shards again with this version."
                 ) from None
             ids += [hash64(one) for one in image_names(record["image_id"], record)]
-            if _is_telling(phash):
+            if is_telling(phash):
                 hashes.append(phash)
     if not manifests:
         return Exclusion()

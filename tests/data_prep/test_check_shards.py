@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import load_manifest
 from data_prep.check_shards import main
+from data_prep.record import ImageFile, Record
 from tests.conftest import run_script
-from tests.small_corpora import write_corpus
+from tests.small_corpora import build_records, file_of, write_corpus
 
 COMMAND = "data_prep/check_shards.py"
 Check = Callable[..., str]
@@ -113,6 +115,15 @@ def test_pictures_that_two_corpora_share_are_counted(check, whole, corpus, tmp_p
     check(whole, corpus, duplicates="report")
     other = write_corpus(tmp_path, [1, 1], name="other", first_picture=50)
     assert "same image id" not in check(whole, other, duplicates="report")
+
+
+def test_plain_pictures_do_not_look_the_same(check, tmp_path):
+    for colour in ("white", "gray"):
+        (tmp_path / f"{colour}.png").write_bytes(file_of(Image.new("RGB", (40, 30), colour)))
+        image = ImageFile(path=tmp_path / f"{colour}.png")
+        record = Record(key="k", image=image, image_id=colour, captions=(f"all {colour}",))
+        build_records([record], tmp_path / colour)
+    assert "share" not in check(tmp_path / "white", tmp_path / "gray")
 
 
 @pytest.mark.parametrize(
