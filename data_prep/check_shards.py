@@ -2,14 +2,17 @@
 
 python data_prep/check_shards.py DIR [DIR ...] [--decode=all|none|N] [--duplicates=error|report] [--repair]
 
-Ends with 2 and a list of what is wrong. ``--repair`` writes indexes and manifests anew and moves shards that cannot be
-trusted into DIR/quarantine; running build_shards.py again then makes what is missing.
+Ends with 2 and a list of what is wrong. ``--repair`` writes indexes and manifests anew, moves shards that cannot be
+trusted into DIR/quarantine, and checks again; running build_shards.py again then makes what is missing.
+
+Of tars of others that index_shards.py has indexed, the samples in the index are checked: it has left out the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,18 +28,19 @@ from rich.console import Console
 
 from bridgetower import draws
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
-from bridgetower.data.index import index_bytes, index_path, load_index, samples_of_tar, scan_tar
+from bridgetower.data.index import Index, index_bytes, index_path, load_index, samples_of_tar, scan_tar
 from bridgetower.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.data.picture import open_picture
-from bridgetower.data.sample import IMAGE_SUFFIXES, parse_record
+from bridgetower.data.sample import IMAGE_SUFFIXES, clean_caption, parse_record
 from bridgetower.draws import hash64
 from bridgetower.errors import EXIT_USAGE, ConfigError, DataError
-from bridgetower.files import sha256_of
+from bridgetower.files import claim_folder, sha256_of
 from bridgetower.storage import is_remote, publish_bytes, reading
 from data_prep.build import num_cores
 from data_prep.exclusion import is_telling
+from data_prep.index_shards import INDEXED, scan_foreign
 from data_prep.local import each_shard, local_copy, shard_folder
-from data_prep.shard_writer import writing
+from data_prep.shard_writer import STATE_FOLDER, writing
 
 _FLAGS = {
     "decode": "pictures to decode in each shard: all, none, or a number of random ones (default 100)",
@@ -85,12 +89,21 @@ class _Shard:
     has_index: bool = True
 
 
+@dataclass(frozen=True)
+class _Foreign:
+    """How index_shards.py has indexed the tars of others."""
+
+    decode: bool
+
+
 @dataclass(kw_only=True)
 class _Corpus:
     """A folder with what was found in it."""
 
     folder: Path
     manifest: Manifest | None
+    foreign: _Foreign | None = None
+    """Its tars are those of others."""
     shards: list[_Shard] = field(default_factory=list)
     findings: list[_Finding] = field(default_factory=list)
 
@@ -114,8 +127,21 @@ def main(
     num_workers = parse_whole("workers", workers or str(num_cores()), 1)
     corpora = [_check_corpus(place, to_decode, num_workers) for place in places]
     shared = list(_duplicates(corpora))
-    findings = [finding for corpus in corpora for finding in corpus.findings]
     console = Console(highlight=False, soft_wrap=True)
+    _report(console, corpora, shared)
+    broken = [corpus for corpus in corpora if corpus.findings]
+    if parse_bool("repair", repair) and broken:
+        for corpus in broken:
+            console.print(_repair(corpus), markup=False)
+        broken = [_check_corpus(corpus.folder, to_decode, num_workers) for corpus in broken]
+        console.print("After that:")
+        _report(console, broken, [])
+        broken = [corpus for corpus in broken if corpus.findings]
+    if broken or (shared and duplicates == "error"):
+        sys.exit(EXIT_USAGE)
+
+
+def _report(console: Console, corpora: Sequence[_Corpus], shared: Sequence[_Finding]) -> None:
     for corpus in corpora:
         good = [shard.entry for shard in corpus.shards if shard.entry is not None]
         console.print(
@@ -125,22 +151,19 @@ def main(
         )
     for finding in shared:
         console.print(f"{finding.where}: {finding.what}", markup=False)
+    findings = [finding for corpus in corpora for finding in corpus.findings]
     for finding in findings[:_MAX_SHOWN]:
         console.print(f"  {finding.where}: {finding.what}", markup=False)
     if len(findings) > _MAX_SHOWN:
         console.print(f"  ... and {len(findings) - _MAX_SHOWN:,} more")
-    if parse_bool("repair", repair):
-        for corpus in corpora:
-            if corpus.findings:
-                console.print(_repair(corpus), markup=False)
-        findings = []
-    if findings or (shared and duplicates == "error"):
-        sys.exit(EXIT_USAGE)
 
 
 def _check_corpus(folder: Path, to_decode: int, workers: int) -> _Corpus:
     manifest, findings = _read_manifest(folder)
-    corpus = _Corpus(folder=folder, manifest=manifest, findings=findings)
+    foreign = None
+    if manifest is not None and INDEXED in manifest.settings:
+        foreign = _Foreign(decode=bool(manifest.settings.get("decode")))
+    corpus = _Corpus(folder=folder, manifest=manifest, foreign=foreign, findings=findings)
     with reading(folder):
         there = {path.name for path in folder.glob("*.tar")}
         leftovers = sorted(path.name for path in folder.glob(".*.tmp"))
@@ -152,7 +175,7 @@ def _check_corpus(folder: Path, to_decode: int, workers: int) -> _Corpus:
         findings.append(_Finding(name, "is in the manifest but not there"))
     for name in leftovers:
         findings.append(_Finding(name, "is what an interrupted build left behind"))
-    calls = [(folder / name, listed.get(name), to_decode) for name in sorted(there)]
+    calls = [(folder / name, listed.get(name), to_decode, foreign) for name in sorted(there)]
     corpus.shards = each_shard(f"checking {folder}", _check_shard, calls, workers)
     for shard in corpus.shards:
         findings.extend(shard.findings)
@@ -182,7 +205,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, list[_Finding]]:
     return manifest, []
 
 
-def _check_shard(shard: Path, entry: ShardEntry | None, to_decode: int) -> _Shard:
+def _check_shard(shard: Path, entry: ShardEntry | None, to_decode: int, foreign: _Foreign | None) -> _Shard:
     """Everything about one shard; runs in a worker."""
     name = shard.name
     findings: list[_Finding] = []
@@ -194,12 +217,12 @@ def _check_shard(shard: Path, entry: ShardEntry | None, to_decode: int) -> _Shar
         wrong("has a name that is not letters, digits, _ and - with .tar")
     try:
         with local_copy(shard) as local:
-            found = _read_shard(local, name, to_decode, findings)
+            index = _true_index(shard, local, foreign)
+            found = _read_shard(local, name, index, to_decode, findings, is_foreign=foreign is not None)
             size, digest = local.stat().st_size, sha256_of(local)
     except (DataError, OSError) as error:
         wrong(str(error), fatal=True)
         return _Shard(name=name, findings=tuple(findings))
-    index = found.pop("index")
     own = ShardEntry(name=name, samples=len(index), pairs=int(index["num_captions"].sum()), bytes=size, sha256=digest)
     if entry is not None:
         if (entry.bytes, entry.sha256) != (own.bytes, own.sha256):
@@ -217,8 +240,36 @@ def _check_shard(shard: Path, entry: ShardEntry | None, to_decode: int) -> _Shar
     return _Shard(name=name, findings=tuple(findings), entry=own, has_index=has_index, **found)
 
 
-def _read_shard(local: Path, name: str, to_decode: int, findings: list[_Finding]) -> dict[str, Any]:
-    index = scan_tar(local, name)  # members and json of every sample
+def _true_index(shard: Path, local: Path, foreign: _Foreign | None) -> Index:
+    """The row index that a shard should have; checks members and json of every sample.
+
+    Args:
+        local: the shard itself, or its copy.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    if foreign is None:
+        return scan_tar(local, shard.name)
+    try:
+        known = load_index(shard)
+    except DataError:
+        known = None
+    if known is not None:
+        # Which pictures cannot be decoded is not found out again.
+        every, _ = scan_foreign(local, shard.name, decode=False)
+        kept = every[np.isin(every["image_offset"], known["image_offset"])]
+        kept["first_pair"] = np.cumsum(kept["num_captions"], dtype=np.int64) - kept["num_captions"]
+        if kept.tobytes() == known.tobytes():
+            return known
+    return scan_foreign(local, shard.name, decode=foreign.decode)[0]
+
+
+def _read_shard(
+    local: Path, name: str, index: Index, to_decode: int, findings: list[_Finding], *, is_foreign: bool
+) -> dict[str, Any]:
+    """What the samples in the index are, and what is wrong with them."""
+    indexed = set(index["image_offset"].tolist())
     chosen = set(range(len(index)))
     if 0 <= to_decode < len(index):
         chosen = set(draws.shuffled(draws.key(name), len(index))[:to_decode].tolist())
@@ -227,7 +278,12 @@ def _read_shard(local: Path, name: str, to_decode: int, findings: list[_Finding]
     phashes: list[int] = []
     words = 0
     with local.open("rb") as file:
-        for number, (key, members) in enumerate(samples_of_tar(local, name)):
+        samples = (
+            (key, members)
+            for key, members in samples_of_tar(local, name)
+            if any(member.offset_data in indexed for member in members.values())
+        )
+        for number, (key, members) in enumerate(samples):
             where = f"{name}:{key}"
             content = {}
             for suffix, member in members.items():
@@ -238,14 +294,14 @@ def _read_shard(local: Path, name: str, to_decode: int, findings: list[_Finding]
             keys.append(hash64(key))
             image_ids.append(hash64(record["image_id"]))
             words += sum(len(caption.split()) for caption in record["captions"])
-            findings.extend(_Finding(where, what) for what in _wrong_in_record(record, content.get("txt")))
+            wrong = _wrong_in_record(record, content.get("txt"), is_foreign=is_foreign)
+            findings.extend(_Finding(where, what, name) for what in wrong)
             phash = record.get("phash")
             if isinstance(phash, str) and re.fullmatch("[0-9a-f]{16}", phash) and is_telling(int(phash, 16)):
                 phashes.append(int(phash, 16))
             if number in chosen:
-                findings.extend(_wrong_pictures(record, content, where, name))
+                findings.extend(_wrong_pictures(record, content, where, name, is_foreign=is_foreign))
     return {
-        "index": index,
         "keys": np.array(keys, np.uint64),
         "image_ids": np.unique(np.array(image_ids, np.uint64)),
         "phashes": np.unique(np.array(phashes, np.uint64)),
@@ -253,19 +309,25 @@ def _read_shard(local: Path, name: str, to_decode: int, findings: list[_Finding]
     }
 
 
-def _wrong_in_record(record: dict[str, Any], text: bytes | None) -> Iterator[str]:
+def _wrong_in_record(record: dict[str, Any], text: bytes | None, *, is_foreign: bool) -> Iterator[str]:
     """Where the json of a sample is not as documented, beyond what every reader needs."""
+    if text is not None and clean_caption(text.decode(errors="replace")) != record["captions"][0]:
+        yield "has a txt that is not its first caption"
+    if is_foreign:  # it promises no more
+        return
+    if not isinstance(record.get("source"), str):
+        yield f"has source={record.get('source')!r} in its json"
     for side in ("width", "height"):
         if not isinstance(record.get(side), int) or record[side] < 1:
             yield f"has {side}={record.get(side)!r} in its json"
     annotations = record.get("annotations", [])
     if annotations and (not isinstance(annotations, list) or len(annotations) != len(record["captions"])):
         yield "has not as many annotations as captions"
-    if text is not None and text.decode(errors="replace") != record["captions"][0]:
-        yield "has a txt that is not its first caption"
 
 
-def _wrong_pictures(record: dict[str, Any], content: dict[str, bytes], where: str, name: str) -> Iterator[_Finding]:
+def _wrong_pictures(
+    record: dict[str, Any], content: dict[str, bytes], where: str, name: str, *, is_foreign: bool
+) -> Iterator[_Finding]:
     for suffix, raw in content.items():
         if suffix.rpartition(".")[2] not in IMAGE_SUFFIXES:
             continue
@@ -274,8 +336,9 @@ def _wrong_pictures(record: dict[str, Any], content: dict[str, bytes], where: st
         except DataError as error:
             yield _Finding(where, str(error), name)
             continue
-        if suffix in IMAGE_SUFFIXES and picture.size != (record.get("width"), record.get("height")):
-            yield _Finding(where, f"is {picture.width} x {picture.height} pixels, not what its json says")
+        is_first = suffix in IMAGE_SUFFIXES and not is_foreign
+        if is_first and picture.size != (record.get("width"), record.get("height")):
+            yield _Finding(where, f"is {picture.width} x {picture.height} pixels, not what its json says", name)
 
 
 def _repeated_keys(corpus: _Corpus) -> Iterator[_Finding]:
@@ -323,7 +386,22 @@ def _duplicates(corpora: Sequence[_Corpus]) -> Iterator[_Finding]:
 
 
 def _repair(corpus: _Corpus) -> str:
-    """Keep what can be trusted. Returns: what was done."""
+    """Keep what can be trusted. Returns: what was done.
+
+    Raises:
+        DataError: a build is at work in the folder, or it cannot be written to.
+    """
+    state = corpus.folder / STATE_FOLDER
+    if is_remote(corpus.folder) or not state.is_dir():
+        return _repair_claimed(corpus)
+    lock = claim_folder(state)  # else what a build is writing would be taken for what one has left behind
+    try:
+        return _repair_claimed(corpus)
+    finally:
+        os.close(lock)
+
+
+def _repair_claimed(corpus: _Corpus) -> str:
     folder = corpus.folder
     bad = {finding.bad_shard for finding in corpus.findings if finding.bad_shard}
     kept = [shard for shard in corpus.shards if shard.name not in bad]
@@ -336,13 +414,17 @@ def _repair(corpus: _Corpus) -> str:
         for shard in kept:
             if not shard.has_index:
                 with local_copy(folder / shard.name) as local:
-                    publish_bytes(index_path(folder / shard.name), index_bytes(scan_tar(local, shard.name)))
+                    index = _true_index(folder / shard.name, local, corpus.foreign)
+                publish_bytes(index_path(folder / shard.name), index_bytes(index))
         entries = [shard.entry for shard in kept if shard.entry is not None and shard.entry.samples]
         write_manifest(folder, _new_manifest(corpus, entries, sum(shard.words for shard in kept)))
     rebuilt = sum(not shard.has_index for shard in kept)
+    cure = "Run build_shards.py again to make what is missing."
+    if corpus.foreign is not None:
+        cure = "Download what is missing again, and run index_shards.py."
     return (
         f"{folder}: {len(bad)} shards moved to {folder / _QUARANTINE}, {rebuilt} indexes and the manifest written "
-        "anew. Run build_shards.py again to make what is missing."
+        f"anew. {cure}"
     )
 
 

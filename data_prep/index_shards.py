@@ -38,6 +38,8 @@ _FLAGS = {
 _USAGE = "Usage: python data_prep/index_shards.py DIR [flags]\n\nFlags:\n" + "\n".join(
     f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
 )
+INDEXED = "indexed"
+"""A setting in the manifest of such a folder, by which check_shards.py knows it."""
 _AS_THEY_ARE = ImagePolicy(short_side_px=0)
 
 
@@ -71,7 +73,7 @@ def main(
     manifest = Manifest(
         source=source or place.name,
         split="",
-        settings={"indexed": "tars of others", "decode": checked},
+        settings={INDEXED: "tars of others", "decode": checked},
         attribution="",
         totals=add_up([totals for _, totals in found], {}),
         shards=tuple(entry for entry, _ in found if entry.samples),

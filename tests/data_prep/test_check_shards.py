@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import load_manifest
+from bridgetower.errors import DataError
+from bridgetower.files import claim_folder
 from data_prep.check_shards import main
 from data_prep.record import ImageFile, Record
 from tests.conftest import run_script
@@ -115,6 +118,34 @@ def test_pictures_that_two_corpora_share_are_counted(check, whole, corpus, tmp_p
     check(whole, corpus, duplicates="report")
     other = write_corpus(tmp_path, [1, 1], name="other", first_picture=50)
     assert "same image id" not in check(whole, other, duplicates="report")
+
+
+def test_what_repair_cannot_cure_is_said_and_ends_with_2(check, corpus):
+    for suffix in (".tar", ".index.npy"):
+        (corpus / f"00001{suffix}").rename(corpus / f"a b{suffix}")
+    content = (corpus / "shards.json").read_text()
+    (corpus / "shards.json").write_text(content.replace("00001.tar", "a b.tar"))
+    assert "a b.tar: has a name that is not letters" in check(corpus, code=2, repair="true").partition("After that")[2]
+
+
+def test_a_shard_whose_json_is_not_as_documented_goes_into_quarantine(check, corpus):
+    shard = corpus / "00001.tar"
+    shard.write_bytes(shard.read_bytes().replace(b'"width":', b'"Width":'))
+    (corpus / "shards.json").unlink()  # so that no checksum tells
+    assert "has width=None in its json" in check(corpus, code=2)
+    check(corpus, repair="true")
+    assert (corpus / "quarantine/00001.tar").is_file()
+
+
+def test_nothing_is_repaired_under_a_build_that_is_at_work(check, corpus):
+    (corpus / ".00001.tar.7.tmp").write_bytes(b"being written")
+    lock = claim_folder(corpus / ".build")
+    try:
+        with pytest.raises(DataError, match="Another program is writing"):
+            check(corpus, repair="true")
+    finally:
+        os.close(lock)
+    assert (corpus / ".00001.tar.7.tmp").is_file()
 
 
 def test_plain_pictures_do_not_look_the_same(check, tmp_path):

@@ -17,6 +17,7 @@ from tests.conftest import run_script
 from tests.small_corpora import draw, file_of
 
 COMMAND = "data_prep/index_shards.py"
+CHECK = "data_prep/check_shards.py"
 
 
 def write_foreign(path: Path, first: int, count: int, **changed: object) -> None:
@@ -36,7 +37,8 @@ def write_foreign(path: Path, first: int, count: int, **changed: object) -> None
             }
             if number == first + count - 1:
                 record = {**record, **changed}
-            members = [("jpg", image), ("json", json.dumps(record).encode()), ("txt", b"picture")]
+            text = f"picture  {number}".encode()
+            members = [("jpg", image), ("json", json.dumps(record).encode()), ("txt", text)]
             for suffix, content in members:
                 member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                 member.size = len(content)
@@ -71,6 +73,19 @@ def test_an_image_that_cannot_be_decoded_is_left_out(tmp_path):
     (tmp_path / "00000.tar").write_bytes(content.replace(bad, b"\0" * len(bad)))
     assert "2 images in 1 shards; left out: 1 image cannot be decoded" in run_script(COMMAND, str(tmp_path)).stdout
     assert "3 images" in run_script(COMMAND, str(tmp_path), "--decode=false").stdout
+
+
+def test_the_checker_knows_what_was_left_out_and_repairs_the_index(downloads):
+    content, bad = (downloads / "00000.tar").read_bytes(), file_of(draw(1), "JPEG")
+    (downloads / "00000.tar").write_bytes(content.replace(bad, b"\0" * len(bad)))
+    run_script(COMMAND, str(downloads))
+    expected = {path.name: path.read_bytes() for path in downloads.iterdir()}
+    assert "2 shards, 7 images, 7 captions: nothing wrong" in run_script(CHECK, str(downloads), "--decode=all").stdout
+    (downloads / "00000.index.npy").write_bytes((downloads / "00001.index.npy").read_bytes())
+    (downloads / "00001.index.npy").unlink()
+    assert "2 wrong" in run_script(CHECK, str(downloads), code=2).stdout
+    assert "7 captions: nothing wrong" in run_script(CHECK, str(downloads), "--repair").stdout
+    assert {path.name: path.read_bytes() for path in downloads.iterdir()} == expected
 
 
 def test_a_damaged_tar_is_an_error_that_names_it(downloads):
