@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import os
+import platform
 import shutil
 import sqlite3
 import tempfile
@@ -99,24 +100,14 @@ def planning(
         DataError: rows contradict each other, there are none, or the disk is full.
     """
     source = iter(entries)
-    first = list(itertools.islice(source, 1))  # a source that refuses its input does so now: nothing is made for it
+    wanted = Path(scratch or tempfile.gettempdir()).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if path.is_dir())
+    with _sqlite_files(there):
+        first = list(itertools.islice(source, 1))  # a source that refuses its input does so now: nothing is made for it
     with _own_folder(scratch) as folder:
-        # Where SQLite puts the files of its sorting; /tmp is memory on some machines.
-        before = os.environ.get("SQLITE_TMPDIR")
-        os.environ["SQLITE_TMPDIR"] = folder
-        try:
-            _write(itertools.chain(first, source), Path(folder) / "plan.sqlite", seed, on_progress)
-        except sqlite3.OperationalError as error:
-            raise DataError(
-                f"The plan of the shards cannot be written to {folder} ({error}). Make room there, or give --scratch a "
-                "folder on a larger disk."
-            ) from error
-        finally:
-            if before is None:
-                del os.environ["SQLITE_TMPDIR"]
-            else:
-                os.environ["SQLITE_TMPDIR"] = before
-        plan = Plan(Path(folder) / "plan.sqlite")
+        with _sqlite_files(folder):
+            _write(itertools.chain(first, source), folder / "plan.sqlite", seed, on_progress)
+        plan = Plan(folder / "plan.sqlite")
         try:
             yield plan
         finally:
@@ -124,14 +115,57 @@ def planning(
 
 
 @contextmanager
-def _own_folder(scratch: Path | None) -> Iterator[str]:
-    """A temporary folder; those that killed programs left behind are removed."""
+def _sqlite_files(folder: Path) -> Iterator[None]:
+    """Where SQLite puts the files of its sorting and of DiskDict: /tmp and /var/tmp are small or memory on some nodes.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    try:
+        _set_temporary_folder(str(folder))
+        yield
+    except sqlite3.OperationalError as error:
+        raise DataError(
+            f"The plan of the shards cannot be written to {folder} ({error}). Make room there, or give --scratch a "
+            "folder on a larger disk."
+        ) from error
+    finally:
+        _set_temporary_folder("")
+
+
+def _set_temporary_folder(folder: str) -> None:
+    # Of the whole process. The variable SQLITE_TMPDIR would be too late: SQLite reads it once, when it is loaded.
+    quoted = folder.replace("'", "''")
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute(f"PRAGMA temp_store_directory = '{quoted}'")
+
+
+@contextmanager
+def _own_folder(scratch: Path | None) -> Iterator[Path]:
+    """A temporary folder; those that killed programs left behind on this machine are removed."""
+    # Locks of other machines are not seen on every file system.
+    own = f"{_PREFIX}{platform.node()}-"
     try:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
+        _remove_stale(Path(scratch or tempfile.gettempdir()), own)
+        unnamed = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}new-", dir=scratch))
     except OSError as error:
         raise DataError(f"{scratch} cannot be written to ({error.strerror}). Use another folder.") from error
-    for stale in Path(scratch or tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    # Locked before it has the name by which others look for it: they would take it for one that was left behind.
+    lock = os.open(unnamed, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder = unnamed.rename(unnamed.with_name(unnamed.name.replace(f"{_PREFIX}new-", own)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_stale(scratch: Path, own: str) -> None:
+    for stale in scratch.glob(f"{own}*"):
         try:
             lock = os.open(stale, os.O_RDONLY)
         except OSError:  # another user's, or gone by now
@@ -140,14 +174,6 @@ def _own_folder(scratch: Path | None) -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its program lives
             shutil.rmtree(stale, ignore_errors=True)
         os.close(lock)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=scratch, ignore_cleanup_errors=True) as folder:
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield folder
-        finally:
-            os.close(lock)
 
 
 def _write(entries: Iterable[Record | Reject], file: Path, seed: int, on_progress: Callable[[int], None]) -> None:
