@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from bridgetower.data.picture import PictureTooLarge, flatten, opened, orientation_of
+from bridgetower.data.picture import PictureTooLarge, flatten, opaque_rgb, opened, orientation_of, upright
 from bridgetower.errors import DataError
 from data_prep.record import ImagePolicy
 
@@ -25,6 +26,9 @@ _PLAIN_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 _MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 _GAUSSIAN_WIDTH = 0.35  # in pixels of the smaller picture
 _MAX_GAUSSIAN_SCALE = 4.0
+# Of a picture with more pixels only Pillow's own copy is whole: 4 bytes a pixel, up to 360 MB.
+_LARGE_PIXELS = 12_000_000
+_STRIP_PIXELS = 1_000_000
 _HASH_SIDE = 8
 _HASH_INPUT_PX = 32
 _HASH_DENSE_PX = 128
@@ -66,10 +70,10 @@ def convert(raw: bytes, images: ImagePolicy, where: str) -> Converted:
                 size, suffix = image.size, _PLAIN_FORMATS[str(image.format)]
                 # Eighths of the coefficients: libjpeg still reads every bit, but computes a 64th of the pixels.
                 image.draft(None, (size[0] // 8, size[1] // 8))
-                return Converted(raw, suffix, *size, perceptual_hash(np.asarray(image.convert("RGB"))))
+                return Converted(raw, suffix, *size, perceptual_hash(_thinned(image)))
             pixels = _decode_fast(raw, image, images) if is_plain else None
             if pixels is None:
-                pixels = np.asarray(flatten(image))
+                pixels = _flat_pixels(image, images.short_side_px)
     except PictureTooLarge:
         raise Rejected("image has too many pixels") from None
     except DataError:
@@ -127,6 +131,33 @@ def _decode_fast(raw: bytes, image: Image.Image, images: ImagePolicy) -> Pixels 
     return decoded
 
 
+def _flat_pixels(image: Image.Image, short_side_px: int) -> Pixels:
+    """The upright, opaque RGB pixels. Large pictures are reduced to more than scaled_down averages over, in strips."""
+    if image.width * image.height <= _LARGE_PIXELS:
+        return np.asarray(flatten(image))
+    image.load()
+    reduced_px = math.ceil(_MAX_GAUSSIAN_SCALE * min(_scaled(image.size, short_side_px))) + 1
+    factor = max(1, min(image.size) // reduced_px)
+    width, height = image.width // factor, image.height // factor
+    rows = max(1, _STRIP_PIXELS // (image.width * factor))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        end = min(height, top + rows)
+        strip = np.asarray(opaque_rgb(image.crop((0, top * factor, image.width, end * factor))))
+        pixels[top:end] = cv2.resize(strip, (width, end - top), interpolation=cv2.INTER_AREA) if factor > 1 else strip
+    orientation = orientation_of(image)
+    return pixels if orientation == 1 else np.asarray(upright(Image.fromarray(pixels), orientation))
+
+
+def _thinned(image: Image.Image) -> Pixels:
+    """The pixels that perceptual_hash reads of an image, RGB."""
+    step = _hash_step(image.size)
+    rows = max(1, _STRIP_PIXELS // (image.width * step)) * step
+    image.load()
+    strips = (image.crop((0, top, image.width, min(image.height, top + rows))) for top in range(0, image.height, rows))
+    return np.concatenate([np.asarray(strip.convert("RGB"))[::step, ::step].copy() for strip in strips])
+
+
 def _scaled(size: tuple[int, int], short_side_px: int) -> tuple[int, int]:
     """Width and height with that short side, never larger than they were; 0: as they are."""
     if not short_side_px or min(size) <= short_side_px:
@@ -158,8 +189,7 @@ def perceptual_hash(pixels: Pixels) -> int:
     Args:
         pixels: RGB, (height, width, 3).
     """
-    # Of a large picture every second or third pixel is enough to average.
-    step = max(1, min(pixels.shape[:2]) // _HASH_DENSE_PX)
+    step = _hash_step(pixels.shape[:2])
     gray = cv2.cvtColor(np.ascontiguousarray(pixels[::step, ::step]), cv2.COLOR_RGB2GRAY)
     small = cv2.resize(gray, (_HASH_INPUT_PX, _HASH_INPUT_PX), interpolation=cv2.INTER_AREA)
     waves = _waves()
@@ -168,6 +198,11 @@ def perceptual_hash(pixels: Pixels) -> int:
     middle = np.sort(low)[31:33].mean()
     is_above = low > middle
     return int.from_bytes(np.packbits(is_above).tobytes(), "big")
+
+
+def _hash_step(size: tuple[int, ...]) -> int:
+    """Of a large picture every second or third pixel is enough to average."""
+    return max(1, min(size) // _HASH_DENSE_PX)
 
 
 @lru_cache

@@ -37,7 +37,7 @@ from data_prep.record import ImageFile, ImagePolicy, Record
 
 STATE_FOLDER = ".build"
 # A part of the digest of a shard's inputs: to be raised when the same input gives other bytes.
-_WRITER_VERSION = 3
+_WRITER_VERSION = 4
 _TAR_MODE = 0o644
 _NOTE_SECONDS = 0.5
 _READS_AHEAD = 16

@@ -76,13 +76,18 @@ def open_picture(raw: bytes, where: str) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Turn a Pillow image upright, over white where it is transparent, and to 8-bit RGB.
+    """Turn a Pillow image upright, over white where it is transparent, and to 8-bit RGB."""
+    image.load()
+    orientation = orientation_of(image)
+    return upright(opaque_rgb(image), orientation)
+
+
+def opaque_rgb(image: Image.Image) -> Image.Image:
+    """A copy over white where it is transparent, in 8-bit RGB, but not turned.
 
     White, not the black that lies under transparent pixels in many files (which is what the reference's RGBA -> RGB
     conversion shows): drawings are made for a light page.
     """
-    image.load()
-    orientation = orientation_of(image)
     if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
@@ -90,7 +95,11 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grayscale: Pillow's own conversion would clip everything above 255 to white.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    image = image.convert("RGB")
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image as EXIF's number says."""
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

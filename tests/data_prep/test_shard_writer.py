@@ -24,9 +24,10 @@ from PIL import Image
 
 from bridgetower.data.index import index_path, scan_tar
 from bridgetower.data.manifest import Manifest, load_manifest
+from bridgetower.data.picture import flatten
 from bridgetower.errors import ConfigError, DataError
 from data_prep.build import State
-from data_prep.convert import convert, scaled_down
+from data_prep.convert import convert, perceptual_hash, scaled_down
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 from tests.conftest import REPO, command_line, run_script, script_environment
 from tests.small_corpora import build_records, draw, file_of, png_that_claims
@@ -655,3 +656,63 @@ def test_a_full_disk_is_an_error_that_leaves_no_half_shard(tmp_path):
     assert [path for path in files_in(out) if "tar" in path or "npy" in path or "shards" in path] == []
     run_script("data_prep/build_shards.py", *arguments)
     assert load_manifest(out).totals.images == 6
+
+
+# Memory of a worker.
+
+PEAK_OF_CONVERTING = """
+import sys
+from pathlib import Path
+from data_prep.convert import convert
+from data_prep.record import ImagePolicy
+convert(Path(sys.argv[1]).read_bytes(), ImagePolicy(short_side_px=int(sys.argv[2])), "the picture")
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "side_px", "suffix", "short_side_px", "limit_mib"),
+    [
+        ("RGBA", 3_460, "png", 304, 300),
+        ("RGBA", 3_460, "png", 0, 300),
+        ("RGB", 9_400, "jpg", 304, 300),
+        # The largest that are accepted: Pillow's own copy alone takes 340.
+        ("RGB", 9_400, "png", 304, 430),
+        ("RGB", 9_400, "png", 0, 430),
+        ("RGBA", 9_400, "png", 304, 430),
+    ],
+)
+def test_memory_of_converting_a_picture_is_bounded(tmp_path, mode, side_px, suffix, short_side_px, limit_mib):
+    file = tmp_path / f"picture.{suffix}"
+    Image.new(mode, (side_px, side_px), "red").save(file)
+    command = [sys.executable, "-c", PEAK_OF_CONVERTING, str(file), str(short_side_px)]
+    found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert int(found.stdout) / 1024 < limit_mib
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize(("orientation", "size"), [(1, (1_250, 650)), (6, (1_250, 650)), (1, (3_025, 250))])
+def test_a_large_picture_is_converted_in_strips_to_what_it_is_as_a_whole(mode, orientation, size, monkeypatch):
+    monkeypatch.setattr("data_prep.convert._LARGE_PIXELS", 500_000)
+    monkeypatch.setattr("data_prep.convert._STRIP_PIXELS", 50_000)
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 25, 3), np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    raw = file_of(image, "TIFF", exif=exif_of(orientation))
+    pixels = np.asarray(flatten(Image.open(io.BytesIO(raw))))
+    for short_side_px in (0, 76):
+        converted = convert(raw, ImagePolicy(short_side_px=short_side_px, lossless=True), "the picture")
+        long_side_px = round(76 * max(size) / min(size))
+        width, height = (long_side_px, 76) if short_side_px else size
+        wanted = (height, width) if orientation == 6 else (width, height)
+        found = np.asarray(Image.open(io.BytesIO(converted.content)), np.float64)
+        assert (found.shape[1], found.shape[0]) == wanted
+        exact = np.asarray(Image.fromarray(pixels).resize(wanted, Image.Resampling.BICUBIC), np.float64)
+        assert np.mean((found - exact) ** 2) < (255**2 / 10**4 if short_side_px else 1e-9)  # 40 dB
+        assert (converted.phash ^ perceptual_hash(pixels)).bit_count() <= 2
+
+
+@pytest.mark.parametrize("size", [(90, 60), (300, 130), (700, 400), (1_500, 3_000)])
+def test_the_hash_of_a_picture_that_is_passed_on_is_that_of_all_its_pixels(size):
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
+    image = small.resize(size, Image.Resampling.BICUBIC)
+    assert convert(file_of(image), AS_THEY_ARE, "the picture").phash == perceptual_hash(np.asarray(image))
