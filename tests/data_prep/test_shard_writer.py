@@ -491,8 +491,8 @@ def uninterrupted(emoji_raw, tmp_path_factory) -> Path:
     return out
 
 
-def start_build(arguments: Sequence[str], out: Path) -> subprocess.Popen[str]:
-    """Start a build in a process group of its own and wait until its third shard is there."""
+def start_build(arguments: Sequence[str], out: Path, shards: int = 3) -> subprocess.Popen[str]:
+    """Start a build in a process group of its own and wait until so many shards are there."""
     process = subprocess.Popen(
         command_line("data_prep/build_shards.py", [*arguments, f"--out={out}"], 0),
         cwd=REPO,
@@ -502,7 +502,7 @@ def start_build(arguments: Sequence[str], out: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    while len(list(out.glob("*.tar"))) < 3:
+    while len(list(out.glob("*.tar"))) < shards:
         assert process.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.001)
     return process
@@ -536,21 +536,14 @@ def test_a_build_that_is_killed_goes_on_to_identical_bytes(emoji_raw, uninterrup
 
 
 def test_a_build_that_is_killed_at_ten_random_moments_ends_with_identical_bytes(emoji_raw, uninterrupted, tmp_path):
-    out, moments = tmp_path / "out", np.random.default_rng(0).uniform(0.5, 2.5, 10)
-    for moment in moments:
-        process = subprocess.Popen(
-            command_line("data_prep/build_shards.py", [*emoji_raw, f"--out={out}"], 0),
-            cwd=REPO,
-            env=script_environment({}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    # Each later than the one before, and the build is killed while it writes.
+    for shards in sorted(rng.integers(1, 90, 10).tolist()):
+        with start_build(emoji_raw, out, shards) as process:
+            time.sleep(rng.uniform(0, 0.02))
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "shards.json").exists()
     for shard in out.glob("*.tar"):  # no half shards
         assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
     run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
@@ -630,6 +623,36 @@ def test_a_second_build_at_the_same_time_is_refused_and_the_first_is_not_disturb
     assert f"Another program is writing to {out}" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert files_in(out) == files_in(uninterrupted)
+
+
+def test_a_small_disk_that_fills_up_is_an_error_after_which_the_build_goes_on(emoji_raw, uninterrupted, tmp_path):
+    # A file system in memory, in a name space of its own, which also those may have who may not mount.
+    in_small_disk = ["unshare", "--mount", "--map-root-user", "bash", "-ec"]
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
+    if subprocess.run([*in_small_disk, mount, str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a tmpfs")
+    out = tmp_path / "disk/out"
+    out.parent.mkdir()
+    script = f"""{mount}
+code=0; "$@" || code=$?; ls "$0/out"; cp -r "$0/out" "$0/../copy"; exit $code"""
+    build = command_line("data_prep/build_shards.py", [*emoji_raw, f"--out={out}"], 0)
+    full = subprocess.run(
+        [*in_small_disk, script, str(out.parent), *build],
+        cwd=REPO,
+        env=script_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert full.returncode == 2, full.stderr
+    (line,) = full.stderr.strip().splitlines()
+    assert "No space left on device" in line or "disk is full" in line
+    shards = list((tmp_path / "copy").glob("*.tar"))
+    assert shards and not (tmp_path / "copy/shards.json").exists()
+    for shard in shards:
+        assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
+    run_script("data_prep/build_shards.py", *emoji_raw, f"--out={tmp_path / 'copy'}")
+    assert files_in(tmp_path / "copy") == files_in(uninterrupted)
 
 
 def test_a_full_disk_is_an_error_that_leaves_no_half_shard(tmp_path):
