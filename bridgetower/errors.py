@@ -6,6 +6,8 @@ EXIT_USAGE = 2
 """Wrong usage or wrong input."""
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: stopped by request with a checkpoint saved; run the same command again."""
+EXIT_INTERRUPTED = 130
+"""Stopped with Ctrl-C, as shells number it."""
 
 
 class BridgeTowerError(Exception):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -216,6 +217,7 @@ def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) ->
     # A clean server process forks the workers: no threads of this one are copied.
     context = multiprocessing.get_context("forkserver")
     notes: multiprocessing.Queue[Progress] = context.Queue()
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (notes, exclusion)) as pool:
         futures = {pool.submit(_build, job): job for job in jobs}
         pending = set(futures)
@@ -231,6 +233,11 @@ def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) ->
                 "A worker process died, most likely for want of memory. Run the command again with fewer --workers: "
                 "finished shards are kept."
             ) from None
+        except KeyboardInterrupt:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # it may be minutes from the end of its shard
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -289,6 +296,7 @@ class _Worker:
 
 def _start_worker(notes: multiprocessing.Queue[Progress], exclusion: Exclusion) -> None:
     """Runs in a new worker: one whose parent was killed would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one answers
     notes.cancel_join_thread()
     _Worker.note, _Worker.exclusion = staticmethod(notes.put), exclusion
     parent = multiprocessing.parent_process()

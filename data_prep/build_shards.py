@@ -25,7 +25,7 @@ import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.data.manifest import Manifest
-from bridgetower.errors import ConfigError, DataError
+from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
 from bridgetower.storage import is_remote, place
 from data_prep.build import Settings, Slice, build_corpus, num_cores
 from data_prep.exclusion import load_exclusion
@@ -202,5 +202,13 @@ def _print_table(out: Path, manifests: Mapping[str, Manifest]) -> None:
             console.print(f"Rejected captions{name}: {reasons}", soft_wrap=True, markup=False)
 
 
+def _run() -> None:
+    try:
+        run_command(lambda: fire.Fire(SetParseFn(str)(main)))
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again: finished shards are kept.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
 if __name__ == "__main__":
-    run_command(lambda: fire.Fire(SetParseFn(str)(main)))
+    _run()

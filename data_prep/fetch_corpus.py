@@ -32,7 +32,7 @@ from rich.table import Table
 
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command, show_usage_or_stop
 from bridgetower.config.overrides import unknown_name
-from bridgetower.errors import ConfigError
+from bridgetower.errors import EXIT_INTERRUPTED, ConfigError
 from bridgetower.files import claim_folder, write_atomically
 from bridgetower.storage import is_remote, place
 from data_prep.catalogue import Corpus, RemoteFile, catalogue, tars_folder
@@ -54,7 +54,6 @@ _FLAGS = {
 }
 _ARCHIVES = "downloads"
 _UNPACKED = ".unpacked.json"
-_EXIT_INTERRUPTED = 130
 
 
 def _usage() -> str:
@@ -254,7 +253,7 @@ def _run() -> None:
         run_command(lambda: fire.Fire(SetParseFn(str)(main)))
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again: it goes on.", file=sys.stderr)
-        sys.exit(_EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

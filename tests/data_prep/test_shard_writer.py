@@ -613,6 +613,17 @@ def test_the_workers_of_a_build_that_is_killed_end_too(emoji_raw, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_ctrl_c_ends_a_build_and_its_workers_and_says_that_it_goes_on(emoji_raw, tmp_path):
+    with start_build(emoji_raw, tmp_path / "out") as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, "Run the same command again" in errors, "Traceback" in errors) == (130, True, False)
+    deadline = time.monotonic() + 30
+    while running_in_session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running_in_session(process.pid) == []
+
+
 def test_a_second_build_at_the_same_time_is_refused_and_the_first_is_not_disturbed(emoji_raw, uninterrupted, tmp_path):
     out = tmp_path / "out"
     with start_build(emoji_raw, out) as process:
