@@ -73,7 +73,7 @@ class PretrainTask(nn.Module):
 
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
-        model, objectives, compute = self.model, self.objectives, self.model.compute
+        model, objectives, compute = self.model, self.objectives, self.model.step_compute
         rows = plan_rows(batch, objectives, compute)
         pixels_N3SS = batch.pixels_N3SS
         if not compute.share_images:

@@ -102,6 +102,8 @@ def variants() -> dict[str, ModelConfig]:
     fusion = config.fusion
     changes: dict[str, dict[str, Any]] = {
         **{form: {"bridge": form} for form in ("gated_interpolate", "cross_attention", "cross_attention_ffn")},
+        "cross_attention, padding seen": {"bridge": "cross_attention", "bridge_masks_padding": False},
+        "cross_attention_ffn, padding seen": {"bridge": "cross_attention_ffn", "bridge_masks_padding": False},
         "one layer": {"num_layers": 1},
         "one external": {"num_external_layers": 1},
         "METER": {"num_external_layers": fusion.num_layers, "multi_layer_fusion": True},

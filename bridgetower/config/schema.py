@@ -146,7 +146,8 @@ class FusionConfig:
     (c) interpolate, (d) gated_interpolate, (e) linear_concat, (f) mlp_concat, (g) cross_attention,
     (h) cross_attention_ffn, (i) linear_residual."""
     bridge_masks_padding: bool = True
-    """cross_attention and cross_attention_ffn do not look at padding; false looks, as the authors' code did."""
+    """cross_attention and cross_attention_ffn do not look at padding; false looks, as the authors' code did. A step
+    then computes padding, to the longest caption of the micro-batch, whatever compute.pack_text says."""
     multi_layer_fusion: bool = False
     """METER's: a gated sum of all layers of a tower takes the place of its last one. Needs all layers external."""
 
@@ -167,6 +168,12 @@ class FusionConfig:
                 f"{self.num_bridged} of model.fusion.num_layers={self.num_layers} are bridged to a layer of their own. "
                 f"Use --model.fusion.num_external_layers={self.num_layers or 6} with as many layers, or switch it off."
             )
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether padding changes what is computed for real tokens, so that it may not be left out."""
+        has_attention = self.bridge in ("cross_attention", "cross_attention_ffn")
+        return has_attention and self.num_bridged > 1 and not self.bridge_masks_padding
 
     @property
     def num_bridged(self) -> int:

@@ -281,6 +281,12 @@ class BridgeTower(nn.Module):
         return BridgeTowerOutput(text_BLD, image_BPD, self.pool(text_BLD[:, 0], image_BPD[:, 0]), maps)
 
     @property
+    def step_compute(self) -> ComputeConfig:
+        """The savings that change nothing in this model: texts are not packed where a bridge looks at padding."""
+        packs = self.compute.pack_text and not self.config.fusion.sees_padding
+        return dataclasses.replace(self.compute, pack_text=packs)
+
+    @property
     def _fusion_compute(self) -> ComputeConfig:
         """Absorbs projections where that is less work for the longest captions.
 
