@@ -264,8 +264,8 @@ class BridgeTower(nn.Module):
             return_attention: also give the cross-attention of each layer, for figures; slower.
 
         Raises:
-            DataError: states of other layers than the bridged ones, of another width or number of pairs, or a mask of
-                another shape.
+            DataError: states of other layers than the bridged ones, of another width, type or number of pairs, or a
+                mask of another shape or of floating-point numbers.
         """
         self._check_states(text_KBLD, image_KBPD)
         _check_mask(attention_mask_BL, text_KBLD.shape[1:3])
@@ -392,11 +392,17 @@ class BridgeTower(nn.Module):
     def _check_states(self, text_KBLD: Tensor, image_KBPD: Tensor) -> None:
         fusion, (text, image) = self.config.fusion, (tuple(text_KBLD.shape), tuple(image_KBPD.shape))
         layers = max(1, fusion.num_bridged)
-        for name, found in (("text", text), ("image", image)):
+        for name, states in (("text", text_KBLD), ("image", image_KBPD)):
+            found, dtype = tuple(states.shape), self.text_pooler.weight.dtype
             if len(found) != 4 or found[0] != layers or found[3] != fusion.width:
                 raise DataError(
                     f"The {name} states have shape {found}, the cross-modal encoder reads ({layers}, pairs, positions, "
                     f"{fusion.width}). Give it states_KBND of encode_{name}."
+                )
+            if states.dtype != dtype and not torch.is_autocast_enabled(states.device.type):
+                raise DataError(
+                    f"The {name} states are {states.dtype}, the weights are {dtype}. Use states_KBND.to({dtype}), or "
+                    "torch.autocast."
                 )
         if text[1] != image[1]:
             raise DataError(
@@ -428,4 +434,10 @@ def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
         raise DataError(
             f"attention_mask has shape {tuple(mask.shape)}, the tokens {tuple(shape)}. Give one value per token: "
             "non-zero for real ones, 0 for padding."
+        )
+    if mask.is_floating_point():
+        raise DataError(
+            f"attention_mask is {mask.dtype}. Masks of that type are as often 0 for real tokens (those that are added "
+            "to scores) as for padding. Give booleans or whole numbers, non-zero for real tokens: mask.bool() or "
+            "mask == 0."
         )

@@ -175,9 +175,22 @@ def test_mask_of_numbers_is_a_mask_in_every_public_part(model):
     # Attention would add one of floating-point numbers to its scores.
     image = model.encode_image(PIXELS).states_KBND
     text = model.encode_text(IDS, MASK)
-    for mask in (MASK.long(), MASK.float(), MASK.double(), MASK.int()):
+    for mask in (MASK.long(), MASK.byte(), MASK.int()):
         close(model.encode_text(IDS, mask).states_KBND, text.states_KBND, 0)
         close(model.fuse(text.states_KBND, image, mask).pooled, model.fuse(text.states_KBND, image, MASK).pooled, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_mask_of_floating_point_numbers_is_refused_as_those_that_are_added_say_the_opposite(model, dtype):
+    added = (1 - MASK.to(dtype)) * -10_000
+    text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS).states_KBND
+    for call in (
+        lambda: model(PIXELS, IDS, added),
+        lambda: model.encode_text(IDS, added),
+        lambda: model.fuse(text, image, added),
+    ):
+        refused(DataError, rf"attention_mask is {dtype}\. .*mask\.bool\(\) or mask == 0", call)
+    accepted(model, mask=added == 0)
 
 
 @torch.no_grad()
@@ -209,3 +222,17 @@ def test_states_of_other_layers_or_another_width_are_refused(model):
         said = re.escape(f"text states have shape {tuple(wrong.shape)}, the cross-modal encoder reads (3, pairs, posit")
         refused(DataError, said, lambda x=wrong: model.fuse(x, image, MASK))
         refused(DataError, "The image states have shape", lambda x=wrong: model.fuse(text, x, MASK))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_states_of_another_precision_are_refused_with_the_cast_that_helps(model, dtype):
+    # As features are that were cached in half of the memory.
+    with torch.no_grad():
+        text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS).states_KBND
+    said = rf"states are {dtype}, the weights are torch.float32. Use states_KBND.to\(torch.float32\), or torch.autocast"
+    refused(DataError, f"The text {said}", lambda: model.fuse(text.to(dtype), image, MASK))
+    refused(DataError, f"The image {said}", lambda: model.fuse(text, image.to(dtype), MASK))
+    assert model.fuse(text.to(dtype).float(), image.to(dtype).float(), MASK).pooled.isfinite().all()
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype=dtype):
+            assert model.fuse(text.to(dtype), image.to(dtype), MASK).pooled.isfinite().all()
