@@ -12,8 +12,8 @@ from bridgetower.engine.evaluate import RECALL_AT, SplitScores
 
 LABELS: dict[str, str] = {
     "itm_balanced_accuracy": "ITM balanced accuracy (random negatives)",
-    **{f"t2i_r{k}": f"text-to-image R@{k}, by ITM" for k in RECALL_AT},
-    **{f"i2t_r{k}": f"image-to-text R@{k}, by ITM" for k in RECALL_AT},
+    **{f"t2i_r{k}": f"text-to-image R@{k}, with ITM" for k in RECALL_AT},
+    **{f"i2t_r{k}": f"image-to-text R@{k}, with ITM" for k in RECALL_AT},
     **{f"itc_t2i_r{k}": f"text-to-image R@{k}, by ITC alone" for k in RECALL_AT},
     **{f"itc_i2t_r{k}": f"image-to-text R@{k}, by ITC alone" for k in RECALL_AT},
     "mlm_accuracy": "MLM accuracy of masked words",
