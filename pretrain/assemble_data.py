@@ -17,7 +17,7 @@ from bridgetower.data.manifest import load_manifest
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
-from bridgetower.errors import ConfigError
+from bridgetower.errors import ConfigError, DataError
 from bridgetower.model.bridgetower import complete_model_config
 from bridgetower.model.text_tower import padding_id
 from bridgetower.storage import place
@@ -101,11 +101,12 @@ def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
 
 
 def check_held_out(data: DataConfig, train: Corpora | None = None) -> None:
-    """Stop before anything starts if a held-out folder is not there, is trained on, or two have the same name.
+    """Stop before anything starts if a held-out folder cannot be scored, is trained on, or two have the same name.
 
     Raises:
         ConfigError: two folders have the same last name, which would name their scores, or one has pictures that the
             run trains on.
+        DataError: a folder is not there, or has a single picture, which there is nothing to tell from.
     """
     folders = data.eval_shards
     names = [place(folder).name for folder in folders]
@@ -116,7 +117,11 @@ def check_held_out(data: DataConfig, train: Corpora | None = None) -> None:
             )
     trained = image_ids(train) if train is not None and folders else None
     for folder in folders:
-        load_manifest(folder)
+        if load_manifest(folder).totals.images < 2:
+            raise DataError(
+                f"The held-out {folder} has a single image; matching and retrieval need two or more. Give another "
+                "folder as data.eval_shards, or none."
+            )
         if trained is not None:
             shared = int(np.isin(np.unique(image_ids(open_corpora([folder], data))), trained).sum())
             if shared:

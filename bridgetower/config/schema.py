@@ -480,6 +480,8 @@ class EvaluationConfig:
             raise ConfigError(
                 f"evaluation.max_images_without_itc={self.max_images_without_itc} must be 2 or more, to choose from."
             )
+        if self.max_images == 1:
+            raise ConfigError("evaluation.max_images=1 leaves nothing to choose from. Use 0 (all) or 2 or more.")
         if min(self.every_steps, self.max_images, self.num_samples) < 0:
             raise ConfigError(
                 f"evaluation.every_steps={self.every_steps}, evaluation.max_images={self.max_images} and "

@@ -52,6 +52,7 @@ REFUSED = [
     ({"engine.threads_per_rank": "-1"}, "engine.threads_per_rank=-1", "0 (share the cores) or more"),
     ({"evaluation.batch_size": "0"}, "evaluation.batch_size=0", "greater than 0"),
     ({"evaluation.max_images": "-1"}, "evaluation.max_images=-1", "0 or more"),
+    ({"evaluation.max_images": "1"}, "evaluation.max_images=1", "0 (all) or 2 or more"),
     ({"checkpoint.every_steps": "0"}, "checkpoint.every_steps=0", "greater than 0"),
     ({"checkpoint.keep_last": "-1"}, "checkpoint.keep_last=-1", "0 (keep all) or more"),
     ({"tracker.every_steps": "0"}, "tracker.every_steps=0", "greater than 0"),

@@ -6,15 +6,16 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
 from bridgetower.engine.launch import computes_bf16
-from bridgetower.errors import CheckpointError, ConfigError
+from bridgetower.errors import CheckpointError, ConfigError, DataError
 from pretrain.assemble import build_task, find_memory_config, find_yardstick, load_task, precision_of
 from pretrain.assemble_data import build_tokenizer, check_held_out
 from pretrain.presets import tiny
-from tests.conftest import REPO
+from tests.conftest import REPO, run_script
 
 CPU = torch.device("cpu")
 
@@ -52,6 +53,15 @@ def test_held_out_folder_whose_pictures_are_trained_on_is_refused(emoji_shards):
     check_held_out(configured(data__eval_shards=one).data, train)
     with pytest.raises(ConfigError, match=r"131 pictures of the held-out .*concept are also in data\.train_shards"):
         check_held_out(configured(data__eval_shards=both).data, train)
+
+
+def test_held_out_folder_with_a_single_picture_is_refused_before_training(tmp_path):
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "one.png")
+    (tmp_path / "captions.csv").write_text("image,caption\none.png,red\n")
+    flags = [f"--raw={tmp_path}", f"--captions={tmp_path / 'captions.csv'}", f"--out={tmp_path / 'shards'}"]
+    run_script("data_prep/build_shards.py", "folder", *flags)
+    with pytest.raises(DataError, match=r"held-out .*shards has a single image.* Give another folder"):
+        check_held_out(configured(data__eval_shards=str(tmp_path / "shards")).data)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():
