@@ -94,6 +94,7 @@ def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
             max_text_tokens=config.model.text.max_tokens,
             mlm_probability=config.objectives.mlm_probability,
             max_images=config.evaluation.max_images,
+            exact_resize=config.data.exact_resize,
             cache=open_cache(config.data),
         )
         for folder in config.data.eval_shards

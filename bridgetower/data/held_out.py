@@ -28,19 +28,21 @@ class HeldOutSplit:
         max_text_tokens: int,
         mlm_probability: float,
         max_images: int = 0,
+        exact_resize: bool = False,
         cache: ShardCache | None = None,
     ) -> None:
         """Read the captions of the split; images are read when asked for.
 
         Args:
             max_images: 0 takes all.
+            exact_resize: never decode at reduced scale, as for training pictures.
             cache: where shards of a remote folder are kept.
         """
         self._corpora = Corpora([folder], cache)
         self.name = self._corpora.names[0]
         self.tokenizer = tokenizer
         self._image_size_px, self._max_text_tokens = image_size_px, max_text_tokens
-        self._mlm_probability = mlm_probability
+        self._mlm_probability, self._exact_resize = mlm_probability, exact_resize
         self._rows: list[tuple[int, int]] = []
         self.captions: list[str] = []
         image_of_caption: list[int] = []
@@ -71,7 +73,12 @@ class HeldOutSplit:
             first,
             torch.stack(
                 [
-                    load_image(self.image_bytes(number), self._image_size_px, f"{self.name}, image {number}")
+                    load_image(
+                        self.image_bytes(number),
+                        self._image_size_px,
+                        f"{self.name}, image {number}",
+                        exact=self._exact_resize,
+                    )
                     for number in numbers
                 ]
             ),

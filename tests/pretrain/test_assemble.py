@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
+from bridgetower.data.images import load_image
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError, DataError
+from data_prep.record import ImageFile, Record
 from pretrain.assemble import build_task, find_memory_config, find_yardstick, load_task, precision_of
-from pretrain.assemble_data import build_tokenizer, check_held_out
+from pretrain.assemble_data import build_splits, build_tokenizer, check_held_out
 from pretrain.presets import tiny
 from tests.conftest import REPO, run_script
+from tests.small_corpora import build_records, file_of
 
 CPU = torch.device("cpu")
 
@@ -62,6 +66,22 @@ def test_held_out_folder_with_a_single_picture_is_refused_before_training(tmp_pa
     run_script("data_prep/build_shards.py", "folder", *flags)
     with pytest.raises(DataError, match=r"held-out .*shards has a single image.* Give another folder"):
         check_held_out(configured(data__eval_shards=str(tmp_path / "shards")).data)
+
+
+def test_held_out_pictures_are_resized_as_exactly_as_those_of_training(tmp_path):
+    y, x = np.mgrid[:600, :800]
+    waves = np.stack([np.sin(x / 3), np.cos(y / 4), np.sin((x + y) / 5)], axis=-1)
+    raw = file_of(Image.fromarray((127.5 + 120 * waves).astype(np.uint8)), "JPEG", quality=95)
+    (tmp_path / "large.jpg").write_bytes(raw)
+    image = ImageFile(path=tmp_path / "large.jpg")
+    build_records([Record(key="a", image=image, image_id="a", captions=("waves",))], tmp_path / "shards")
+    found = []
+    for exact in (True, False):
+        config = configured(data__eval_shards=str(tmp_path / "shards"), data__exact_resize=str(exact))
+        (split,) = build_splits(config, build_tokenizer(config))
+        found.append(split.image_batch(0, 1).pixels_N3SS[0])
+        assert torch.equal(found[-1], load_image(raw, config.model.image_size_px, "x", exact=exact))
+    assert not torch.equal(*found)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():
