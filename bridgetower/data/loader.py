@@ -6,6 +6,7 @@ import faulthandler
 import itertools
 import logging
 import math
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,10 @@ def prepared(items: Dataset[Item], first: int, end: int, *, workers: int, prefet
         BridgeTowerError: of the first item that cannot be prepared.
         TrainingError: a worker died.
     """
+    if workers:
+        # The server imports torch once, and workers share its memory: half a gigabyte each, and seconds of a core,
+        # otherwise. Python before 3.12.8 does not preload the main program as it says (cpython issue 126631).
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     loader = DataLoader(
         _WorkerView(items) if workers else items,
         batch_size=None,

@@ -6,6 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,12 @@ from bridgetower.data.order import Order, cut_global_batch
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import EXIT_FAILED, DataError, TrainingError
+from tests.conftest import REPO, script_environment
 from tests.small_corpora import write_corpus
 
 GROUP = 4
 # 29 pairs in two corpora, so that the batches of 16 below straddle epochs; pictures have up to 3 captions.
 COUNTS = {"cats": [1, 2, 1, 3, 1, 2, 3, 1, 2], "dogs": [2, 2, 3, 1, 1, 3, 1]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_workers() -> None:
-    """The server that workers are forked from imports what they need, as for a script: seconds less for each."""
-    multiprocessing.set_forkserver_preload(["bridgetower.data.loader"])
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +223,23 @@ def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
         for _ in stream:
             pass
     assert error.value.exit_code == EXIT_FAILED
+
+
+# The libraries of the server that a worker was forked from.
+SERVER_OF_A_WORKER = """
+import multiprocessing, psutil
+from bridgetower.data.loader import prepared
+if __name__ == "__main__":
+    items = prepared("numbers", 0, 5, workers=1, prefetch=1)
+    assert next(items) == "n"
+    (worker,) = multiprocessing.active_children()
+    print(any("libtorch" in part.path for part in psutil.Process(worker.pid).parent().memory_maps()))
+"""
+
+
+def test_workers_share_what_they_import(tmp_path):
+    (tmp_path / "program.py").write_text(SERVER_OF_A_WORKER)
+    # A program of its own: this one may have a server already.
+    command = [sys.executable, str(tmp_path / "program.py")]
+    found = subprocess.run(command, cwd=REPO, env=script_environment({"PYTHONPATH": str(REPO)}), capture_output=True)
+    assert found.stdout == b"True\n", found.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -197,7 +196,6 @@ def test_any_position_of_the_published_run_is_found_at_once_and_takes_no_memory(
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_any_number_of_workers_gives_the_same(folders, workers):
-    multiprocessing.set_forkserver_preload(["bridgetower.data.loader"])
     stream = make_stream([folders["cats"], folders["bees"]], micro=8)
     expected = [Lines(stream)[n] for n in range(3, 12)]
     assert list(prepared(Lines(stream), 3, 12, workers=workers, prefetch=2)) == expected
@@ -272,7 +270,6 @@ def test_a_bad_pair_stops_the_run_by_default(damaged):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_pair_is_replaced_by_another_that_is_named(damaged, workers, caplog):
-    multiprocessing.set_forkserver_preload(["bridgetower.data.loader"])
     options: dict[str, Any] = {"on_bad_sample": "replace", "max_bad_fraction": 0.01, "record_pairs": True}
     stream = make_stream([damaged], micro=8, workers=workers, **options)
     logging.getLogger("bridgetower").propagate = True
