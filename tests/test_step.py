@@ -29,7 +29,9 @@ BATCHES = {f"{pairs} pairs": random_batch(pairs, seed=pairs) for pairs in (1, 2,
 def with_masks(batch: PretrainBatch, counts: list[int]) -> PretrainBatch:
     """So many masked tokens in each caption."""
     length = batch.clean_ids_BL.shape[1]
-    index = torch.tensor([row * length + 1 + n for row, count in enumerate(counts) for n in range(count)])
+    index = torch.tensor(
+        [row * length + 1 + n for row, count in enumerate(counts) for n in range(count)], dtype=torch.int64
+    )
     masked = batch.clean_ids_BL.clone()
     masked.view(-1)[index] = 4
     return batch._replace(
@@ -41,6 +43,13 @@ def with_masks(batch: PretrainBatch, counts: list[int]) -> PretrainBatch:
     )
 
 
+BATCHES |= {
+    f"{pairs} pairs, every other one without a masked token": with_masks(
+        random_batch(pairs, seed=pairs), [n % 2 for n in range(pairs)]
+    )
+    for pairs in (1, 2, 7, 32)
+}
+BATCHES["no masked token at all"] = with_masks(random_batch(7), [0] * 7)
 BATCHES["captions without a masked token"] = with_masks(random_batch(7), [0, 2, 0, 1, 1, 0, 1])
 BATCHES["one masked token"] = with_masks(random_batch(7), [0, 0, 0, 1, 0, 0, 0])
 # Images that are there as negatives alone, as data.itm_negatives=corpus has them.
