@@ -6,7 +6,8 @@ python benchmarks/step.py [--preset=base] [--device=cpu] [--dtype=bf16] [--batch
 A step is MLM and ITM of a micro-batch, forward and backward, of the same weights and pairs, whose captions have 12
 tokens on average. Each side is a process of its own; they take turns, one at work at a time. The plain step is this
 project's with no work saved: captions padded to 50, every image through the vision tower for each objective, logits at
-all tokens.
+all tokens. Other sides are ours with one saving left out (no_joint_pass, no_absorb_projections, ...) or with layers
+recomputed (recompute_fusion, recompute_all, ...).
 """
 
 from __future__ import annotations
@@ -32,21 +33,39 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step_sides
+from benchmarks.closed_form import StepParts, step_parts
 from benchmarks.step_sides import PUBLISHED_TOKENS
+from bridgetower.batch import PretrainBatch
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.models import MODELS
-from bridgetower.config.schema import PLAIN, ComputeConfig
+from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import complete_model_config
 
+_PARTS = ("vision", "text", "fusion")
+_PADDED = ("plain", "transformers")
+SIDES = {
+    "ours": ComputeConfig(),
+    "plain": PLAIN,
+    "transformers": PLAIN,
+    **{
+        f"no_{name}": ComputeConfig(**{**vars(ComputeConfig()), name: False})
+        for name, value in vars(ComputeConfig()).items()
+        if value is True
+    },
+    **{f"recompute_{part}": ComputeConfig(recompute=(part,)) for part in _PARTS},
+    "recompute_all": ComputeConfig(recompute=_PARTS),
+}
+"""What each side saves; transformers computes what the plain step does."""
 _FLAGS = {
     "preset": f"{', '.join(MODELS)} (default base)",
     "device": "cpu or cuda (default: cuda where there is one)",
     "dtype": "bf16 or fp32 (default bf16): of weights and states",
     "batch": "pairs of the micro-batch (default 8)",
-    "against": "sides to compare with: plain,transformers (default both)",
+    "against": f"sides to compare with, of {', '.join(list(SIDES)[1:])} (default plain,transformers; of tiny, which "
+    "transformers cannot hold, plain)",
     "compile": "true compiles every side, layer by layer (default false)",
     "dropout": "preset or a number (default preset); 0 is what a GPU's fused attention keeps least for",
     "rounds": "turns of each side (default 3)",
@@ -77,7 +96,7 @@ def main(
     device: str = "",
     dtype: str = "bf16",
     batch: str = "8",
-    against: str = "plain,transformers",
+    against: str = "",
     compile: str = "false",
     dropout: str = "preset",
     rounds: str = "3",
@@ -93,10 +112,10 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device={device} is not there. Use cpu, or cuda on a machine with a GPU.")
-    others = [side for side in against.split(",") if side]
+    others = [side for side in (against or ("plain" if preset == "tiny" else ",".join(_PADDED))).split(",") if side]
     for side in others:
-        if side not in ("plain", "transformers"):
-            raise ConfigError(f"--against={side} is no side. Use plain, transformers, or both with a comma.")
+        if side not in SIDES or side == "ours":
+            raise ConfigError(f"--against={side} is no side. Use some of {','.join(list(SIDES)[1:])}.")
     if "transformers" in others and preset == "tiny":
         raise ConfigError("--against=transformers cannot hold the preset tiny. Use --against=plain, or --preset=base.")
     setting = Setting(
@@ -108,7 +127,9 @@ def main(
         None if dropout == "preset" else _parse_dropout(dropout),
         parse_whole("threads", threads, 0) or len(os.sched_getaffinity(0)),
     )
-    results = measure(setting, ["ours", *others], parse_whole("rounds", rounds, 1))
+    if out:  # before the minutes that it takes
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    results = measure(setting, ["ours", *dict.fromkeys(others)], parse_whole("rounds", rounds, 1))
     _print(setting, results)
     if out:
         content = {"setting": setting._asdict(), "sides": results, "machine": describe_machine(device)}
@@ -142,10 +163,24 @@ def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, dict[s
             process.kill()
             process.join()
     first = results[names[0]]["seconds"]
-    for result in results.values():
+    peak = peak_flops(setting.device) if setting.dtype == "bf16" else None
+    for name, result in results.items():
         result["pairs_per_second"] = setting.batch / statistics.median(result["seconds"])
+        parts = closed_form(name, setting)
+        work = result["closed_form_gflop_per_pair"] = parts.total() / 1e9
+        result["closed_form_gflop_of_parts"] = {part: flops / 1e9 for part, flops in parts._asdict().items()}
+        result["mfu"] = work * 1e9 * result["pairs_per_second"] / peak if peak else None
         result["seconds_per_ours"] = statistics.median(b / a for a, b in zip(first, result["seconds"], strict=True))
     return results
+
+
+def closed_form(name: str, setting: Setting) -> StepParts:
+    """The work of a side's step by formulas; what is recomputed is not work."""
+    config = step_sides.with_dropout(complete_model_config(MODELS[setting.preset]()), setting.dropout)
+    batch = _make_batch(name, config, setting, torch.device("cpu"))
+    padded = batch.clean_ids_BL.shape[1]
+    tokens = [padded] * setting.batch if name in _PADDED else batch.num_tokens
+    return step_parts(config, SIDES[name], tokens, batch.num_masked)
 
 
 def _ask(name: str, sides: dict[str, tuple[Any, Connection]], request: str) -> Any:
@@ -193,12 +228,15 @@ def _build(name: str, setting: Setting, *, compiles: bool) -> step_sides.Side:
     device = torch.device(setting.device)
     config = complete_model_config(MODELS[setting.preset]())
     model = step_sides.build_model(config, device, _DTYPES[setting.dtype], setting.dropout)
-    pad_to = 0 if name == "ours" else min(PUBLISHED_TOKENS, config.text.max_tokens)
-    batch = step_sides.make_batch(config, setting.batch, device, pad_to=pad_to)
+    batch = _make_batch(name, config, setting, device)
     if name == "transformers":
         return step_sides.transformers_side(model, batch, compiled=compiles)
-    saved = ComputeConfig() if name == "ours" else PLAIN
-    return step_sides.our_side(name, model, batch, dataclasses.replace(saved, compile=compiles))
+    return step_sides.our_side(name, model, batch, dataclasses.replace(SIDES[name], compile=compiles))
+
+
+def _make_batch(name: str, config: ModelConfig, setting: Setting, device: torch.device) -> PretrainBatch:
+    pad_to = min(PUBLISHED_TOKENS, config.text.max_tokens) if name in _PADDED else 0
+    return step_sides.make_batch(config, setting.batch, device, pad_to=pad_to)
 
 
 def _figures(side: step_sides.Side, setting: Setting) -> dict[str, Any]:
@@ -231,7 +269,7 @@ def _parse_dropout(text: str) -> float:
 def describe_machine(device: str) -> dict[str, Any]:
     """What the figures were measured on and with."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -241,6 +279,14 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    """What the kernel calls it; platform.processor() knows the architecture at most."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
 def _print(setting: Setting, results: dict[str, dict[str, Any]]) -> None:
     kind = "compiled" if setting.compiled else "eager"
     title = f"{setting.preset}, {setting.batch} pairs, {setting.dtype}, {setting.device}, {kind}"
@@ -248,7 +294,8 @@ def _print(setting: Setting, results: dict[str, dict[str, Any]]) -> None:
     rows = {
         "pairs/s": ("pairs_per_second", "{:.2f}"),
         "seconds, times ours": ("seconds_per_ours", "{:.2f}"),
-        "GFLOP a pair": ("gflop_per_pair", "{:,.1f}"),
+        "GFLOP a pair, counted": ("gflop_per_pair", "{:,.1f}"),
+        "GFLOP a pair, closed form": ("closed_form_gflop_per_pair", "{:,.1f}"),
         "kept for backward, MB a pair": ("kept_mb_per_pair", "{:,.0f}"),
         "moved by operators (eager), GB a pair": ("moved_gb_per_pair", "{:.2f}"),
         "operators (eager)": ("operators", "{:,}"),
@@ -260,10 +307,8 @@ def _print(setting: Setting, results: dict[str, dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for title, (key, form) in rows.items():
         table.add_row(title, *(form.format(result[key]) for result in results.values()))
-    peak = peak_flops(setting.device)
-    if peak and setting.dtype == "bf16":
-        shares = (r["gflop_per_pair"] * 1e9 * r["pairs_per_second"] / peak for r in results.values())
-        table.add_row("model FLOPs utilisation", *(f"{share:.1%}" for share in shares))
+    if all(result["mfu"] for result in results.values()):
+        table.add_row("model FLOPs utilisation", *(f"{result['mfu']:.1%}" for result in results.values()))
     Console().print(table)
 
 

@@ -111,16 +111,22 @@ def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, d
     Args:
         dropout: None keeps the preset's.
     """
-    if dropout is not None:
-        config = dataclasses.replace(
-            config,
-            text=dataclasses.replace(config.text, dropout=dropout),
-            fusion=dataclasses.replace(config.fusion, dropout=dropout, layer_norm_eps=1e-5),
-        )
+    config = with_dropout(config, dropout)
     # transformers has 1e-5 everywhere.
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, layer_norm_eps=1e-5))
     torch.manual_seed(0)
     return BridgeTower(config, OBJECTIVES.heads).to(device, dtype).train()
+
+
+def with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
+    """The model with this dropout everywhere; None keeps its own."""
+    if dropout is None:
+        return config
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, dropout=dropout),
+        fusion=dataclasses.replace(config.fusion, dropout=dropout),
+    )
 
 
 def our_side(name: str, model: BridgeTower, batch: PretrainBatch, compute: ComputeConfig) -> Side:

@@ -19,7 +19,7 @@ from bridgetower.model.cross_modal import Wanted
 from bridgetower.model.packing import I64, Layout, Packing, padded, similar
 
 # Texts whose lengths differ by less than this are one bucket.
-_BUCKET_TOKENS = 8
+BUCKET_TOKENS = 8
 
 
 class Pass(NamedTuple):
@@ -64,7 +64,7 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
         length_B = np.asarray(batch.num_tokens, np.int64)
         order_B = np.argsort(length_B, kind="stable")
         length_B = length_B[order_B]
-        cuts = similar(length_B, _BUCKET_TOKENS)
+        cuts = similar(length_B, BUCKET_TOKENS)
     else:
         order_B, length_B, cuts = np.arange(num_pairs), np.full(num_pairs, longest), [num_pairs]
     num_tokens = int(length_B.sum())  # T, of one kind of text

@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.closed_form import step_parts
+from benchmarks.step_sides import with_dropout
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
 from bridgetower.flops import count_forward, count_step, measure_step_work
+from bridgetower.model.bridgetower import complete_model_config
 
 # Reference_spec 2.3, GFLOP a pair with 50 tokens; transforms apart: 2 x positions x width^2 x 6 layers.
 PUBLISHED = {
@@ -125,6 +128,29 @@ def test_a_change_that_adds_operations_to_the_step_is_noticed(name, published, m
     assert most - 2 < counted / 1e9 <= most
     as_published = count_step(MODELS[name](), ObjectivesConfig(), PLAIN, [50] * 4, [2, 1, 2, 1])
     assert as_published / 1e9 == pytest.approx(published, abs=0.05)
+
+
+SAVINGS = sorted(name for name, value in vars(PLAIN).items() if value is False and name != "compile")
+COMPUTES = {
+    "all": ComputeConfig(),
+    "none": PLAIN,
+    **{f"only {name}": ComputeConfig(**{**vars(PLAIN), name: True}) for name in SAVINGS},
+    **{f"without {name}": ComputeConfig(**{**vars(ComputeConfig()), name: False}) for name in SAVINGS},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("tiny", list(COMPUTES)), ("base", ["all", "without absorb_projections"]), ("large", ["all"])]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_closed_form_is_what_is_counted_whatever_is_saved(name, kinds, dropout):
+    config = with_dropout(complete_model_config(MODELS[name]()), dropout)
+    # Some captions without a masked token, and a part of similar captions that has none at all.
+    masked = [0] * 4 + MASKED[4:-3] + [0] * 3
+    tokens = sorted(LENGTHS)
+    for kind in kinds:
+        counted = count_step(config, ObjectivesConfig(), COMPUTES[kind], tokens, masked)
+        assert step_parts(config, COMPUTES[kind], tokens, masked).total() == pytest.approx(counted, rel=1e-9), kind
 
 
 # joint_pass and compile save time.

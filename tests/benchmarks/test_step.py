@@ -19,8 +19,15 @@ from tests.conftest import REPO
 
 
 def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
-    out = tmp_path / "step.json"
-    flags = ["--preset=tiny", "--against=plain", "--dtype=fp32", "--rounds=1", f"--out={out}", "--threads=1"]
+    out = tmp_path / "results/step.json"
+    flags = [
+        "--preset=tiny",
+        "--against=plain,recompute_all",
+        "--dtype=fp32",
+        "--rounds=1",
+        f"--out={out}",
+        "--threads=1",
+    ]
     command = [sys.executable, "benchmarks/step.py", *flags]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -30,7 +37,21 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
     assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-5)
     for figure in ("gflop_per_pair", "kept_mb_per_pair", "moved_gb_per_pair", "peak_mb"):
         assert 0 < ours[figure] < plain[figure]
+    recomputed = content["sides"]["recompute_all"]
+    assert recomputed["kept_mb_per_pair"] < 0.5 * ours["kept_mb_per_pair"]
+    assert recomputed["gflop_per_pair"] > ours["gflop_per_pair"]
+    assert recomputed["loss"] == pytest.approx(ours["loss"], abs=1e-5)
+    for side in (ours, plain):
+        assert side["closed_form_gflop_per_pair"] == pytest.approx(side["gflop_per_pair"], rel=1e-9)
+        assert sum(side["closed_form_gflop_of_parts"].values()) == pytest.approx(side["closed_form_gflop_per_pair"])
+    assert recomputed["closed_form_gflop_per_pair"] == ours["closed_form_gflop_per_pair"]  # not work
     assert len(ours["seconds"]) == 1 and content["machine"]["torch"] and content["setting"]["batch"] == 8
+
+
+def test_sides_that_leave_out_one_saving_are_all_of_them():
+    left_out = {name: compute for name, compute in step.SIDES.items() if name.startswith("no_")}
+    assert len(left_out) == 7 and len(set(map(str, left_out.values()))) == 7
+    assert not left_out["no_joint_pass"].joint_pass and left_out["no_joint_pass"].share_images
 
 
 @pytest.mark.parametrize(
@@ -38,10 +59,11 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
     [
         ({"preset": "huge"}, "--preset=huge is not known. Use one of tiny"),
         ({"against": "apex"}, "--against=apex is no side"),
+        ({"against": "ours"}, "--against=ours is no side. Use some of plain,transformers,no_share_images"),
         ({"dropout": "2"}, "--dropout=2 is no share"),
         ({"device": "tpu"}, "--device=tpu is not there"),
         ({"batchsize": "2"}, "batch"),
-        ({"preset": "tiny"}, "Use --against=plain, or --preset=base"),
+        ({"preset": "tiny", "against": "transformers"}, "Use --against=plain, or --preset=base"),
     ],
 )
 def test_wrong_flags_are_refused(flags, said):
