@@ -81,7 +81,7 @@ class _Shapes(NamedTuple):
     num_compiled: int = 2
     agreement: int = 8
     sides: int = 32
-    preset: str = "base_4m"
+    presets: tuple[str, str] = ("base_4m", "large_4m")
 
 
 # One model of a few layers stands for both, so that every path runs on a CPU in seconds.
@@ -93,7 +93,7 @@ _SMALL = _Shapes(
     num_compiled=1,
     agreement=4,
     sides=2,
-    preset="tiny",
+    presets=("tiny", "tiny"),
 )
 
 
@@ -110,10 +110,11 @@ def plan(small: bool) -> list[Section]:
         Section("engine_base", 75, "engine", base.engine),
         Section("pipeline", 90, "pipeline", base.pipeline),
         Section("sides", 35, "sides", base.sides),
-        Section("recompute_base", 30, "steps", base.recompute),
-        Section("recompute_large", 40, "steps", large.recompute),
         Section("engine_large", 30, "engine", large.engine),
         Section("compiled_large", 80, "steps", large.compiled),
+        Section("pipeline_large", 60, "pipeline", large.pipeline),
+        Section("recompute_base", 30, "steps", base.recompute),
+        Section("recompute_large", 40, "steps", large.recompute),
         Section("agreement_compiled", 50, "agreement", base.agreement(compiled=True)),
     ]
 
@@ -164,7 +165,7 @@ class _Model:
         if compiled and compiled[0]["pairs_per_second"] > rate and not is_small:
             runs.append(Run(compiled[0]["micro_batch"], compiled=True))
         return {
-            "preset": self._shapes.preset,
+            "preset": self._shapes.presets[self._number],
             "runs": tuple(runs),
             "optimizer": _optimizer(results),
             # Twelve seconds of steps.

@@ -125,13 +125,14 @@ def _measure_run(model: BridgeTower, run: Run, device: torch.device, request: Re
 
 
 def measure_sides(request: Request, note: Note) -> None:
-    """Our step, the plain one and transformers', of the same weights and pairs."""
+    """Our step, in one pass and in two, the plain one and transformers', of the same weights and pairs."""
     device, config, pairs = torch.device(request.device), _config(request.model), request.runs[0].micro_batch
     model = _build(config, device, None)
     padded = min(step_sides.PUBLISHED_TOKENS, config.text.max_tokens)
     own, whole = (step_sides.make_batch(config, pairs, device, pad_to=pad_to) for pad_to in (0, padded))
     sides: dict[str, Callable[[], step_sides.Side]] = {
         "ours": lambda: step_sides.our_side("ours", model, own, ComputeConfig()),
+        "ours, two passes": lambda: step_sides.our_side("two passes", model, own, ComputeConfig(joint_pass=False)),
         "plain": lambda: step_sides.our_side("plain", model, whole, PLAIN),
         "transformers": lambda: step_sides.transformers_side(model, whole, compiled=False),
     }
