@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bridgetower import draws
-from bridgetower.config.deepspeed import is_bf16, read_memory_config
+from bridgetower.config.deepspeed import is_bf16, read_named_memory_config
 from bridgetower.config.schema import RunConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
@@ -23,8 +23,7 @@ from bridgetower.model.compiled import compile_parts
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
 from bridgetower.task import PretrainTask
-
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+from pretrain.presets import DS_CONFIGS
 
 
 def find_memory_config(config: RunConfig, device: torch.device) -> dict[str, object]:
@@ -32,8 +31,7 @@ def find_memory_config(config: RunConfig, device: torch.device) -> dict[str, obj
     name = config.engine.deepspeed
     if name == "auto":
         name = "zero2_bf16" if computes_bf16(device) else "zero2_fp32"
-    path = Path(name) if "/" in name or name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    return read_memory_config(path)
+    return read_named_memory_config(name, DS_CONFIGS)
 
 
 def precision_of(memory: dict[str, object]) -> str:

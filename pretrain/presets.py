@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import (
@@ -17,6 +18,9 @@ from bridgetower.config.schema import (
     RunConfig,
     TrackerConfig,
 )
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+"""Where engine.deepspeed looks for a name."""
 
 # COCO (Karpathy train + restval), Visual Genome, SBU and CC3M: the "4M" images of the paper's Table 9.
 _4M_TRAIN = ("shards/coco/train", "shards/coco/restval", "shards/vg", "shards/sbu", "shards/cc3m/train")

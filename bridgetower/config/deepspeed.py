@@ -85,6 +85,18 @@ def merge_deepspeed_config(
     }
 
 
+def read_named_memory_config(name: str, folder: Path) -> dict[str, Any]:
+    """Read the file that ``engine.deepspeed`` names.
+
+    Args:
+        name: of a file of ``folder`` without .json, or a path.
+
+    Raises:
+        ConfigError: as ``read_memory_config``.
+    """
+    return read_memory_config(Path(name) if "/" in name or name.endswith(".json") else folder / f"{name}.json")
+
+
 def read_memory_config(path: Path) -> dict[str, Any]:
     """Read a file of ``ds_configs/`` and check every key and value.
 

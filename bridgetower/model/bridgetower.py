@@ -67,6 +67,15 @@ def complete_model_config(config: ModelConfig) -> ModelConfig:
     )
 
 
+def absorbs_projections(config: ModelConfig) -> bool:
+    """Whether absorbed projections are less work for the longest captions.
+
+    A rule of the model, not of the batch: gradients have to become ready in the same order on all ranks, as DeepSpeed
+    adds up what stands at the same place.
+    """
+    return config.text.max_tokens * (config.fusion.num_heads - 1) < config.fusion.width
+
+
 class BridgeTower(nn.Module):
     """The model with the heads that are asked for. Source: arXiv 2206.08657, section 3."""
 
@@ -288,14 +297,8 @@ class BridgeTower(nn.Module):
 
     @property
     def _fusion_compute(self) -> ComputeConfig:
-        """Absorbs projections where that is less work for the longest captions.
-
-        A rule of the model, not of the batch: gradients have to become ready in the same order on all ranks, as
-        DeepSpeed adds up what stands at the same place.
-        """
-        fusion = self.config.fusion
-        is_less = self.config.text.max_tokens * (fusion.num_heads - 1) < fusion.width
-        return dataclasses.replace(self.compute, absorb_projections=self.compute.absorb_projections and is_less)
+        absorbs = self.compute.absorb_projections and absorbs_projections(self.config)
+        return dataclasses.replace(self.compute, absorb_projections=absorbs)
 
     def fuse_rows(
         self, text_KTD: Tensor, layout: Layout, image_KNPD: Tensor, image_R: Tensor, wanted: Wanted

@@ -123,6 +123,15 @@ def _is_clip(vit: Any) -> bool:
     return isinstance(vit, VisionTransformer)
 
 
+def is_clip_tower(config: VisionTowerConfig) -> bool:
+    """True for OpenCLIP's own ViTs, false for timm's.
+
+    Raises:
+        ConfigError: the name is not open_clip's.
+    """
+    return config.name == CUSTOM or "timm_model_name" not in _model_config(config.name)["vision_cfg"]
+
+
 def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
     """Fill in the sizes that a name stands for.
 

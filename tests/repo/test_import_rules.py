@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.rows"},
     "bridgetower.flops": FOUNDATION
     | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.task"},
+    "bridgetower.capacity": FOUNDATION | {"bridgetower.config", "bridgetower.model", "bridgetower.rows"},
     # Is handed models and data, and imports neither.
     "bridgetower.engine": FOUNDATION | {"bridgetower.config", "bridgetower.metrics"},
     "bridgetower.loading": FOUNDATION
