@@ -199,8 +199,8 @@ def _scaling(plan: dict[str, Any]) -> Table:
     has_price = plan["assumptions"]["price_per_gpu_hour"]
     table = _table(
         "The same run on other numbers of GPUs, each with its best choice",
-        *("GPUs", "pairs", "again", "GB", "ms", "busy", "pairs/s", "days", "GPUh"),
-        "cost" if has_price else "MWh",
+        *("GPUs", "pairs", "again", "GB", "ms", "busy", "pairs/s", "days"),
+        *(["cost"] if has_price else ["GPUh", "MWh"]),
     )
     table.caption = "busy: the share of a step's time that is computed" + ("" if has_price else "; MWh: GPUs alone")
     table.caption_justify = "left"
@@ -218,8 +218,11 @@ def _scaling(plan: dict[str, Any]) -> Table:
             f"{row['computing']:.0%}",
             f"{row['pairs_per_second']:,.0f}",
             f"{row['days']:,.2f}",
-            f"{row['gpu_hours']:,.0f}",
-            f"{row['cost']:,.0f}" if has_price else f"{row['energy_mwh']['gpus']:,.2f}",
+            *(
+                [f"{row['cost']:,.0f}"]
+                if has_price
+                else [f"{row['gpu_hours']:,.0f}", f"{row['energy_mwh']['gpus']:,.2f}"]
+            ),
             style="bold" if row["gpus"] == plan["cluster"]["gpus"] else "",
         )
     return table
