@@ -202,6 +202,7 @@ def _scaling(plan: dict[str, Any]) -> Table:
         *("GPUs", "pairs", "again", "GB", "ms", "busy", "pairs/s", "days"),
         *(["cost"] if has_price else ["GPUh", "MWh"]),
     )
+    table.padding = (0, 0, 0, 1)  # so that 80 columns are enough
     table.caption = "busy: the share of a step's time that is computed" + ("" if has_price else "; MWh: GPUs alone")
     table.caption_justify = "left"
     for row in plan["scaling"]:
