@@ -92,7 +92,7 @@ def test_a_preempted_job_comes_back(jobs, emoji, undisturbed):
 
 
 def test_a_job_whose_node_dies_comes_back(jobs, emoji, undisturbed):
-    # Without the pretended GPUs: Slurm 22.05 forgets those of a job that was completing when its node was taken for dead.
+    # Without the pretended GPUs: Slurm 22.05 loses those of a job that is completing when its node is taken for dead.
     options = ("--gpus-per-node=0",)
     number = jobs.pretrain(emoji, "crashed", STEPS, "--checkpoint.every_steps=5", options=options, SLURM_WAIT="5")
     wait_for(lambda: steps_done(jobs, "crashed") >= 8, 120)
