@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AddedToken,
@@ -24,6 +26,7 @@ from transformers import (
     BridgeTowerForMaskedLM,
     BridgeTowerImageProcessor,
     BridgeTowerModel,
+    PreTrainedTokenizerFast,
     RobertaTokenizer,
 )
 
@@ -43,6 +46,7 @@ _CLASSES: dict[str, Any] = {
 logger = logging.getLogger(__name__)
 
 _PROCESSOR = "BridgeTowerProcessor"
+_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _PREFIX = "bridgetower."
 _BARE = ("text_model.", "vision_model.", "cross_modal_", "token_type_embeddings.")
 _DECODER = "mlm_score.decoder.weight"
@@ -166,7 +170,8 @@ def save_huggingface(
 
     Args:
         folder: made if it is not there; files of the same names are replaced, the weights last.
-        tokenizer_folder: with vocab.json and merges.txt; None writes no tokenizer.
+        tokenizer_folder: with tokenizer.json, or with vocab.json and merges.txt; or a tokenizer.json itself. None
+            writes no tokenizer.
         drop_heads: heads to leave out on purpose, as transformers has no class for them.
 
     Raises:
@@ -246,27 +251,68 @@ def _image_processor(model: BridgeTower) -> Any:
     )
 
 
-def _tokenizer(model: BridgeTower, folder: Path) -> Any:
-    files = [folder / "vocab.json", folder / "merges.txt"]
-    lacking = [str(file) for file in files if not file.is_file()]
-    if lacking:
-        raise CheckpointError(f"There is no {' and no '.join(lacking)}. Give a folder with vocab.json and merges.txt.")
+def _tokenizer(model: BridgeTower, place: Path) -> Any:
     text = model.config.text
-    tokenizer = RobertaTokenizer(
-        vocab=str(files[0]),
-        merges=str(files[1]),
-        # As in roberta-base: it takes the space before it, so that "a <mask>" has no id for the space.
-        mask_token=AddedToken("<mask>", lstrip=True, special=True),
-        model_max_length=text.num_positions - 2,
-        processor_class=_PROCESSOR,
-    )
-    if len(tokenizer) != text.vocabulary_size or tokenizer.pad_token_id != 1:
+    longest = text.num_positions - 2
+    whole = place if place.is_file() else place / "tokenizer.json"
+    tokenizer = _open_whole(whole, longest) if whole.is_file() else _open_byte_level(place, longest)
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids != text.vocabulary_size or tokenizer.pad_token_id != 1:
         raise CheckpointError(
-            f"{folder} has {len(tokenizer)} ids and pads with {tokenizer.pad_token_id}, the model has "
+            f"{place} has {num_ids} ids and pads with {tokenizer.pad_token_id}, the model has "
             f"model.text.vocabulary_size={text.vocabulary_size} and pads with 1. Give the tokenizer that it was "
             f"trained with ({text.tokenizer})."
         )
     return tokenizer
+
+
+def _open_byte_level(folder: Path, longest: int) -> Any:
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    lacking = [str(file) for file in files if not file.is_file()]
+    if lacking:
+        raise CheckpointError(
+            f"There is no {folder / 'tokenizer.json'}, and no {' and no '.join(lacking)}. Give a folder with the "
+            "first, or with the two others."
+        )
+    return RobertaTokenizer(
+        vocab=str(files[0]),
+        merges=str(files[1]),
+        # As in roberta-base: it takes the space before it, so that "a <mask>" has no id for the space.
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        model_max_length=longest,
+        processor_class=_PROCESSOR,
+    )
+
+
+def _open_whole(file: Path, longest: int) -> Any:
+    """A tokenizer.json, with RoBERTa's start and end around a text, whatever it says itself: a run adds them, too."""
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no error class of its own
+        raise CheckpointError(
+            f"{file} is no tokenizer of the library tokenizers ({first_line(error)}). Copy it again."
+        ) from error
+    ids = {name: backend.token_to_id(name) for name in _SPECIAL_TOKENS}
+    lacking = [name for name, number in ids.items() if number is None]
+    if lacking:
+        raise CheckpointError(f"{file} lacks {', '.join(lacking)}. Give the tokenizer of a RoBERTa.")
+    start, _, end, *_ = _SPECIAL_TOKENS
+    backend.post_processor = TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A {end} {end} $B {end}",
+        special_tokens=[(start, ids[start]), (end, ids[end])],
+    )
+    backend.no_truncation()
+    backend.no_padding()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), _SPECIAL_TOKENS[:4], strict=True)),
+        cls_token=start,
+        sep_token=end,
+        mask_token=_SPECIAL_TOKENS[4],
+        model_max_length=longest,
+        processor_class=_PROCESSOR,
+    )
 
 
 def _folder_of(source: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AddedToken,
     BridgeTowerConfig,
     BridgeTowerForContrastiveLearning,
     BridgeTowerForImageAndTextRetrieval,
@@ -27,6 +28,7 @@ from transformers import (
 
 from bridgetower.config.models import base
 from bridgetower.config.schema import FusionConfig
+from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError
 from bridgetower.interop import huggingface, names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface, to_huggingface
@@ -225,10 +227,42 @@ def test_the_image_processor_pads_no_image_of_the_large_models_size(tmp_path):
     assert (pixels.amin(dim=(2, 3)) == pixels.amax(dim=(2, 3))).all()
 
 
+@pytest.mark.parametrize("place", ["", "tokenizer.json"])
+def test_a_tokenizer_that_transformers_saved_leaves_with_the_model(place, tmp_path):
+    # It writes tokenizer.json alone, without vocab.json and merges.txt. Start and end are added whatever it says.
+    files = {"vocab": str(ROBERTA / "vocab.json"), "merges": str(ROBERTA / "merges.txt")}
+    mask = AddedToken("<mask>", lstrip=True, special=True)  # as roberta-base has it
+    RobertaTokenizer(**files, mask_token=mask).save_pretrained(tmp_path / "theirs")
+    whole = tmp_path / "theirs" / "tokenizer.json"
+    content = json.loads(whole.read_text())
+    whole.write_text(json.dumps({**content, "post_processor": None}))
+    model = BridgeTower(port_like_config(vocabulary_size=50265, num_positions=80), ("mlm",))
+    save_huggingface(model, tmp_path / "out", tokenizer_folder=tmp_path / "theirs" / place)
+    tokenizer = BridgeTowerProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert tokenizer("A dog, and a <mask>.")["input_ids"] == [0, 250, 2335, 6, 8, 10, 50264, 4, 2]
+    assert tokenizer.model_max_length == 78 and tokenizer.pad_token_id == 1
+    own = Tokenizer(str(tmp_path / "theirs"))
+    captions = ["A dog, and a caf\u00e9.", "two  dogs", ""]
+    assert [ids.tolist() for ids in own.encode(captions, 50)] == tokenizer(captions)["input_ids"]
+
+
+def test_a_tokenizer_file_that_is_damaged_or_lacks_a_special_token_is_refused(tmp_path):
+    model = BridgeTower(port_like_config(vocabulary_size=3), ("mlm",))
+    file = tmp_path / "tokenizer.json"
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2}
+    for content, said in (
+        ("{", "is no tokenizer of the library tokenizers"),
+        (json.dumps({"model": {"type": "WordLevel", "vocab": words, "unk_token": "x"}}), "lacks <unk>, <mask>"),
+    ):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match=said):
+            save_huggingface(model, tmp_path / "out", tokenizer_folder=tmp_path)
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"50265 ids .* model\.text\.vocabulary_size=50 "):
         save_huggingface(BridgeTower(port_like_config()), tmp_path, tokenizer_folder=ROBERTA)
-    with pytest.raises(CheckpointError, match=r"There is no .*vocab\.json"):
+    with pytest.raises(CheckpointError, match=r"There is no .*tokenizer\.json, and no .*vocab\.json"):
         save_huggingface(BridgeTower(port_like_config()), tmp_path, tokenizer_folder=tmp_path / "none")
     assert not (tmp_path / "model.safetensors").exists()
 
