@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 
 import pytest
 import torch
 
 from bridgetower.config.schema import VisionTowerConfig
 from bridgetower.errors import CheckpointError
+from bridgetower.interop.safetensors_file import save_safetensors
 from bridgetower.interop.strict import load_strictly
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS
@@ -82,3 +85,13 @@ def test_a_tower_of_timm_is_resized_too():
     larger = load_strictly(config, (), model.state_dict(), "it", image_size_px=80)
     own = model.vision_tower.vit.pos_embed
     assert torch.equal(larger.vision_tower.vit.pos_embed[0], resize_positions(own[0], 5, num_prefix=0))
+
+
+def test_an_export_can_be_read_by_whom_the_umask_lets_read(tmp_path):
+    model = BridgeTower(small_config())
+    before = os.umask(0o027)
+    try:
+        save_safetensors(model, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
