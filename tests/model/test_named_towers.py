@@ -120,6 +120,7 @@ def test_text_tower_by_name_has_its_published_sizes(name, words, width, layers, 
 
 COMBINATIONS = [
     ("ViT-B-32", 224, "distilroberta-base", 6),
+    ("ViT-L-14", 28, "roberta-base", 12),
     ("ViT-B-16-SigLIP", 96, "roberta-base", 3),
     ("EVA02-B-16", 64, "bert-base-uncased", 3),
     ("PE-Core-T-16-384", 64, "xlm-roberta-base", 3),

@@ -261,11 +261,16 @@ def bicubic_matrix(old, new):
     return matrix
 
 
-@pytest.mark.parametrize("side", [2, 5, 18])
-def test_resized_positions_equal_bicubic_interpolation_written_out(side):
-    table = torch.randn(1 + 14 * 14, 6, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    matrix = bicubic_matrix(14, side)
-    grid = table[1:].reshape(14, 14, 6).double().numpy()
+# CLIP's 224 pixels to other sizes, then those of the paper: 224 to 288, 384, 576 (patch 16) and to 294, 574 (patch 14),
+# and fine-tuning from 288 to 384 and 576, from 384 to 576, and from 294 to 574.
+GRIDS = [(14, 2), (14, 5), (14, 18), (14, 24), (14, 36), (16, 21), (16, 41), (18, 24), (18, 36), (24, 36), (21, 41)]
+
+
+@pytest.mark.parametrize(("old", "side"), GRIDS)
+def test_resized_positions_equal_bicubic_interpolation_written_out(old, side):
+    table = torch.randn(1 + old * old, 6, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    matrix = bicubic_matrix(old, side)
+    grid = table[1:].reshape(old, old, 6).double().numpy()
     expected = np.einsum("yi,xj,ijd->yxd", matrix, matrix, grid).reshape(side * side, 6)
     resized = resize_positions(table, side)
     assert np.abs(resized[1:].numpy() - expected).max() < 1e-5
