@@ -5,14 +5,17 @@ Also under deepspeed, torchrun and srun, with the same scores.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import fire
 from fire.decorators import SetParseFn
 
 from bridgetower.config.cli import narrow_overrides, run_command, show_usage_or_stop, start_logging
+from bridgetower.config.schema import DataConfig
 from bridgetower.config.snapshot import RUN_FILE, read_run_config, read_run_file
-from bridgetower.errors import BridgeTowerError, ConfigError
+from bridgetower.data.corpora import Corpora, open_corpora
+from bridgetower.errors import BridgeTowerError, ConfigError, DataError
 
 USAGE = """Usage: python pretrain/evaluate_run.py RUN [--section.field=value ...]
 
@@ -20,6 +23,8 @@ RUN is a run folder (its newest good checkpoint is scored) or a checkpoint folde
 to eval.json and predictions.json of the run folder. Settings are those of the run unless given here."""
 
 _SETTINGS = ("data.eval_shards", "evaluation.")
+
+logger = logging.getLogger("bridgetower.evaluate_run")
 
 
 def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: str) -> None:
@@ -43,7 +48,8 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     from pretrain import assemble, assemble_data
     from pretrain.score_table import print_scores
 
-    assemble_data.check_held_out(config.data)
+    # One rank looks; if it finds pictures that were trained on, the launcher ends the others.
+    assemble_data.check_held_out(config.data, _training_data(config.data) if place.rank == 0 else None)
     tokenizer = assemble_data.build_tokenizer(config)
     launching.start(place, config.engine.threads_per_rank)
     try:
@@ -59,6 +65,15 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
         raise
     finally:
         launching.finish()
+
+
+def _training_data(data: DataConfig) -> Corpora | None:
+    """What the run was trained on, or None with a warning: a run may be scored on another machine."""
+    try:
+        return open_corpora(data.train_shards, data)
+    except (ConfigError, DataError) as error:
+        logger.warning("whether the run has trained on these pictures is not checked: %s", error)
+        return None
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ from tests.conftest import run_script
 
 
 @pytest.fixture
-def run_folder(tmp_path):
-    """A run that has written its settings and no checkpoint."""
+def run_folder(tmp_path, emoji_shards):
+    """A run on the training split that has written its settings and no checkpoint."""
+    return start_run(tmp_path, emoji_shards / "train")
+
+
+def start_run(folder, train_shards):
     identity = Identity(data_digests={}, optimizer="torch", precision="fp32", contrast_pairs=0)
-    config = apply_overrides(tiny(), {"data.eval_shards": ""})
-    write_run_file(tmp_path, config, identity, world_size=1, device="cpu")
-    return tmp_path
+    config = apply_overrides(tiny(), {"data.train_shards": str(train_shards), "data.eval_shards": ""})
+    write_run_file(folder, config, identity, world_size=1, device="cpu")
+    return folder
 
 
 def refused(words, said):
@@ -35,6 +39,19 @@ def test_setting_that_means_nothing_to_an_evaluation_is_refused(run_folder):
 def test_run_without_a_checkpoint_is_refused(run_folder, emoji_shards):
     words = [str(run_folder), f"--data.eval_shards={emoji_shards / 'concept'}"]
     refused(words, "nor a run folder with checkpoints in it")
+
+
+def test_pictures_that_the_run_has_trained_on_are_no_held_out_ones(run_folder, emoji_shards):
+    said = "3,457 pictures of the held-out"
+    refused([str(run_folder), f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'train'}"], said)
+
+
+def test_where_the_training_data_is_not_there_that_is_said_and_the_run_is_scored(tmp_path, emoji_shards):
+    words = [str(start_run(tmp_path, "/nowhere/train")), f"--data.eval_shards={emoji_shards / 'concept'}"]
+    said = run_script("pretrain/evaluate_run.py", *words, code=2).stderr
+    assert "is not checked: The shard folder /nowhere/train does not exist" in said
+    # It came as far as its weights, which this one has none of.
+    assert "nor a run folder with checkpoints in it" in said
 
 
 def test_missing_run_is_refused(tmp_path):
