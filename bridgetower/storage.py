@@ -7,13 +7,16 @@ names that are checked, files that appear whole or not at all, and errors that s
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
+from fsspec.asyn import AsyncFileSystem, sync
 from upath import UPath
 
 from bridgetower.errors import ConfigError, DataError
@@ -22,6 +25,18 @@ from bridgetower.files import write_atomically
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "", "file": ""}
 """The protocols that are accepted, and the package that each needs. Others would run commands or open archives."""
+
+# What another attempt cannot change: as Python says it, and as a web server does.
+_FINAL_ERRORS = (FileNotFoundError, PermissionError)
+_FINAL_STATUSES = (401, 403, 404, 410)
+# For manifests and indexes, which are read when a run starts.
+_ATTEMPTS = 5
+_BACKOFF_SECONDS = 1.0
+_TIMEOUT_SECONDS = 60.0
+
+Answer = TypeVar("Answer")
+
+logger = logging.getLogger("bridgetower.storage")
 
 
 class EndOfFile(OSError):
@@ -110,6 +125,47 @@ def read_part(path: Path, offset: int = 0, num_bytes: int = -1) -> bytes:
     if len(part) != num_bytes:
         raise EndOfFile(errno.EIO, f"the file ends before byte {offset + num_bytes:,}")
     return part
+
+
+def read_remote(path: Path, timeout_seconds: float, start: int | None = None, end: int | None = None) -> bytes:
+    """Bytes of a remote file. A store that does not answer is an error after a while."""
+    remote = as_remote(path)
+    assert remote is not None
+    if isinstance(remote.fs, AsyncFileSystem):
+        fs = remote.fs
+        return bytes(sync(fs.loop, fs._cat_file, remote.path, start=start, end=end, timeout=timeout_seconds))
+    return bytes(remote.fs.cat_file(remote.path, start=start, end=end))
+
+
+def is_final(error: Exception) -> bool:
+    """True if a store would say the same again."""
+    return isinstance(error, _FINAL_ERRORS) or getattr(error, "status", None) in _FINAL_STATUSES
+
+
+def patiently(ask: Callable[[], Answer], path: Path) -> Answer:
+    """What a store answers; one that fails, hangs or breaks off is asked again, with growing pauses.
+
+    Args:
+        path: what it is about, for people.
+
+    Raises:
+        Exception: the client's own, of the last attempt.
+    """
+    for number in range(1, _ATTEMPTS + 1):
+        try:
+            return ask()
+        except Exception as error:  # clients of stores have error classes of their own
+            if not is_remote(path) or number == _ATTEMPTS or is_final(error):
+                raise
+            reason = str(error) or type(error).__name__
+            logger.warning("attempt %d of %d to read %s failed: %s", number, _ATTEMPTS, path, reason)
+            time.sleep(_BACKOFF_SECONDS * 2 ** (number - 1))
+    raise AssertionError("there is at least one attempt")
+
+
+def read_whole(path: Path) -> bytes:
+    """A whole file, local or remote; a store is asked patiently."""
+    return patiently(lambda: read_remote(path, _TIMEOUT_SECONDS), path) if is_remote(path) else path.read_bytes()
 
 
 def publish_file(temporary: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from bridgetower.data.sample import IMAGE_SUFFIXES, SECOND_IMAGE_FIELD, SECOND_IMAGE_PREFIX, parse_record
 from bridgetower.draws import hash64
 from bridgetower.errors import DataError
-from bridgetower.storage import EndOfFile, read_part, reading
+from bridgetower.storage import EndOfFile, read_part, read_whole, reading
 
 INDEX_SUFFIX = ".index.npy"
 
@@ -141,7 +141,7 @@ def load_index(shard: Path) -> Index:
     cure = "Run data_prep/check_shards.py --repair on the folder, or build the shards again."
     try:
         with reading(sidecar):
-            index: Index = np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False)
+            index: Index = np.load(io.BytesIO(read_whole(sidecar)), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"The row index {sidecar} is damaged ({error}). {cure}") from error
     if index.dtype != INDEX_DTYPE:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bridgetower.data.index import index_path
 from bridgetower.errors import DataError
-from bridgetower.storage import as_remote, place, publish_bytes, reading
+from bridgetower.storage import as_remote, patiently, place, publish_bytes, read_whole, reading
 
 MANIFEST_NAME = "shards.json"
 FORMAT_VERSION = 2
@@ -96,7 +96,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             "or data.eval_shards."
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_whole(path))
     except FileNotFoundError:
         inner = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST_NAME}"))
         hint = (
@@ -154,7 +154,7 @@ def _sizes_of(folder: Path) -> dict[str, int] | None:
     if _is_of_web_server(folder):
         return None
     with reading(folder):
-        found = remote.fs.find(remote.path, maxdepth=1, detail=True)
+        found = patiently(lambda: remote.fs.find(remote.path, maxdepth=1, detail=True), folder)
     return {name.rpartition("/")[2]: int(info["size"]) for name, info in found.items()}
 
 

@@ -20,21 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fsspec.asyn import AsyncFileSystem, sync
 
 from bridgetower.data.index import INDEX_DTYPE, index_path
 from bridgetower.data.manifest import ShardEntry
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.files import write_atomically
-from bridgetower.storage import as_remote
+from bridgetower.storage import is_final, read_remote
 
 _BLOCK_BYTES = 8 * 2**20
 _MAX_BACKOFF_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 _MAX_CLOSE_SECONDS = 5.0
-# What another attempt cannot change: as Python says it, and as a web server does.
-_FINAL_ERRORS = (FileNotFoundError, PermissionError)
-_FINAL_STATUSES = (401, 403, 404, 410)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger("bridgetower.data")
@@ -183,7 +179,7 @@ class ShardCache:
             except Exception as error:  # clients of stores have error classes of their own
                 if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     raise
-                if isinstance(error, _FINAL_ERRORS) or getattr(error, "status", None) in _FINAL_STATUSES:
+                if is_final(error):
                     raise DataError(
                         f"{url} cannot be fetched ({type(error).__name__}: {error}). Is it there, and may you read it?"
                     ) from error
@@ -289,7 +285,7 @@ class _Download:
             if stop.is_set():
                 raise _Stopped
             end = min(self._position + _BLOCK_BYTES, entry.bytes)
-            block = _read(self._shard.url, self._timeout, self._position, end)
+            block = read_remote(self._shard.url, self._timeout, self._position, end)
             if len(block) == entry.bytes > end - self._position:
                 block, end = block[self._position :], entry.bytes  # the server does not know ranges
             if len(block) != end - self._position:
@@ -307,7 +303,7 @@ class _Download:
 
 def _fetch_index(shard: RemoteShard, timeout_seconds: float) -> bytes:
     """The row index, which the manifest has no checksum of: its counts have to be right."""
-    content = _read(index_path(shard.url), timeout_seconds)
+    content = read_remote(index_path(shard.url), timeout_seconds)
     try:
         index = np.load(io.BytesIO(content), allow_pickle=False)
         fits = index.dtype == INDEX_DTYPE and len(index) == shard.entry.samples
@@ -317,16 +313,6 @@ def _fetch_index(shard: RemoteShard, timeout_seconds: float) -> bytes:
     if not fits:
         raise _Broken("it is damaged, of another version or of another shard.")
     return content
-
-
-def _read(url: Path, timeout_seconds: float, start: int | None = None, end: int | None = None) -> bytes:
-    """Bytes of a remote file. A store that does not answer is an error after a while."""
-    remote = as_remote(url)
-    assert remote is not None
-    if isinstance(remote.fs, AsyncFileSystem):
-        fs = remote.fs
-        return bytes(sync(fs.loop, fs._cat_file, remote.path, start=start, end=end, timeout=timeout_seconds))
-    return bytes(remote.fs.cat_file(remote.path, start=start, end=end))
 
 
 def _try_lock(file: int) -> bool:

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 import bridgetower.data.shard_cache as shard_cache_module
+import bridgetower.storage as storage_module
 from bridgetower.config.schema import DataConfig
 from bridgetower.data.corpora import Corpora, open_corpora
-from bridgetower.data.index import index_path
+from bridgetower.data.index import index_path, load_index
 from bridgetower.data.loader import micro_batches
 from bridgetower.data.manifest import load_manifest
 from bridgetower.data.order import Cut, Order
@@ -488,7 +489,18 @@ def test_a_web_server_is_asked_for_the_manifest_alone(server):
 
 
 @pytest.mark.parametrize("kind", ["403", "503", "drop"])
-def test_a_manifest_that_a_web_server_does_not_give_is_an_error_with_its_reason(server, kind):
+def test_a_manifest_that_a_web_server_does_not_give_is_an_error_with_its_reason(server, kind, monkeypatch):
+    monkeypatch.setattr(storage_module, "_BACKOFF_SECONDS", 0.01)
     server.faults = [Fault(kind, "json", times=99)]
     with pytest.raises(DataError, match=r"shards\.json cannot be read .*Is the store reachable"):
         load_manifest(f"{server.url}/corpus")
+
+
+@pytest.mark.parametrize("kind", ["503", "drop", "hang", "stall"])
+def test_a_store_that_fails_when_a_run_starts_is_asked_again(corpus, server, monkeypatch, kind):
+    monkeypatch.setattr(storage_module, "_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(storage_module, "_TIMEOUT_SECONDS", 0.3)
+    server.faults = [Fault(kind, r"\.json$", times=2), Fault(kind, r"\.npy$", times=2)]
+    assert load_manifest(f"{server.url}/corpus") == load_manifest(corpus)
+    assert load_index(place(f"{server.url}/corpus/00000.tar")).tobytes() == load_index(corpus / "00000.tar").tobytes()
+    assert all(fault.times == 0 for fault in server.faults)
