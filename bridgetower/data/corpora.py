@@ -13,7 +13,7 @@ import numpy.typing as npt
 from bridgetower.config.schema import DataConfig
 from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import Manifest, load_manifest
-from bridgetower.data.shard_cache import Held, RemoteShard, ShardCache
+from bridgetower.data.shard_cache import Held, NotFetched, RemoteShard, ShardCache
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.files import short_names
 from bridgetower.storage import is_remote, place
@@ -96,6 +96,8 @@ class Corpora:
         self.is_remote = any(shard is not None for shard in self.remote)
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._needed: frozenset[int] = frozenset()
+        # Why a shard was given up. Asking for it again with each of its pairs would take minutes every time.
+        self._given_up: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """A worker process opens the shards it reads by itself."""
@@ -114,7 +116,13 @@ class Corpora:
         path, held, remote = self.shard_paths[shard], None, self.remote[shard]
         if remote is not None:
             assert self.cache is not None
-            held = self.cache.hold(remote)
+            if shard in self._given_up:
+                raise NotFetched(self._given_up[shard])
+            try:
+                held = self.cache.hold(remote)
+            except NotFetched as error:
+                self._given_up[shard] = str(error)
+                raise
             path = held.path
         reader = ShardReader(path)
         if reader.num_pairs != self.pairs_per_shard[shard]:
@@ -127,8 +135,12 @@ class Corpora:
         return reader
 
     def need(self, shards: Collection[int]) -> None:
-        """Keep these open from now on, and close others as soon as their number is too large."""
+        """Keep these open from now on, and close others as soon as their number is too large.
+
+        A shard that could not be fetched is asked for again when it is needed anew.
+        """
         self._needed = frozenset(shards)
+        self._given_up = {shard: reason for shard, reason in self._given_up.items() if shard in self._needed}
         self._close_oldest()
 
     def _close_oldest(self) -> None:

@@ -60,6 +60,10 @@ class Held:
             os.close(file)
 
 
+class NotFetched(DataError):
+    """A store does not give a shard, or not what the manifest lists, however often it is asked."""
+
+
 class _Stopped(Exception):
     """The one who asked does not want it any more."""
 
@@ -110,7 +114,8 @@ class ShardCache:
 
         Raises:
             ConfigError: it is larger than the cache.
-            DataError: it cannot be had; or what others hold leaves no room for it; or the disk is full.
+            NotFetched: it cannot be had.
+            DataError: what others hold leaves no room for it; or the disk is full.
         """
         entry = shard.entry
         if entry.bytes > self._max_bytes:
@@ -180,12 +185,12 @@ class ShardCache:
                 if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     raise
                 if is_final(error):
-                    raise DataError(
+                    raise NotFetched(
                         f"{url} cannot be fetched ({type(error).__name__}: {error}). Is it there, and may you read it?"
                     ) from error
                 reason = str(error) or type(error).__name__
                 if number == self._attempts:
-                    raise DataError(
+                    raise NotFetched(
                         f"{url} cannot be fetched; {number} attempts failed, the last with: {reason} Is the store "
                         "reachable? If its bytes are wrong, copy the shard there again."
                     ) from error

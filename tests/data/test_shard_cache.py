@@ -467,6 +467,42 @@ def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, 
     assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
 
 
+def test_a_shard_that_cannot_be_had_is_asked_for_once_and_not_with_each_of_its_pairs(server, tmp_path):
+    corpora = Corpora([f"{server.url}/corpus"], small_cache(tmp_path, attempts=2))
+    corpora.need([0, 1])
+    server.faults = [Fault("flip", r"00001\.tar$", times=99)]
+    for number in range(3):
+        with pytest.raises(DataError, match=r"00001\.tar cannot be fetched; 2 attempts failed, .*SHA-256"):
+            corpora.read(1, number)
+    assert tars_asked_for(server) == 2
+    # The next time that its window comes up the store may be well again.
+    server.faults = []
+    corpora.need([2, 3])
+    corpora.need([0, 1])
+    assert corpora.read(1, 0).caption
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [(kind, "00005.tar") for kind in ("flip", "404", "503", "truncate", "drop", "hang")] + [("404", "00005.index.npy")],
+)
+def test_pairs_of_a_shard_that_a_store_does_not_give_are_replaced_and_named(server, tmp_path, kind, file):
+    url = f"{server.url}/corpus"
+    options = dataclasses.replace(
+        settings(url, tmp_path, 10**9), on_bad_sample="replace", max_bad_fraction=0.01, workers=0
+    )
+    stream = stream_of(url, options)
+    stream.corpora.cache = small_cache(tmp_path, attempts=2, timeout_seconds=0.3)
+    server.faults = [Fault(kind, file, times=999)]
+    batches = list(micro_batches(stream, 0, 6))  # every other four positions of two epochs
+    lines = [json.loads(line) for batch in batches for line in batch.lines]
+    replaced = [line["replaced"] for line in lines if "replaced" in line]
+    assert replaced and all(f"{file} cannot be fetched" in why for why in replaced)
+    assert not any(line["shard"].endswith("00005.tar") for line in lines)
+    located = stream.order.locate([line["position"] for line in lines])
+    assert [shard == 5 for shard in located.shard.tolist()] == ["replaced" in line for line in lines]
+
+
 def test_remote_shards_without_a_cache_are_refused_with_the_setting(server):
     with pytest.raises(ConfigError, match=r"is remote: give --data\.cache_dir=DIR"):
         Corpora([f"{server.url}/corpus"])
