@@ -41,10 +41,10 @@ class _WorkerView(Dataset[Item | BridgeTowerError], Generic[Item]):
     """
 
     def __init__(self, items: Dataset[Item]) -> None:
-        self._items = items
+        self._items, self._timeout_seconds = items, _WORKER_TIMEOUT_SECONDS
 
     def __getitem__(self, number: int) -> Item | BridgeTowerError:
-        faulthandler.dump_traceback_later(_WORKER_TIMEOUT_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         try:
             return self._items[number]
         except BridgeTowerError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import bridgetower.data.loader as loader_module
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import DataConfig
 from bridgetower.data.corpora import Corpora, as_int64
@@ -223,6 +224,17 @@ def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
         for _ in stream:
             pass
     assert error.value.exit_code == EXIT_FAILED
+
+
+def test_a_worker_that_is_stuck_in_a_read_ends_in_an_error_and_not_in_a_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "_WORKER_TIMEOUT_SECONDS", 3)
+    folder = write_corpus(tmp_path, [1] * 16)
+    stream = make_stream([folder], workers=1)
+    # To open a pipe that nobody writes to never ends, as with a file system that does not answer.
+    (folder / "00001.tar").unlink()
+    os.mkfifo(folder / "00001.tar")
+    with pytest.raises(TrainingError, match=r"died .*stuck in a read"):
+        list(micro_batches(stream, 0, 4))
 
 
 # The libraries of the server that a worker was forked from.
