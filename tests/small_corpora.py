@@ -76,6 +76,7 @@ def write_corpus(
     samples_per_shard: int = 4,
     name: str = "corpus",
     first_picture: int = 0,
+    image_format: str = "PNG",
 ) -> Path:
     """Build a corpus whose caption says of which picture it is and which of its captions.
 
@@ -85,8 +86,8 @@ def write_corpus(
     raw.mkdir(parents=True)
     records = []
     for number, count in enumerate(captions_per_image, first_picture):
-        path = raw / f"{number}.png"
-        path.write_bytes(file_of(draw(number)))
+        path = raw / f"{number}.{image_format.lower()}"
+        path.write_bytes(file_of(draw(number), image_format))
         # Captions of different lengths, so that batches have different widths.
         captions = tuple(
             f"{name} picture {number}, caption {which}" + " longer" * (number % 5) for which in range(count)

@@ -286,6 +286,25 @@ def test_a_bad_pair_is_replaced_by_another_that_is_named(damaged, workers, caplo
     assert told([line for _, lines in batches for line in lines]) == told(again)
 
 
+@pytest.mark.parametrize("damage", ["start", "end", "tables"])
+@pytest.mark.parametrize("rule", ["fail", "replace"])
+def test_a_corrupted_jpeg_stops_the_run_or_is_replaced(tmp_path, damage, rule):
+    folder = write_corpus(tmp_path, [1] * 16, samples_per_shard=16, image_format="JPEG")
+    stream = make_stream([folder], micro=16, on_bad_sample=rule)
+    row = stream.corpora.reader(0)._index[5]
+    start, size = int(row["image_offset"]), int(row["image_bytes"])
+    offset, length = {"start": (0, 8), "end": (size - 100, 100), "tables": (60, 60)}[damage]
+    with (folder / "00000.tar").open("r+b") as file:
+        file.seek(start + offset)
+        file.write(bytes(length))
+    if rule == "fail":
+        with pytest.raises(DataError, match=r"00000\.tar, sample 5 .*cannot be decoded"):
+            stream[0]
+    else:
+        batch = stream[0]
+        assert batch.replaced_B.sum() == 1 and "sample 5" in batch.notes[0]
+
+
 def test_too_many_bad_pairs_stop_the_run(damaged):
     stream = make_stream([damaged], micro=8, on_bad_sample="replace", max_bad_fraction=0.0002)
     with pytest.raises(DataError, match=r"3 of \d+ pairs could not be read.*data\.max_bad_fraction=0\.0002 of 10,000"):
