@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import DataConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.loader import micro_batches, prepared
@@ -92,6 +93,19 @@ class Lines(Dataset[list[str]]):
         return self.stream.lines(micro_step, self.stream.draw(micro_step))
 
 
+class Shown(Lines):
+    """The same, with the ids that the model is shown."""
+
+    def __getitem__(self, micro_step: int) -> list[str]:
+        drawn = self.stream.draw(micro_step)
+        shown = [
+            row[: (clean != TOKENIZER.pad_id).sum()]
+            for row, clean in zip(drawn.masked.ids_BL, drawn.ids_BL, strict=True)
+        ]
+        lines = map(json.loads, self.stream.lines(micro_step, drawn))
+        return [json.dumps({**line, "shown": row.tolist()}) for line, row in zip(lines, shown, strict=True)]
+
+
 def told(lines: Sequence[str]) -> list[dict[str, Any]]:
     """Lines without what depends on the cut."""
     return [{k: v for k, v in json.loads(line).items() if k not in ("rank", "micro_step", "step")} for line in lines]
@@ -115,23 +129,57 @@ def test_ranks_that_stop_anywhere_see_what_one_process_sees(
 ):
     chosen = [folders[name] for name in corpora]
     options: dict[str, Any] = {"seed": seed, "itm_negatives": negatives}
+    if data.draw(st.booleans()):
+        options["corpus_weights"] = data.draw(st.tuples(*[st.sampled_from([0.5, 1.0, 1.7, 3.0])] * len(corpora)))
     cut = {"micro": micro, "ranks": ranks, "steps": steps}
     size = micro * ranks * steps
     last = data.draw(st.integers(2, 4))
     # The order of a global batch: micro-steps one after another, in each the ranks.
-    alone = Lines(make_stream(chosen, micro=size, **options))
+    alone = Shown(make_stream(chosen, micro=size, **options))
     expected = told([line for batch in range(last) for line in alone[batch]])
     stop = data.draw(st.integers(0, last * steps))
-    streams = [Lines(make_stream(chosen, rank=rank, **cut, **options)) for rank in range(ranks)]
+    streams = [Shown(make_stream(chosen, rank=rank, **cut, **options)) for rank in range(ranks)]
     before = [line for n in range(stop) for one in streams for line in one[n]]
     # A new program, which knows nothing but the number of the micro-step.
-    again = [Lines(make_stream(chosen, rank=rank, **cut, **options)) for rank in range(ranks)]
+    again = [Shown(make_stream(chosen, rank=rank, **cut, **options)) for rank in range(ranks)]
     after = [line for n in range(stop, last * steps) for one in again for line in one[n]]
     assert told(before + after) == expected
     assert [line["position"] for line in expected] == list(range(last * size))
     for line in expected:
         assert (line["negative_key"] is None) == (line["itm_label"] == 1)
         assert line["negative_key"] != line["key"]
+
+
+@settings(EXAMPLES, max_examples=12)
+@given(
+    corpora=CORPORA,
+    ranks=st.integers(1, 8),
+    steps=st.integers(1, 3),
+    workers=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    prefetch=st.integers(1, 3),
+    negatives=st.sampled_from(["group", "corpus"]),
+    data=st.data(),
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_rank_stopped_with_some_workers_and_gone_on_with_others_is_given_what_it_reads_itself(
+    folders, corpora, ranks, steps, workers, prefetch, negatives, data
+):
+    rank, end = data.draw(st.integers(0, ranks - 1)), 3 * steps
+    stop = data.draw(st.integers(1, end - 1))
+
+    def given_to(number_of_workers: int, first: int, end: int) -> list[PretrainBatch]:
+        stream = make_stream(
+            [folders[name] for name in corpora],
+            **{"micro": 8, "ranks": ranks, "steps": steps, "rank": rank, "workers": number_of_workers},
+            **{"itm_negatives": negatives, "prefetch_batches": prefetch, "record_pairs": True},
+        )
+        # Their images are overwritten later.
+        return [batch._replace(pixels_N3SS=batch.pixels_N3SS.clone()) for batch in micro_batches(stream, first, end)]
+
+    found = given_to(workers[0], 0, stop) + given_to(workers[1], stop, end)
+    for batch, expected in zip(found, given_to(0, 0, end), strict=True):
+        for name, part, other in zip(batch._fields, batch, expected, strict=True):
+            assert torch.equal(part, other) if isinstance(part, torch.Tensor) else part == other, name
 
 
 @EXAMPLES
