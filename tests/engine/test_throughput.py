@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from bridgetower.engine.throughput import Throughput, Yardstick, memory_figures
+from bridgetower.engine.throughput import DataAdvice, Throughput, Yardstick, memory_figures
 
 
 def test_utilisation_is_counted_work_over_the_peak():
@@ -40,3 +42,36 @@ def test_memory_of_this_process():
     before = memory_figures(torch.device("cpu"))["memory/host_gb"]
     block = torch.ones(100_000_000, dtype=torch.uint8)
     assert memory_figures(torch.device("cpu"))["memory/host_gb"] == pytest.approx(before + len(block) / 1e9, abs=0.02)
+
+
+def slow_batches(seconds: float) -> Iterator[int]:
+    for number in range(4):
+        time.sleep(seconds)
+        yield number
+
+
+def test_the_share_of_time_that_is_spent_waiting_for_batches_is_reported():
+    throughput = Throughput()
+    for _ in throughput.watch(slow_batches(0.05)):
+        time.sleep(0.05)
+        throughput.step_done(8)
+    figures = throughput.report(1, 10.0)
+    assert 0.3 < figures["data/wait_fraction"] < 0.7
+    assert figures["data/wait_fraction_of_slowest"] == figures["data/wait_fraction"]
+    assert figures["speed/pairs_per_second"] == pytest.approx(32 / (4 * figures["speed/step_seconds"]), rel=1e-6)
+    assert throughput.report(1, 10.0)["data/wait_fraction"] == 0.0
+
+
+def test_a_loader_that_holds_steps_up_is_said_in_a_line_with_its_cure_and_not_with_every_report(caplog):
+    logging.getLogger("bridgetower").propagate = True
+    advice = DataAdvice("Raise --data.workers=2 to 7.")
+    with caplog.at_level(logging.INFO, "bridgetower"):
+        advice.heed(0.9)  # the start, in which workers begin
+        advice.heed(0.05)
+        assert not caplog.records
+        for _ in range(20):
+            advice.heed(0.4)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "data is the bottleneck: steps wait for it 40% of their time. Raise --data.workers=2 to 7."
+    )

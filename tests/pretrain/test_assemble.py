@@ -16,7 +16,7 @@ from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError, DataError
 from data_prep.record import ImageFile, Record
 from pretrain.assemble import build_task, find_memory_config, find_yardstick, load_task, precision_of
-from pretrain.assemble_data import build_splits, build_tokenizer, check_held_out
+from pretrain.assemble_data import build_splits, build_tokenizer, check_held_out, data_cure
 from pretrain.presets import tiny
 from tests.conftest import REPO, run_script
 from tests.small_corpora import build_records, file_of
@@ -82,6 +82,12 @@ def test_held_out_pictures_are_resized_as_exactly_as_those_of_training(tmp_path)
         found.append(split.image_batch(0, 1).pixels_N3SS[0])
         assert torch.equal(found[-1], load_image(raw, config.model.image_size_px, "x", exact=exact))
     assert not torch.equal(*found)
+
+
+def test_where_data_are_slow_workers_are_raised_as_far_as_there_are_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(32))
+    assert "Raise --data.workers=3 to 7:" in data_cure(configured(data__workers="3").data, ranks=4)
+    assert "--short_side_px" in data_cure(configured(data__workers="7").data, ranks=4)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():
