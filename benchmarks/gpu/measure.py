@@ -188,11 +188,14 @@ def _print(results: Mapping[str, Mapping[str, Any]]) -> None:
     # In a log nothing is cut off.
     (console if console.is_terminal else Console(width=200)).print(table)
     for size, (least, goal) in GOALS.items():
-        rates = [row for kind in ("eager", "compiled") for row in fastest(results, f"{kind}_{size}")[:1]]
-        if rates and rates[0]["model"] == size:
-            best = max(rates, key=lambda row: float(row["pairs_per_second"]))
-            rate = best["pairs_per_second"]
-            print(f"{size}: {rate:,.0f} pairs/s, {best['what']}; at least {least:,} on an H100, goal {goal:,}")
+        loader = "pipeline" if size == "base" else "pipeline_large"
+        # What is asked for is the rate through the loader; the step alone says what the loader costs.
+        for what, names in (("the step alone", (f"eager_{size}", f"compiled_{size}")), ("from JPEGs", (loader,))):
+            rows = [row for name in names for row in fastest(results, name) if row["model"].startswith(size)]
+            if rows:
+                best = max(rows, key=lambda row: float(row["pairs_per_second"]))
+                rate = f"{size}, {what}: {best['pairs_per_second']:,.0f} pairs/s, {best['what']}"
+                print(f"{rate}; at least {least:,} from JPEGs on an H100, goal {goal:,}")
 
 
 if __name__ == "__main__":

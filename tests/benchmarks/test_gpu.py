@@ -186,6 +186,20 @@ def test_plan_takes_the_fastest_micro_batches_and_the_optimizer_that_could_be_bu
     assert options["pipeline_large"]["runs"] == (Run(16),) and options["pipeline_large"]["preset"] == "large_4m"
 
 
+def test_rates_through_the_loader_stand_beside_what_is_asked_for(capsys):
+    found = {
+        "eager_base": found_rows((64, 900.0), (32, 800.0), model="base", what="eager"),
+        "compiled_base": found_rows((64, 1200.0), model="base", what="compiled"),
+        "pipeline": found_rows((64, 870.0), (128, 910.0), model="base_4m", what="train.py, eager"),
+        "pipeline_large": found_rows((8, 7.0), model="tiny", what="train.py, eager"),
+    }
+    measure._print({name: {**section, "error": ""} for name, section in found.items()})
+    said = capsys.readouterr().out
+    assert "base, the step alone: 1,200 pairs/s, compiled; at least 850 from JPEGs on an H100, goal 1,210" in said
+    assert "base, from JPEGs: 910 pairs/s, train.py, eager; at least 850" in said
+    assert "large, from" not in said  # small shapes
+
+
 def test_time_goes_to_sections_by_what_they_need_and_what_is_left_goes_on():
     sections = plan(small=False)
     given = [seconds_for(section, sections[number:], 480.0) for number, section in enumerate(sections)]
