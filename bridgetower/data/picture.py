@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bridgetower.errors import DataError
@@ -88,14 +89,27 @@ def opaque_rgb(image: Image.Image) -> Image.Image:
     White, not the black that lies under transparent pixels in many files (which is what the reference's RGBA -> RGB
     conversion shows): drawings are made for a light page.
     """
+    image = _of_8_bits(image)
     if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
         image = page
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grayscale: Pillow's own conversion would clip everything above 255 to white.
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
     return image.convert("RGB")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 bits of 16, where Pillow would clip everything above 255 to white or miss the transparent colour."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I") or image.mode == "F":
+        gray = image.convert("I").point(lambda value: value / 256).convert("L")
+        if transparent is not None:
+            gray.putalpha(Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)))
+        return gray
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # Pillow has reduced the pixels, but not the colour of a PNG that counts as transparent.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
