@@ -47,6 +47,7 @@ _FLAGS = {
     "slice": "NUMBER/COUNT: build only that part of the shards, as one of COUNT jobs",
     "merge": "build nothing, write the manifest of what the slices built",
     "scratch": "folder for the plan (default: beside the shards, or the system's for temporary files)",
+    "progress_seconds": "between lines of progress where there is no terminal (default 10)",
 }
 
 
@@ -82,6 +83,7 @@ def main(
     slice: str = "",  # the flag's name
     merge: str = "false",
     scratch: str = "",
+    progress_seconds: str = "10",
     **own: str,
 ) -> None:
     """Build the shards of a source."""
@@ -119,7 +121,7 @@ def main(
     folder = place(out)
     room = _scratch(folder, scratch)
     with (
-        ProgressLine(source) as progress,
+        ProgressLine(source, parse_whole("progress_seconds", progress_seconds, 0)) as progress,
         planning(module.records(options), seed=settings.seed, scratch=room, on_progress=progress.planned) as plan,
     ):
         result = build_corpus(

@@ -13,20 +13,20 @@ from rich.text import Text
 
 from data_prep.build import State
 
-_PLAIN_SECONDS = 10.0
 _MAX_REASONS = 6
 
 
 class ProgressLine:
     """Shows the states of a build as they come; used as a context."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, plain_seconds: float) -> None:
         """Prepare the display.
 
         Args:
             title: what is being built.
+            plain_seconds: between two lines where there is no terminal.
         """
-        self._title = title
+        self._title, self._plain_seconds = title, plain_seconds
         self._console = Console(stderr=True)
         self._start = self._last = time.monotonic()
         self._bar = Progress(
@@ -78,7 +78,7 @@ class ProgressLine:
 
     def _say(self, text: str) -> None:
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._last > _PLAIN_SECONDS:
+        if not self._console.is_terminal and now - self._last >= self._plain_seconds:
             self._last = now
             print(f"{self._title}: {text}", file=sys.stderr, flush=True)
 
