@@ -186,7 +186,7 @@ def _fetch_pictures(corpus: WebCorpus, folder: Path, program: str, processes: in
 
 def _print_links(results: Mapping[str, Downloads]) -> None:
     table = Table("split", title="Pictures from their URLs", title_justify="left")
-    for name in ("rows", "pictures", "dead links"):
+    for name in ("rows", "downloaded", "dead links"):
         table.add_column(name, justify="right")
     table.add_column("why")
     for split, result in results.items():

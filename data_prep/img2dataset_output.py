@@ -39,7 +39,10 @@ _FAILURES = (
     (("x-robots-tag",), "forbidden by X-Robots-Tag"),
     (("incompleteread", "cut short"), "connection lost"),
     (("refused", "reset by peer", "remote end closed", "unreachable", "no route", "broken pipe"), "no connection"),
-    (("unknown url type", "no host given", "control characters", "nonnumeric port", "invalid url"), "not a URL"),
+    (
+        ("unknown url type", "no host given", "control characters", "nonnumeric port", "invalid url", "codec can't"),
+        "not a URL",
+    ),
     (("image decoding error", "cannot identify image"), "not an image"),
     (("image too small", "area too large", "aspect ratio"), "size refused"),
     (("hash mismatch",), "hash mismatch"),

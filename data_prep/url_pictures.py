@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from urllib.parse import quote
 
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.files import write_atomically
@@ -29,6 +30,8 @@ _TIMEOUT_SECONDS = 15
 _RETRIES = 1
 _GRACE_SECONDS = 10.0
 _COMPLETE = "complete.json"
+# All that RFC 3986 lets stand in a URL, and the sign of what is encoded already.
+_SIGNS_OF_URLS = "%:/?#[]@!$&'()*+,;=~"
 INSTALL = "pip install -e '.[download]'"
 _REQUIREMENT = "img2dataset>=1.47,<2"
 # Its pyarrow has no wheels for later ones; uv brings this Python where there is none.
@@ -125,7 +128,8 @@ def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, proces
 def _write_lists(rows: Iterator[Row], folder: Path, max_rows: int) -> int:
     """The URLs as img2dataset reads them. Returns: how many rows.
 
-    As JSON lines: it would take quotes in a TSV for quotes, and read rows into each other.
+    As JSON lines: it would take quotes in a TSV for quotes, and read rows into each other. With spaces and letters
+    beyond ASCII encoded, as browsers do: it would not even ask for such pictures.
     """
     complete = folder / _COMPLETE
     if complete.is_file():
@@ -143,7 +147,8 @@ def _write_lists(rows: Iterator[Row], folder: Path, max_rows: int) -> int:
     total = 0
     while batch := list(islice(chosen, ROWS_PER_TAR)):
         with (folder / f"{total // _ROWS_PER_LIST:05d}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"url": row.url, "caption": row.caption}) + "\n" for row in batch)
+            lines = ({"url": quote(row.url, _SIGNS_OF_URLS, errors="replace"), "caption": row.caption} for row in batch)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         total += len(batch)
     if not total:
         raise DataError(f"The list for {folder} has no rows. Download it again.")

@@ -15,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -314,6 +315,23 @@ def test_the_list_keeps_every_row_whatever_its_caption(tmp_path):
     assert [json.loads(line) for line in lines] == [{"url": row.url, "caption": row.caption} for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("published", "listed"),
+    [
+        ("http://a.example/two words.jpg", "http://a.example/two%20words.jpg"),
+        ("http://a.example/größe/日.jpg", "http://a.example/gr%C3%B6%C3%9Fe/%E6%97%A5.jpg"),
+        ("http://a.example/two%20words.jpg", "http://a.example/two%20words.jpg"),
+        ("https://u:p@[::1]:80/a;b,c~d/(1)!?q='x'&r=+$*#part", "https://u:p@[::1]:80/a;b,c~d/(1)!?q='x'&r=+$*#part"),
+    ],
+)
+def test_what_cannot_stand_in_a_url_is_encoded_once(published, listed, tmp_path):
+    with pytest.raises(DataError, match="has done 0 of 1 rows"):
+        download_pictures(
+            str(shutil.which("true")), iter([Row("a", published)]), tmp_path / "tars", processes=1, max_rows=0
+        )
+    assert json.loads((tmp_path / "tars.urls" / "00000.jsonl").read_text())["url"] == listed
+
+
 def test_a_failing_program_is_reported(tmp_path):
     with pytest.raises(DataError, match="ended with code 1"):
         download_pictures(str(shutil.which("false")), iter([Row("a", "b")]), tmp_path / "tars", processes=1, max_rows=0)
@@ -387,11 +405,13 @@ def test_img2dataset_fetches_pictures_that_a_build_reads_and_goes_on_when_run_ag
         ("a bus", "bus.jpg", 0),
         ('a " quote', "quote.png", 1),
         ("dead", "dead.jpg", None),
-        ("slow", "page.html", -1),
+        ("no picture", "page.html", -1),
+        ("space", "two words.jpg", 2),
+        ("umlaut", "größe.jpg", 3),
     ]
     for _, name, number in train:
         if number is not None:
-            server.files[f"/{name}"] = b"<html>" if number < 0 else picture(number)
+            server.files[f"/{quote(name)}"] = b"<html>" if number < 0 else picture(number)
     server.files["/coffee.jpg"] = picture(9)
     tables = (
         "".join(f"{text}\t{server.url}/{name}\n" for text, name, _ in train),
@@ -404,7 +424,7 @@ def test_img2dataset_fetches_pictures_that_a_build_reads_and_goes_on_when_run_ag
     assert "1 HTTP 404" in result.stdout
     manifests = build_records(cc3m.records(SourceOptions(raw=tmp_path / "cc")), tmp_path / "out")
     totals = manifests["train"].totals
-    assert (totals.rows, totals.images) == (4, 2)
+    assert (totals.rows, totals.images) == (6, 4)
     assert totals.rejects == {"download failed: HTTP 404": 1, "image cannot be decoded": 1}
     assert (manifests["val"].totals.rows, manifests["val"].totals.images) == (1, 1)
     before = len(server.requests)

@@ -316,6 +316,7 @@ def test_rows_that_the_statistics_forgot_are_counted(tmp_path):
         ("Image decoding error", "not an image"),
         ("unknown url type: ''", "not a URL"),
         ("<urlopen error no host given>", "not a URL"),
+        ("'ascii' codec can't encode character '\\xfc' in position 5: ordinal not in range(128)", "not a URL"),
         ("'ascii' codec can't encode character", "other"),
     ],
 )
