@@ -10,6 +10,7 @@ round of each counts, in CPU seconds of one thread.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from fire.decorators import SetParseFn
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import cpu_model
 from benchmarks.photos import SIZES, cut_photos
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 
 _FLAGS = {
@@ -76,6 +79,11 @@ def run(**options):
 resize = run(resize_mode="keep_ratio", resize_only_if_bigger=True)
 print(json.dumps({{"resize": resize, "copy": run(resize_mode="no", resize_only_if_bigger=False, skip_reencode=True)}}))
 """
+_THEIR_VERSIONS = """
+import importlib.metadata, json, platform, cv2
+versions = {"version": importlib.metadata.version("img2dataset"), "python": platform.python_version()}
+print(json.dumps({**versions, "opencv": cv2.__version__}))
+"""
 
 
 def main(
@@ -92,6 +100,7 @@ def main(
     sides = {"ours": (sys.executable, _OURS)}
     if img2dataset_python:
         sides["img2dataset"] = (img2dataset_python, _THEIRS)
+    theirs = json.loads(_run(img2dataset_python, _THEIR_VERSIONS)) if img2dataset_python else None
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, size in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +109,12 @@ def main(
             rates[name] = _measure(sides, folder, count, turns)
     _print(rates)
     if out:
-        content = {"images_per_second_and_core": rates, "short_side_px": _SHORT_SIDE_PX, **_machine()}
+        content = {
+            "images_per_second_and_core": rates,
+            "short_side_px": _SHORT_SIDE_PX,
+            **_machine(),
+            "img2dataset": theirs,
+        }
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -109,18 +123,28 @@ def _measure(sides: dict[str, tuple[str, str]], folder: str, count: int, turns: 
     best: dict[str, dict[str, float]] = {}
     for _ in range(turns):
         for side, (python, code) in sides.items():
-            result = subprocess.run(
-                [python, "-W", "ignore", "-c", _TIMING + code, folder],
-                cwd=Path(__file__).resolve().parent.parent,
-                capture_output=True,
-                text=True,
-            )
-            if result.returncode:
-                raise ConfigError(f"{python} cannot run the side {side}:\n{result.stderr[-2000:]}")
-            for operation, seconds in json.loads(result.stdout.splitlines()[-1]).items():
+            for operation, seconds in json.loads(_run(python, _TIMING + code, folder)).items():
                 rate = best.setdefault(operation, {})
                 rate[side] = max(rate.get(side, 0.0), count / seconds)
     return best
+
+
+def _run(python: str, code: str, *arguments: str) -> str:
+    """Run code under a Python. Returns: the last line that it prints."""
+    try:
+        result = subprocess.run(
+            [python, "-W", "ignore", "-c", code, *arguments],
+            cwd=Path(__file__).resolve().parent.parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError as error:
+        raise ConfigError(f"{python} cannot be run ({error.strerror}). Give the path of a python.") from error
+    if result.returncode:
+        raise ConfigError(
+            f"{python} cannot run its side of the benchmark. Does it have what that needs?\n{result.stderr[-2000:]}"
+        )
+    return result.stdout.splitlines()[-1]
 
 
 def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -137,8 +161,14 @@ def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
 
 def _machine() -> dict[str, Any]:
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
-    return {"machine": platform.processor() or platform.machine(), "python": platform.python_version(), **versions,
-            "simplejpeg": getattr(simplejpeg, "__version__", "")}  # fmt: skip
+    return {
+        "machine": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **versions,
+        "simplejpeg": getattr(simplejpeg, "__version__", ""),
+        "commit": find_commit(),
+    }
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fire.decorators import SetParseFn
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import cpu_model
 from benchmarks.photos import cut_photos
 from benchmarks.stream_sides import LIMIT, SIDE_PX, SIDES, our_stream
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
@@ -77,7 +78,7 @@ def main(
     results["shuffle"] = _shuffle()
     if out:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-        content = {**results, "machine": platform.machine(), "cores": len(psutil.Process().cpu_affinity()), **versions}
+        content = {**results, "machine": cpu_model(), "cores": len(psutil.Process().cpu_affinity()), **versions}
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -34,6 +34,7 @@ from rich.table import Table
 
 from benchmarks import step_sides
 from benchmarks.closed_form import StepParts, step_parts
+from benchmarks.machine import cpu_model
 from benchmarks.step_sides import PUBLISHED_TOKENS
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
@@ -269,7 +270,7 @@ def _parse_dropout(text: str) -> float:
 def describe_machine(device: str) -> dict[str, Any]:
     """What the figures were measured on and with."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
