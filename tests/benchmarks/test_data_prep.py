@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,11 @@ HAS_PHOTOS = importlib.util.find_spec("skimage") is not None
 needs_photos = pytest.mark.skipif(not HAS_PHOTOS, reason="the photographs are those of scikit-image")
 
 
-def measure(tmp_path: Path, *flags: str) -> dict:
+def measure(tmp_path: Path, *flags: str) -> dict[str, Any]:
     out = tmp_path / "results.json"
     run_script(BENCHMARK, "--images=1", "--rounds=1", f"--out={out}", *flags)
-    return json.loads(out.read_text())
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
 
 
 @needs_photos

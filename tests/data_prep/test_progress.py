@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,32 +33,53 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["folder", f"--raw={folder}", f"--captions={folder / 'captions.csv'}", "--samples_per_shard=4"]
 
 
-def shown_on_a_terminal(arguments: list[str], columns: int) -> list[str]:
+def shown_on_a_terminal(command: list[str], columns: int) -> list[str]:
     """What a terminal gets, a text for each time the display is drawn."""
     terminal, end = pty.openpty()
     environment = script_environment({"COLUMNS": str(columns), "TERM": "xterm"})
-    command = command_line(BUILD, arguments, 0)
-    with subprocess.Popen(command, stderr=end, stdout=subprocess.DEVNULL, cwd=REPO, env=environment) as build:
+    with subprocess.Popen(command, stderr=end, stdout=subprocess.DEVNULL, cwd=REPO, env=environment) as process:
         os.close(end)
         shown = b""
         with suppress(OSError):  # how a terminal ends
             while part := os.read(terminal, 1 << 16):
                 shown += part
     os.close(terminal)
-    assert build.returncode == 0
-    return re.split(r"\r(?!\n)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()))
+    assert process.returncode == 0
+    drawn = re.split(r"\r(?!\n)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()))
+    assert all(len(line) <= columns for text in drawn for line in text.splitlines())
+    return [text.strip() for text in drawn if text.strip()]
 
 
 @pytest.mark.parametrize("columns", [80, 140])
-def test_a_terminal_shows_a_bar_with_rates_time_left_and_rejects_by_reason(arguments, columns, tmp_path):
-    drawn = shown_on_a_terminal([*arguments, f"--out={tmp_path / 'out'}", "--workers=0"], columns)
-    assert len(drawn) >= 5  # begun, and a time for each shard
-    for part in drawn[-1].strip(), drawn[-2].strip():
-        bar, rejects = part.splitlines()
-        assert re.fullmatch(rf"folder ━+ 100%  {RATE} \d:\d\d:\d\d left 0:00:00", bar.strip()), bar
-        assert rejects.strip() == REJECTED
-    assert any(re.search(r"━ +(?:[1-9]|[1-9]\d)%", part) for part in drawn)
-    assert all(len(line) <= columns for part in drawn for line in part.splitlines())
+def test_a_terminal_shows_at_the_end_a_full_bar_with_rates_and_rejects_by_reason(arguments, columns, tmp_path):
+    command = command_line(BUILD, [*arguments, f"--out={tmp_path / 'out'}", "--workers=0"], 0)
+    bar, rejects = shown_on_a_terminal(command, columns)[-1].splitlines()
+    assert re.fullmatch(rf"folder ━+ 100%  {RATE} \d:\d\d:\d\d left 0:00:00", bar.strip()), bar
+    assert rejects.strip() == REJECTED
+
+
+HALFWAY = """
+import time
+from data_prep.build import State
+from data_prep.progress import ProgressLine
+with ProgressLine("cc3m", 10) as progress:
+    progress.planned(2_000_000)
+    for share in range(6):
+        time.sleep(0.2)
+        progress.show(State(
+            shards=share, all_shards=100, samples=share * 10_000, all_samples=1_000_000, images=share * 8_000,
+            bytes=share * 300_000_000, rejects={"download failed: HTTP 404": share * 1_500, "no caption": share * 500},
+        ))
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_terminal_shows_on_the_way_how_far_it_is_and_the_time_left(columns):
+    drawn = shown_on_a_terminal([sys.executable, "-c", HALFWAY], columns)
+    bar, rejects = drawn[-1].splitlines()
+    assert re.fullmatch(rf"cc3m [━╸╺]+ +5%  {RATE} \d:\d\d:\d\d left \d:\d\d:\d\d", bar.strip()), bar
+    assert not bar.strip().endswith("left 0:00:00")
+    assert rejects.strip() == "rejected: 7,500 download failed: HTTP 404; 2,500 no caption"
 
 
 def test_elsewhere_lines_say_the_same(arguments, tmp_path):

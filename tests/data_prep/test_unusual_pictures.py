@@ -129,7 +129,7 @@ def test_an_animated_picture_is_its_first_frame(kind, short_side_px):
     first, *others = map(Image.fromarray, frames)
     options = {"lossless": True} if kind == "WEBP" else {}
     raw = file_of(first, kind, save_all=True, append_images=others, duration=40, **options)
-    assert Image.open(io.BytesIO(raw)).n_frames == 3
+    assert getattr(Image.open(io.BytesIO(raw)), "n_frames", 1) == 3
     found = stored(raw, short_side_px=short_side_px)
     if short_side_px:
         assert np.abs(middles(found, 8) - np.array(COLOURS).reshape(2, 3, 3)).max() <= 1
