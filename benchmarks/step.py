@@ -280,14 +280,6 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    """What the kernel calls it; platform.processor() knows the architecture at most."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
-
-
 def _print(setting: Setting, results: dict[str, dict[str, Any]]) -> None:
     kind = "compiled" if setting.compiled else "eager"
     title = f"{setting.preset}, {setting.batch} pairs, {setting.dtype}, {setting.device}, {kind}"
