@@ -56,6 +56,19 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def from_rank(owner: int, value: Tensor | None, device: torch.device) -> Tensor:
+    """A rank's tensor, on every rank; the others give None."""
+    if world_size() == 1:
+        assert value is not None
+        return value
+    kind: list[Any] = [None if value is None else (value.shape, value.dtype)]
+    torch_dist.broadcast_object_list(kind, src=owner)
+    shape, dtype = kind[0]
+    sent = torch.empty(shape, dtype=dtype, device=device) if value is None else value.contiguous()
+    torch_dist.broadcast(sent, src=owner)
+    return sent
+
+
 def gather_rows(rows_BD: Tensor) -> Tensor:
     """Join the rows of all ranks in rank order; gradients flow back to the rank that gave a row.
 

@@ -1,8 +1,8 @@
 """Scores on held-out splits: MLM, ITM and retrieval, from one pass per image and caption and one per needed pair.
 
 The images are cut into blocks of a fixed size, and each block with its pairs belongs to one rank, so that the scores
-do not depend on the number of ranks. Every rank encodes all captions, a thirtieth of an image's work each, as their
-states would be about a gigabyte to send for 5,000.
+do not depend on the number of ranks. So are the captions, but any image may be asked for with any caption: each rank
+gets the states of all, a gigabyte for 5,000 captions of the base model in bf16.
 
 Shapes: N images and T captions of the split, R pairs of a pass, L tokens, M masked tokens, K bridged layers, D width,
 C contrastive width, V vocabulary.
@@ -213,14 +213,17 @@ def evaluate_split(
 
 def _encode_captions(scorer: Scorer, split: Split, batch_size: int, seed: int, device: torch.device) -> _Captions:
     states, masks, embeddings = [], [], []
-    for first in range(0, split.num_captions, batch_size):
+    for number, first in enumerate(range(0, split.num_captions, batch_size)):
         batch = split.text_batch(first, batch_size, seed=seed)
         mask_TL = batch.attention_mask_TL.to(device)
-        encoded = scorer.text_features(batch.clean_ids_TL.to(device), mask_TL)
-        states.append(encoded.states_KBND)
         masks.append(mask_TL)
-        if encoded.embedding_BC is not None:
-            embeddings.append(encoded.embedding_BC.float().cpu().numpy())
+        owner = number % dist.world_size()
+        own = scorer.text_features(batch.clean_ids_TL.to(device), mask_TL) if owner == dist.rank() else None
+        states.append(dist.from_rank(owner, None if own is None else own.states_KBND, device))
+        if scorer.objectives.itc:
+            embeddings.append(
+                dist.from_rank(owner, None if own is None else own.embedding_BC, device).float().cpu().numpy()
+            )
     longest = max(mask.shape[1] for mask in masks)
     return _Captions(
         torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in states], dim=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -11,24 +12,32 @@ from torch import nn
 
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import EvaluationConfig, ObjectivesConfig
+from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.evaluate import evaluate_split
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
 from pretrain.assemble_data import build_splits, build_tokenizer
 from pretrain.presets import tiny
+from tests.conftest import REPO, run_script
 
 IMAGES, TOP = 40, 3
+CONFIG = EvaluationConfig(batch_size=16, rerank_top_k=TOP, max_images_without_itc=10, num_samples=2)
 
 
-@pytest.fixture
-def split(emoji_shards):
+def make_split(shards: str) -> HeldOutSplit:
     config = tiny()
     config = replace(
         config,
-        data=replace(config.data, eval_shards=(str(emoji_shards / "combination"),)),
+        data=replace(config.data, eval_shards=(f"{shards}/combination",)),
         evaluation=EvaluationConfig(max_images=IMAGES),
     )
     return build_splits(config, build_tokenizer(config))[0]
+
+
+def make_task(*, itc: bool) -> PretrainTask:
+    objectives = ObjectivesConfig(mlm=False, itm=True, itc=itc)
+    torch.manual_seed(0)
+    return PretrainTask(BridgeTower(MODELS["tiny"](), objectives.heads), objectives).eval()
 
 
 def counted(model: BridgeTower) -> Counter[str]:
@@ -54,14 +63,11 @@ def counted(model: BridgeTower) -> Counter[str]:
 
 @pytest.mark.parametrize("itc", [True, False], ids=["with ITC", "without"])
 def test_retrieval_costs_a_tower_pass_for_each_image_and_caption_and_a_fusion_for_each_pair_that_is_asked_for(
-    split, itc
+    emoji_shards, itc
 ):
-    objectives = ObjectivesConfig(mlm=False, itm=True, itc=itc)
-    torch.manual_seed(0)
-    task = PretrainTask(BridgeTower(MODELS["tiny"](), objectives.heads), objectives).eval()
+    task, split = make_task(itc=itc), make_split(str(emoji_shards))
     found = counted(task.model)
-    config = EvaluationConfig(batch_size=16, rerank_top_k=TOP, max_images_without_itc=10, num_samples=2)
-    evaluate_split(task, split, config, seed=0, device=torch.device("cpu"))
+    evaluate_split(task, split, CONFIG, seed=0, device=torch.device("cpu"))
     captions = split.num_captions
     assert found["shown"] == 2
     assert found["images"] == split.num_images == IMAGES and found["captions"] == captions
@@ -74,3 +80,32 @@ def test_retrieval_costs_a_tower_pass_for_each_image_and_caption_and_a_fusion_fo
         in_gallery = int((split.image_of_caption_T < 10).sum())
         assert in_gallery * 10 <= found["pairs"] <= in_gallery * 10 + own_and_negative
     assert found["pairs"] < captions * IMAGES / 2  # not every pair
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from bridgetower.engine import launch as launching
+from bridgetower.engine.evaluate import evaluate_split
+from tests.engine.test_evaluate import CONFIG, counted, make_split, make_task
+place = launching.read_launch()
+launching.start(place, 1)
+task, split = make_task(itc=True), make_split(sys.argv[1])
+found = counted(task.model)
+result = evaluate_split(task, split, CONFIG, seed=0, device=torch.device("cpu"))
+Path(sys.argv[2], f"{place.world_size}_{place.rank}.json").write_text(json.dumps([found, result.scores]))
+launching.finish()
+"""
+
+
+def test_ranks_share_images_and_captions_and_come_to_the_same_scores(emoji_shards, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    for ranks in (1, 2):
+        run_script(str(program), str(emoji_shards), str(tmp_path), ranks=ranks, env={"PYTHONPATH": str(REPO)})
+    (alone, scores), *both = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
+    assert both[0][1] == both[1][1] == scores
+    for what in ("images", "captions", "pairs", "shown"):
+        first, second = (found[what] for found, _ in both)
+        assert first + second == alone[what] and first and second, what
