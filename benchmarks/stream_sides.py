@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -148,5 +149,8 @@ def _busy_seconds() -> float:
 
 
 if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # as training has it: a thread for each caption costs more than it saves
+    )
     name, shards, processes, duration = sys.argv[1:]
     print(json.dumps(measure(name, Path(shards), int(processes), float(duration))))

@@ -137,11 +137,12 @@ class PretrainStream(Dataset[PretrainBatch]):
         if self.corpora.is_remote:
             self.corpora.need(self.order.shards_of(int(positions_B[0]), 2))
         located = self._locate(micro_step)
+        # All are read before the first is decoded: what decoding works with then stays in the processor's caches.
+        places = list(zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True))
+        found = [self._find(shard, number) for _, shard, number in places]
         pairs = [
-            self._load(position, shard, number, None if pixels is None else pixels[row])
-            for row, (position, shard, number) in enumerate(
-                zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True)
-            )
+            self._complete(position, shard, one, None if pixels is None else pixels[row])
+            for row, ((position, shard, _), one) in enumerate(zip(places, found, strict=True))
         ]
         ids_BL = pad(
             self.tokenizer.encode([one.pair.caption for one in pairs], self.max_text_tokens), self.tokenizer.pad_id
@@ -179,10 +180,19 @@ class PretrainStream(Dataset[PretrainBatch]):
         rows = slice((micro_step - first) * size, (micro_step - first + 1) * size)
         return Located(*(part[rows] for part in self._found[1]))
 
-    def _load(self, position: int, shard: int, number: int, out: Tensor | None) -> Loaded:
-        """Read a pair, or the one that takes its place."""
+    def _find(self, shard: int, number: int) -> Pair | DataError:
+        """Read a pair from its shard, or say why not."""
         try:
-            return self._read(shard, number, out)
+            return self.corpora.read(shard, number)
+        except DataError as error:
+            return error
+
+    def _complete(self, position: int, shard: int, found: Pair | DataError, out: Tensor | None) -> Loaded:
+        """Decode a pair's image, or give the pair that takes its place."""
+        try:
+            if isinstance(found, DataError):
+                raise found
+            return self._decode(found, out)
         except DataError as error:
             if self.config.on_bad_sample == "fail":
                 raise
@@ -192,7 +202,7 @@ class PretrainStream(Dataset[PretrainBatch]):
                     draws.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
                 )
                 try:
-                    loaded = self._read(*self.corpora.pair_of_corpus(corpus, int(drawn)), out)
+                    loaded = self._decode(self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn))), out)
                 except DataError:
                     continue
                 return loaded._replace(replaced=f"position {position}: {error} {loaded.pair.where} took its place.")
@@ -200,8 +210,7 @@ class PretrainStream(Dataset[PretrainBatch]):
                 f"Nor can {_TRIES} others of {self.corpora.names[corpus]} be read in place of a pair: {error}"
             ) from error
 
-    def _read(self, shard: int, number: int, out: Tensor | None) -> Loaded:
-        pair = self.corpora.read(shard, number)
+    def _decode(self, pair: Pair, out: Tensor | None) -> Loaded:
         if out is not None:
             load_image(pair.image, self.image_size_px, pair.where, exact=self.config.exact_resize, out=out)
         return Loaded(pair, "")
@@ -224,7 +233,7 @@ class PretrainStream(Dataset[PretrainBatch]):
                 if self.corpora.image_id_of(shard, number) != own.image_id:
                     image_B[row], label_B[row] = len(pairs) + len(negatives), 0
                     out = None if pixels is None else pixels[int(image_B[row])]
-                    negatives.append(self._load(position, shard, number, out))
+                    negatives.append(self._complete(position, shard, self._find(shard, number), out))
                     break
         return collate.ImageChoice(image_B, label_B), negatives
 
