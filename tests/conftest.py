@@ -19,8 +19,8 @@ REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
-# Folders whose tests take longest: they are begun first, so that at the end both workers have something to do.
-SLOWEST_FIRST = ("integration", "interop")
+# Folders and files whose tests take longest: they are begun first, so that at the end both workers have something to do.
+SLOWEST_FIRST = ("integration", "test_capacity.py", "interop")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -203,14 +203,12 @@ def test_most_memory_in_use_is_what_is_kept_and_the_workspace(recompute):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "dropout", "recompute", "pairs"),
-    [("bf16", 0.0, (), 2), ("bf16", 0.1, ("fusion",), 3), ("fp32", 0.1, (), 2), ("bf16", 0.0, EVERYTHING, 3)],
+    [("bf16", 0.0, (), 2), ("fp32", 0.1, (), 2)],
 )
 def test_base_keeps_what_is_predicted(much_memory, dtype, dropout, recompute, pairs):
     config = sized("base", dropout)
     real = Real(config, dtype=DTYPES[dtype], compute=ComputeConfig(recompute=recompute), pairs=pairs, seed=pairs)
     assert real.predicted.kept == pytest.approx(real.kept(), rel=0.005, abs=TABLES)
-    if not recompute and not dropout:
-        assert real.predicted.work == pytest.approx(real.flops(), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["base", "large"])
