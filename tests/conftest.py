@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
-# Folders and files whose tests take longest: they are begun first, so that at the end both workers have something to do.
+# Whose tests take longest: they are begun first, so that at the end both workers have something to do.
 SLOWEST_FIRST = ("integration", "test_capacity.py", "interop")
 
 
