@@ -16,14 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import open_clip_train.data
 import psutil
 import torch
 import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 from bridgetower.config.schema import DataConfig
 from bridgetower.data.corpora import Corpora
@@ -65,6 +62,8 @@ def _ours(folder: Path, workers: int) -> Iterator[Any]:
 
 def _plain(folder: Path, workers: int) -> Iterator[Any]:
     """What webdataset's documentation shows: decode with Pillow, torchvision's transforms."""
+    from torchvision import transforms  # takes seconds, which other sides need not wait for
+
     transform = transforms.Compose(
         [
             transforms.Resize(SIDE_PX, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -81,6 +80,9 @@ def _plain(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def _open_clip(folder: Path, workers: int) -> Iterator[Any]:
+    import open_clip
+    import open_clip_train.data
+
     # open_clip 3.3 does not know the end-of-file marks that webdataset 1.0 puts between the members of two tars.
     open_clip_train.data.tar_file_expander = partial(open_clip_train.data.tar_file_expander, eof_value=None)
     shards = "::".join(sorted(map(str, folder.glob("*.tar"))))
@@ -113,10 +115,10 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-LIMIT = "decode + resize alone"
+LIMIT, OURS = "decode + resize alone", "this stream"
 SIDES: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     LIMIT: _limit,
-    "this stream": _ours,
+    OURS: _ours,
     "webdataset, plain": _plain,
     "open_clip": _open_clip,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests import preloaded
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -70,13 +73,13 @@ def run_script(
     env: Mapping[str, str] | None = None,
     cwd: Path = REPO,
     timeout_s: float = 300,
-    launcher: str = "plain",
+    launcher: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """Run an entry script as a user does, and check its exit code.
 
     Args:
-        ranks: 0 with plain python, otherwise under a launcher.
-        launcher: deepspeed, or plain: one process after the other, as srun starts them, in a third of the time.
+        ranks: 0 for a program that no launcher starts.
+        launcher: see `command_line`.
     """
     result = subprocess.run(
         command_line(script, arguments, ranks, launcher),
@@ -90,15 +93,32 @@ def run_script(
     return result
 
 
-def command_line(script: str, arguments: Sequence[str], ranks: int, launcher: str = "deepspeed") -> list[str]:
-    """The words of a command."""
+def command_line(script: str, arguments: Sequence[str], ranks: int = 0, launcher: str = "") -> list[str]:
+    """The words of a command.
+
+    Args:
+        launcher: deepspeed; or plain: a new process for each rank, as srun starts them; or preloaded: the same, except
+            that it need not import anything. If not given, preloaded for what imports torch.
+    """
     path = str(REPO / script)
-    if not ranks:
-        return [sys.executable, path, *arguments]
-    if launcher == "plain":
-        return [sys.executable, str(REPO / "tests/launch_ranks.py"), str(ranks), path, *arguments]
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error"]
-    return [*deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), path, *arguments]
+    if launcher == "deepspeed":
+        deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error"]
+        return [*deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), path, *arguments]
+    program = [path, *arguments]
+    if (launcher or ("preloaded" if script.startswith("pretrain/") else "plain")) == "preloaded":
+        program = [*preloaded_words(), *program]
+    return [sys.executable, *([str(REPO / "tests/launch_ranks.py"), str(ranks)] if ranks else []), *program]
+
+
+def preloaded_words() -> list[str]:
+    """What stands between python and a script that need not import anything."""
+    return ["-S", preloaded.__file__, preloaded_server().address]
+
+
+@functools.cache
+def preloaded_server() -> preloaded.Server:
+    """The one of this process, started when it is first needed; it ends with this process."""
+    return preloaded.Server(script_environment({}))
 
 
 def script_environment(extra: Mapping[str, str]) -> dict[str, str]:

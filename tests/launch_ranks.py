@@ -36,7 +36,9 @@ def main(num_ranks: int, words: list[str]) -> int:
     while any(rank.poll() is None for rank in ranks):
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed:
-            time.sleep(5)  # they may be about to say more
+            end = time.monotonic() + 5  # they may be about to say more
+            while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
+                time.sleep(0.05)
             for rank in ranks:
                 rank.kill()
             return abs(failed[0])

@@ -44,15 +44,18 @@ def mask_tokens(ids_BL: I64, counters_B: I64, tokenizer: Tokenizer, *, stream: i
     tokens = np.arange(ids_BL.shape[1]) * 3
     key_B1 = draws.bits(stream, counters_B)[:, None]
     is_chosen_BL = (draws.uniform(key_B1, tokens) < probability) & ~tokenizer.is_special(ids_BL)
-    fate_BL = draws.uniform(key_B1, tokens + 1)
-    random_BL = draws.below(key_B1, tokens + 2, tokenizer.vocabulary_size)
-    replaced_BL = np.where(
-        fate_BL < _MASK_SHARE,
-        tokenizer.mask_id,
-        np.where(fate_BL < _MASK_SHARE + _RANDOM_SHARE, random_BL, ids_BL),
-    )
     index_M = np.flatnonzero(is_chosen_BL)
-    return MaskedTokens(np.where(is_chosen_BL, replaced_BL, ids_BL), index_M, ids_BL.ravel()[index_M])
+    row_M, column_M = np.divmod(index_M, ids_BL.shape[1])
+    key_M, label_M = key_B1[row_M, 0], ids_BL.ravel()[index_M]
+    fate_M = draws.uniform(key_M, tokens[column_M] + 1)
+    random_M = draws.below(key_M, tokens[column_M] + 2, tokenizer.vocabulary_size)
+    masked_ids_BL = ids_BL.copy()
+    masked_ids_BL.ravel()[index_M] = np.where(
+        fate_M < _MASK_SHARE,
+        tokenizer.mask_id,
+        np.where(fate_M < _MASK_SHARE + _RANDOM_SHARE, random_M, label_M),
+    )
+    return MaskedTokens(masked_ids_BL, index_M, label_M)
 
 
 def mlm_weights(index_M: I64, num_tokens: int, num_pairs: int, group_size: int) -> npt.NDArray[np.float32]:

@@ -158,24 +158,24 @@ class Corpora:
             DataError: it cannot be read, or is not what the index says.
         """
         reader = self.reader(shard)
-        samples, captions = reader.locate([number])
-        raw = reader.read(int(samples[0]))
+        sample, caption = reader.locate(number)
+        raw = reader.read(sample)
         return Pair(
-            where=f"{self.shard_paths[shard]}, sample {int(samples[0])} (image_id {raw.record['image_id']})",
+            where=f"{self.shard_paths[shard]}, sample {sample} (image_id {raw.record['image_id']})",
             shard=shard,
-            sample=int(samples[0]),
+            sample=sample,
             image=raw.image,
             image_id=raw.image_id,
             corpus=self.corpus_of_shard[shard],
-            caption=raw.record["captions"][int(captions[0])],
+            caption=raw.record["captions"][caption],
             record=raw.record,
         )
 
     def image_id_of(self, shard: int, number: int) -> int:
         """The image id (64-bit hash) of a pair, from the index alone."""
         reader = self.reader(shard)
-        samples, _ = reader.locate([number])
-        return int(reader.image_ids()[samples[0]])
+        sample, _ = reader.locate(number)
+        return int(reader.image_ids()[sample])
 
     def pairs_of_corpus(self, corpus: int) -> int:
         """How many pairs a corpus has."""

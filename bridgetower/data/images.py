@@ -48,7 +48,7 @@ def _decode(raw: bytes, enough_px: int, where: str) -> tuple[Tensor, int, int]:
     Args:
         enough_px: a JPEG may be decoded smaller, but not below this short side; 0: as it is.
     """
-    if raw[:2] == b"\xff\xd8" and _EXIF_MARK not in raw[:_EXIF_WITHIN_BYTES]:
+    if raw[:2] == b"\xff\xd8" and raw.find(_EXIF_MARK, 0, _EXIF_WITHIN_BYTES) < 0:
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
             # Whatever size it claims would be allocated. What is in CMYK is left to Pillow.

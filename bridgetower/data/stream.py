@@ -29,8 +29,8 @@ I64 = npt.NDArray[np.int64]
 
 # Pairs that are tried in the place of one that cannot be read, or of a negative that is the picture itself.
 _TRIES = 8
-# Micro-batches of a worker whose pairs are looked up together: NumPy takes twice as long for 1,000 positions as for 32.
-_LOOK_UP_TOGETHER = 32
+# Pairs that are looked up together: 8,192 take NumPy 7.6 ms, 32 of them 6.6 ms.
+_LOOK_UP_TOGETHER = 8_192
 
 
 class Loaded(NamedTuple):
@@ -169,16 +169,17 @@ class PretrainStream(Dataset[PretrainBatch]):
 
     def _locate(self, micro_step: int) -> Located:
         """Where the pairs of a micro-batch lie."""
-        # Each of the workers is given every so many micro-batches.
-        together = _LOOK_UP_TOGETHER * max(1, self.config.workers)
-        first = micro_step // together * together
-        steps = range(first, first + together)
-        if self._found is None or self._found[0] != steps:
+        size = self.cut.micro_batch_size
+        if self._found is None or micro_step not in self._found[0]:
+            # A worker is given every so many micro-batches. Not far beyond an epoch, as each has to be planned.
+            stride = max(1, self.config.workers)
+            per_epoch = self.order.num_pairs // (stride * size * self.cut.world_size)
+            count = max(1, min(_LOOK_UP_TOGETHER // size, per_epoch))
+            steps = range(micro_step, micro_step + stride * count, stride)
             positions = np.concatenate([self.cut.positions(step, self.rank) for step in steps])
             self._found = steps, self.order.locate(positions)
-        size = self.cut.micro_batch_size
-        rows = slice((micro_step - first) * size, (micro_step - first + 1) * size)
-        return Located(*(part[rows] for part in self._found[1]))
+        row = self._found[0].index(micro_step) * size
+        return Located(*(part[row : row + size] for part in self._found[1]))
 
     def _find(self, shard: int, number: int) -> Pair | DataError:
         """Read a pair from its shard, or say why not."""

@@ -75,6 +75,8 @@ class Tokenizer:
         self.start_id, self.pad_id, self.end_id, self.unknown_id, self.mask_id = (vocabulary[t] for t in special)
         # The number of entries would be too few: ids may have gaps.
         self.vocabulary_size = max(vocabulary.values()) + 1
+        self._is_special = np.zeros(self.vocabulary_size, np.bool_)
+        self._is_special[[vocabulary[token] for token in special]] = True
         if content:
             _make_unreachable(self._backend, content["model"], special, self.unknown_id)
 
@@ -90,12 +92,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
-        special = {self.start_id, self.pad_id, self.end_id, self.unknown_id, self.mask_id}
-        return str(self._backend.decode([int(number) for number in ids if int(number) not in special]))
+        return str(self._backend.decode([int(number) for number in ids if not self._is_special[number]]))
 
     def is_special(self, ids: I64) -> npt.NDArray[np.bool_]:
         """True where an id is a special token, which MLM never masks."""
-        return np.isin(ids, [self.start_id, self.pad_id, self.end_id, self.unknown_id, self.mask_id])
+        return self._is_special[ids]
 
 
 def pad(rows: Sequence[I64], pad_id: int) -> I64:

@@ -59,7 +59,7 @@ def train(
     *more: str,
     ranks: int = 0,
     code: int = 0,
-    launcher: str = "plain",
+    launcher: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """Run it to its end."""
     words = settings(run_root, shards, name, steps, *more)

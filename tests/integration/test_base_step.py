@@ -62,7 +62,7 @@ def test_one_step_of_base_with_fused_adam_stays_below_12_gb(tmp_path):
     measured = subprocess.run(
         # A process of its own in between: what a command is measured by begins with the memory of what has started it,
         # and pytest may just have held a large model.
-        [sys.executable, "-c", MEASURE, *command_line("pretrain/train.py", arguments, ranks=0)],
+        [sys.executable, "-c", MEASURE, *command_line("pretrain/train.py", arguments, launcher="plain")],
         cwd=REPO,
         env=script_environment(environment),
         capture_output=True,

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pretrain import trace
-from tests.conftest import REPO, command_line, script_environment
+from tests.conftest import REPO, command_line, preloaded_server, script_environment
 from tests.integration.runs import (
     assert_same_tensors,
     metrics,
@@ -65,18 +65,14 @@ def start(root, shards, name, *more):
     return process
 
 
-def ranks_of(process):
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any(word.startswith("--local_rank=") for word in child.cmdline())
-        and child.parent().cmdline()[:3] != child.cmdline()[:3]  # not the ranks' own data workers
-    ]
+def ranks() -> list[psutil.Process]:
+    """Of the run that is going on."""
+    return psutil.Process(preloaded_server().process.pid).children()
 
 
 def test_stopped_by_usr1_on_one_rank_saves_exits_75_and_goes_on(root, emoji_shards):
     process = start(root, emoji_shards, "stopped")
-    ranks_of(process)[0].send_signal(signal.SIGUSR1)
+    ranks()[0].send_signal(signal.SIGUSR1)
     assert process.wait(timeout=120) == 75
     stopped_at = len(metrics(root, "stopped"))
     assert 4 <= stopped_at < STEPS
@@ -86,9 +82,9 @@ def test_stopped_by_usr1_on_one_rank_saves_exits_75_and_goes_on(root, emoji_shar
 
 def test_killed_without_warning_goes_on_from_its_last_checkpoint(root, emoji_shards):
     process = start(root, emoji_shards, "killed")
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in tree:
-        one.kill()
+    for rank in ranks():
+        for one in [*rank.children(recursive=True), rank]:
+            one.kill()
     process.wait(timeout=60)
     output = train(root, emoji_shards, "killed", STEPS, *LIVELY, "--checkpoint.every_steps=3", ranks=2)
     assert "resuming from" in output.stderr and "step 3" in output.stderr
@@ -184,7 +180,7 @@ def test_run_that_starts_from_another_runs_checkpoint_can_be_asked_for_again(roo
 
 def test_two_at_once_are_refused(root, emoji_shards):
     process = start(root, emoji_shards, "once")
-    tree = psutil.Process(process.pid).children(recursive=True)
+    tree = [one for rank in ranks() for one in (rank, *rank.children(recursive=True))]
     try:
         for one in tree:
             one.suspend()  # so that it does not end meanwhile

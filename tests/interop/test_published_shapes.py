@@ -39,13 +39,13 @@ both_sizes = pytest.mark.parametrize("name", ["base", pytest.param("large", mark
 def test_states_logits_and_gradients_equal_hugging_faces(name):
     """One after the other, so that a large model's weights are never there three times.
 
-    Measured on a CPU: 5.4 GB and 36 s (base), 12.3 GB and 150 s (large).
+    Measured on a CPU: 5.4 GB (base), 12.3 GB (large, of which one pair is enough: it is four times the work).
     """
     size = {"base": BASE, "large": LARGE}[name]
     config = port_config(bridged=6, vocabulary=50265, positions=514, **size)
     # Small enough for differences to stay those of float32's last digits.
     port = build_port(config, std=0.02)
-    batch = ragged_batch(config, lengths=(12, 7) if name == "base" else (9, 5))
+    batch = ragged_batch(config, lengths=(12, 7) if name == "base" else (9,))
     expected = numbers_of_port(port, batch)
     expected.loss.backward()
     expected = Numbers(*(value.detach() for value in expected))

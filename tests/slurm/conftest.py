@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, run_script
+from tests.conftest import REPO, preloaded_words, run_script
 from tests.integration.runs import SMALL_MODEL
 from tests.slurm.cluster import Cluster, wait_for
 
@@ -39,11 +40,16 @@ class Jobs:
     def __init__(self, cluster: Cluster, root: Path) -> None:
         """Logs and runs are written into `root`."""
         self.cluster, self.root = cluster, root
+        self.python = root / "python"
+        """Runs scripts by a server that has imported what they need; anything else as itself."""
+        preloaded = shlex.join([sys.executable, *preloaded_words()])
+        self.python.write_text(f'#!/bin/sh\ncase $1 in -*) exec {sys.executable} "$@" ;; esac\nexec {preloaded} "$@"\n')
+        self.python.chmod(0o755)
 
     def submit(self, options: list[str], script: str, words: list[str], env: dict[str, str] | None = None) -> str:
         """Submit a script. Returns: the job's number."""
         name = f"job{len(list(self.root.glob('*.out')))}"
-        settings = {**CALM, "PYTHON": sys.executable, "RANK_LOGS": str(self.root / name), **(env or {})}
+        settings = {**CALM, "PYTHON": str(self.python), "RANK_LOGS": str(self.root / name), **(env or {})}
         (self.root / f"{name}.out").touch()
         command = ["sbatch", "--parsable", f"--output={self.root / name}.out", *options, script, *words]
         number = self.cluster.call("env", "-C", str(REPO), *(f"{k}={v}" for k, v in settings.items()), *command)

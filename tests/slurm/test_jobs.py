@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def steps_done(jobs, run: str) -> int:
 @pytest.fixture(scope="session")
 def undisturbed(jobs, emoji) -> str:
     """The number of the job that trained the run `undisturbed` on two nodes."""
-    number = jobs.pretrain(emoji, "undisturbed", STEPS)
+    number = jobs.pretrain(emoji, "undisturbed", STEPS, PYTHON=sys.executable)
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
     return number
 
