@@ -37,16 +37,18 @@ class Kernels(NamedTuple):
 
     statistic_bytes: int | None
     """Of a norm's mean or deviation; None: as the states."""
-    mask_bytes: int | None
-    """Of an element of a dropout mask; None: as the states."""
+    mask_bytes: int
+    """Of an element of a dropout mask."""
+    text_mask_bytes: int | None
+    """The same in the text tower, whose layers are transformers'; None: as the states."""
     drops_inside: bool
-    """Attention draws its dropout in the kernel; else a plain attention keeps all shares."""
+    """Attention draws its dropout in the kernel; else it keeps all shares, and a byte for each."""
     generator_bytes: int
     """State of the random numbers, which a layer that is computed again begins with."""
 
 
-CUDA = Kernels(statistic_bytes=4, mask_bytes=1, drops_inside=True, generator_bytes=16)
-CPU = Kernels(statistic_bytes=None, mask_bytes=None, drops_inside=False, generator_bytes=5056)
+CUDA = Kernels(statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, generator_bytes=16)
+CPU = Kernels(statistic_bytes=None, mask_bytes=1, text_mask_bytes=None, drops_inside=False, generator_bytes=5056)
 
 
 class Work(NamedTuple):
@@ -180,6 +182,8 @@ class _Layers:
     """Bytes of an element of the states."""
     kernels: Kernels
     dropout: float
+    mask_bytes: int = 1
+    """Of an element of a dropout mask."""
 
     def states(self, rows: int, width: int) -> Work:
         """States that something reads again."""
@@ -197,7 +201,7 @@ class _Layers:
 
     def mask(self, rows: int, width: int) -> Work:
         """Of a dropout."""
-        return Work(kept=rows * width * (self.kernels.mask_bytes or self.element) if self.dropout else 0)
+        return Work(kept=rows * width * self.mask_bytes if self.dropout else 0)
 
     def attention(
         self,
@@ -226,10 +230,9 @@ class _Layers:
         result = rows * own.width * width * self.element
         collected = own.copied * width * self.element
         sources = copied * self.element
-        if self.dropout and not self.kernels.drops_inside:
-            # A plain attention in float32: scaled queries and keys, values, shares before and after dropout, its mask.
-            kept = 4 * (rows * (own.width + 2 * keys) * width + 3 * shares)
-            return Work(kept + sources + (collected or result), products, 2 * products)
+        if self.dropout and not self.kernels.drops_inside:  # model/dropout.py
+            kept = held * self.element + shares * (self.element + 1) + sources + (collected or result)
+            return Work(kept, products, 2 * products)
         kept = held * self.element + result + sources + collected + 4 * rows * num_heads * own.width
         return Work(kept + (rows * keys * self.element if has_mask else 0), products, 2 * products)
 
@@ -305,8 +308,8 @@ class _MicroBatch:
         fusion, vision = config.fusion, config.vision
         self.element, self.width = element, fusion.width
         self.of_vision = _Layers(element, kernels, 0.0)
-        self.of_text = _Layers(element, kernels, config.text.dropout)
-        self.of_fusion = _Layers(element, kernels, fusion.dropout)
+        self.of_text = _Layers(element, kernels, config.text.dropout, kernels.text_mask_bytes or element)
+        self.of_fusion = _Layers(element, kernels, fusion.dropout, kernels.mask_bytes)
         self.pairs = len(texts.num_tokens)
         self.images = num_images + (0 if compute.share_images or not objectives.itm else self.pairs)
         self.positions = (config.image_size_px // vision.patch_size_px) ** 2 + 1

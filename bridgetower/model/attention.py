@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
+from bridgetower.model.dropout import attend, drop
 from bridgetower.model.packing import Layout
 
 
@@ -64,12 +65,12 @@ class Attention(nn.Module):
                 query = self.query(states)
                 key, value = self.project(context, self.key, self.value)
             mask = None if context_layout is None or sees_padding else context_layout.whole.mask_RL
-            attended_RHND = F.scaled_dot_product_attention(
+            attended_RHND = attend(
                 self._heads(query, layout, state_rows),
                 self._heads(key, context_layout, context_rows),
                 self._heads(value, context_layout, context_rows),
-                attn_mask=None if mask is None else mask[:, None, None, :],
-                dropout_p=self.dropout if self.training else 0.0,
+                mask,
+                self.dropout if self.training else 0.0,
             )
             attended = attended_RHND.transpose(1, 2).flatten(2)
             if layout is not None:
@@ -85,7 +86,7 @@ class Attention(nn.Module):
 
     def finish(self, attended: Tensor, states: Tensor) -> Tensor:
         """Project what was attended to, and add it to the states."""
-        result: Tensor = self.norm(states + F.dropout(self.output(attended), self.dropout, self.training))
+        result: Tensor = self.norm(states + drop(self.output(attended), self.dropout, self.training))
         return result
 
     def shares(
@@ -124,7 +125,7 @@ class Attention(nn.Module):
             query_rMD = grid.spread(query_TE).unflatten(-1, heads).flatten(1, 2)  # M = L x H
             share_rMP = torch.bmm(query_rMD, context_rPD.transpose(1, 2)).softmax(dim=-1)
             if self.training and self.dropout:
-                share_rMP = F.dropout(share_rMP, self.dropout)
+                share_rMP = drop(share_rMP, self.dropout, self.training)
                 lefts.append(grid.collect(share_rMP.sum(dim=-1).unflatten(1, (-1, self.num_heads))))
             sum_rMD = torch.bmm(share_rMP, context_rPD)
             sums.append(grid.collect(sum_rMD.unflatten(1, (-1, self.num_heads)).flatten(2)))
@@ -149,7 +150,7 @@ class FeedForward(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., D) to the same."""
         update = self.contract(F.gelu(self.expand(states)))
-        result: Tensor = self.norm(states + F.dropout(update, self.dropout, self.training))
+        result: Tensor = self.norm(states + drop(update, self.dropout, self.training))
         return result
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -27,6 +26,7 @@ from transformers import (
 
 from bridgetower.config.schema import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
+from bridgetower.model.dropout import attend
 from bridgetower.model.named_sizes import fill_sizes
 from bridgetower.model.packing import Layout, padded
 
@@ -125,13 +125,8 @@ def _run_layer(layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
         grid.spread(part(states_TD)).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         for part in (attention.query, attention.key, attention.value)
     )
-    attended_RHLd = F.scaled_dot_product_attention(
-        query_RHLd,
-        key_RHLd,
-        value_RHLd,
-        attn_mask=None if grid.mask_RL is None else grid.mask_RL[:, None, None, :],
-        dropout_p=attention.dropout.p if layer.training else 0.0,
-    )
+    dropout = attention.dropout.p if layer.training else 0.0
+    attended_RHLd = attend(query_RHLd, key_RHLd, value_RHLd, grid.mask_RL, dropout)
     attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
     states_TD = layer.attention.output(attended_TD, states_TD)
     result: Tensor = layer.output(layer.intermediate(states_TD), states_TD)
