@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step_sides
-from benchmarks.closed_form import StepParts, step_parts
 from benchmarks.machine import cpu_model
 from benchmarks.step_sides import PUBLISHED_TOKENS
 from bridgetower.batch import PretrainBatch
+from bridgetower.capacity import StepCost, Texts, count_micro_batch
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig
@@ -167,21 +167,23 @@ def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, dict[s
     peak = peak_flops(setting.device) if setting.dtype == "bf16" else None
     for name, result in results.items():
         result["pairs_per_second"] = setting.batch / statistics.median(result["seconds"])
-        parts = closed_form(name, setting)
-        work = result["closed_form_gflop_per_pair"] = parts.total() / 1e9
-        result["closed_form_gflop_of_parts"] = {part: flops / 1e9 for part, flops in parts._asdict().items()}
+        cost, pairs_e9 = closed_form(name, setting), 1e9 * setting.batch
+        work = result["closed_form_gflop_per_pair"] = cost.work / pairs_e9
+        result["closed_form_gflop_of_parts"] = {part: flops / pairs_e9 for part, flops in cost.pieces.items()}
         result["mfu"] = work * 1e9 * result["pairs_per_second"] / peak if peak else None
         result["seconds_per_ours"] = statistics.median(b / a for a, b in zip(first, result["seconds"], strict=True))
     return results
 
 
-def closed_form(name: str, setting: Setting) -> StepParts:
+def closed_form(name: str, setting: Setting) -> StepCost:
     """The work of a side's step by formulas; what is recomputed is not work."""
     config = step_sides.with_dropout(complete_model_config(MODELS[setting.preset]()), setting.dropout)
     batch = _make_batch(name, config, setting, torch.device("cpu"))
     padded = batch.clean_ids_BL.shape[1]
-    tokens = [padded] * setting.batch if name in _PADDED else batch.num_tokens
-    return step_parts(config, SIDES[name], tokens, batch.num_masked)
+    tokens = (padded,) * setting.batch if name in _PADDED else batch.num_tokens
+    texts = Texts(tokens, batch.num_masked)
+    size = _DTYPES[setting.dtype].itemsize
+    return count_micro_batch(config, step_sides.OBJECTIVES, SIDES[name], texts, element_bytes=size)
 
 
 def _ask(name: str, sides: dict[str, tuple[Any, Connection]], request: str) -> Any:

@@ -77,6 +77,8 @@ class PartCost(NamedTuple):
     backward: int
     repeated: int
     """Operations of computing again."""
+    pieces: dict[str, int]
+    """Operations, forward and backward, of what it is made of."""
 
 
 class StepCost(NamedTuple):
@@ -100,6 +102,15 @@ class StepCost(NamedTuple):
     def work(self) -> int:
         """Operations, forward and backward, without those that are repeated."""
         return sum(part.forward + part.backward for part in self.parts.values())
+
+    @property
+    def pieces(self) -> dict[str, int]:
+        """The same by what computes.
+
+        They are vision_tower, image_transform (to the fusion width, for the bridges), text_tower (with its transform),
+        bridges, text_stream and image_stream (of the cross-modal layers), and heads (with poolers).
+        """
+        return {name: work for part in self.parts.values() for name, work in part.pieces.items()}
 
     @property
     def repeated(self) -> int:
@@ -367,15 +378,20 @@ class _MicroBatch:
         trained = layers[count:]
         forward = entry.forward + exit_.forward + sum(layer.forward for layer in layers)
         backward = exit_.backward + sum(layer.backward for layer in trained) + (0 if num_frozen else entry.backward)
+        transform = exit_.forward + exit_.backward
+        pieces = {"text_tower": forward + backward}
+        if name == "vision":
+            pieces = {"vision_tower": forward + backward - transform, "image_transform": transform}
         kept = exit_.kept + (0 if num_frozen else entry.kept)
         if name in self.compute.recompute:
             kept += (states.kept + self.of_vision.kernels.generator_bytes) * len(
                 layers
             )  # checkpoints hold what enters a layer whether it is trained or not
             inner = max((layer.kept for layer in trained), default=0)
-            return PartCost(kept, inner, forward, backward, sum(layer.forward - unrepeated for layer in trained))
+            repeated = sum(layer.forward - unrepeated for layer in trained)
+            return PartCost(kept, inner, forward, backward, repeated, pieces)
         kept += sum(layer.kept for layer in trained)
-        return PartCost(kept, 0, forward, backward, 0)
+        return PartCost(kept, 0, forward, backward, 0, pieces)
 
     def _handed_out(self, layers: _Layers, rows: int, width: int, num_layers: int, *, trained: bool) -> Work:
         """Stacked states of the layers that are read, their gate, and their transform to the fusion width."""
@@ -465,6 +481,7 @@ class _MicroBatch:
     def _fusion(self) -> PartCost:
         fusion, layers = self.config.fusion, self.of_fusion
         kept = inner = forward = backward = repeated = 0
+        pieces = dict.fromkeys(("bridges", "text_stream", "image_stream"), 0)
         passes = [self.kinds] if self.compute.joint_pass else [[kind] for kind in self.kinds]
         for kinds in passes if fusion.num_layers else []:
             layout = self._layout(len(kinds))
@@ -480,6 +497,8 @@ class _MicroBatch:
                 unread = number == fusion.num_layers - 1 and kinds == ["mlm"]
                 image = works[-1]
                 forward, backward = forward + layer.forward, backward + layer.backward
+                for name, work in zip(pieces, works, strict=True):
+                    pieces[name] += work.forward + (0 if unread and work is image else work.backward)
                 if unread:  # MLM reads texts
                     backward -= image.backward
                     layer = layer._replace(kept=layer.kept - image.kept)
@@ -491,7 +510,7 @@ class _MicroBatch:
                     inner, repeated = max(inner, layer.kept), repeated + layer.forward
                 else:
                     kept += layer.kept
-        return PartCost(kept, inner, forward, backward, repeated)
+        return PartCost(kept, inner, forward, backward, repeated, pieces)
 
     def _fusion_layer(self, number: int, kinds: list[str], layout: _Rows, rows: int) -> tuple[Work, Work, Work]:
         """Bridges, the text's layer, the image's layer."""
@@ -693,7 +712,8 @@ class _MicroBatch:
             # Embeddings before and after their norm, those of all ranks; scores, logarithms and targets: float32.
             work += Work(kept=4 * (4 * self.pairs + 2 * self.num_contrasted) * contrastive + 4 * 5 * scores)
             work += layers.linear(self.pairs, contrastive, 2 * self.num_contrasted)
-        return PartCost(work.kept, 0, work.forward, work.backward, 0)
+        pieces = {"heads": work.forward + work.backward}
+        return PartCost(work.kept, 0, work.forward, work.backward, 0, pieces)
 
 
 def _statistics(layers: _Layers, rows: int, width: int) -> int:

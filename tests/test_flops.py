@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.closed_form import step_parts
 from benchmarks.step_sides import with_dropout
+from bridgetower.capacity import Texts, count_micro_batch
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
 from bridgetower.flops import count_forward, count_step, measure_step_work
@@ -130,6 +130,8 @@ def test_a_change_that_adds_operations_to_the_step_is_noticed(name, published, m
     assert as_published / 1e9 == pytest.approx(published, abs=0.05)
 
 
+PARTS = ["vision_tower", "image_transform", "text_tower", "bridges", "text_stream", "image_stream", "heads"]
+PARTS_OF_BASE = [178.1, 6.9, 12.8, 0.0, 12.8, 171.2, 0.4]
 SAVINGS = sorted(name for name, value in vars(PLAIN).items() if value is False and name != "compile")
 COMPUTES = {
     "all": ComputeConfig(),
@@ -150,7 +152,24 @@ def test_closed_form_is_what_is_counted_whatever_is_saved(name, kinds, dropout):
     tokens = sorted(LENGTHS)
     for kind in kinds:
         counted = count_step(config, ObjectivesConfig(), COMPUTES[kind], tokens, masked)
-        assert step_parts(config, COMPUTES[kind], tokens, masked).total() == pytest.approx(counted, rel=1e-9), kind
+        texts = Texts(tuple(tokens), tuple(masked))
+        formula = count_micro_batch(config, ObjectivesConfig(), COMPUTES[kind], texts, element_bytes=2)
+        assert formula.work / len(tokens) == pytest.approx(counted, rel=1e-9), kind
+
+
+@pytest.mark.parametrize(
+    ("compute", "published", "expected"),
+    [(PLAIN, True, [356.1, 13.8, 53.6, 0.0, 59.4, 199.2, 11.8]), (ComputeConfig(), False, PARTS_OF_BASE)],
+    ids=["published", "all saved"],
+)
+def test_work_of_each_part_is_what_docs_performance_md_says(compute, published, expected):
+    texts = (
+        Texts((50,) * 20, tuple(7 + n % 2 for n in range(20))) if published else Texts(tuple(LENGTHS), tuple(MASKED))
+    )
+    config = complete_model_config(MODELS["base"]())
+    pieces = count_micro_batch(config, ObjectivesConfig(), compute, texts, element_bytes=2).pieces
+    gflop = [work / len(texts.num_tokens) / 1e9 for work in pieces.values()]
+    assert list(pieces) == PARTS and gflop == pytest.approx(expected, abs=0.06)
 
 
 # joint_pass and compile save time.
