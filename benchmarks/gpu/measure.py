@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it need not be installed
 
-from benchmarks.gpu.plan import Request, fastest, plan, seconds_for
+from benchmarks.gpu.plan import Request, Section, fastest, plan, seconds_for
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_FAILED, ConfigError
@@ -38,7 +38,7 @@ from bridgetower.files import write_atomically
 
 _FLAGS = {
     "out": "JSON file for the results (required)",
-    "minutes": "for everything together (default 8); sections that are left then are not begun",
+    "minutes": "for everything together (default 8); a section that does not fit into what is left is skipped",
     "small": "true tries every path with small shapes, which a CPU does in a minute (default false)",
     "device": "cuda or cpu (default auto: cuda; with --small cuda where there is one)",
     "sections": "only these, separated by commas (default all)",
@@ -63,10 +63,10 @@ def main(
     """Measure, write after each section, and print a table."""
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
     begin, is_small = time.monotonic(), parse_bool("small", small)
-    end = begin + 60 * parse_whole("minutes", minutes, 1)
+    setting: dict[str, Any] = {"minutes": parse_whole("minutes", minutes, 1), "small": is_small}
     if not out:
         raise ConfigError("--out is missing. Name the file for the results: --out=benchmarks/results/gpu_h100.json.")
-    chosen_device = _choose_device(device, is_small)
+    setting["device"] = _choose_device(device, is_small)
     chosen = plan(is_small)
     names = [section.name for section in chosen]
     wanted = [name.strip() for name in sections.split(",") if name.strip()] or names
@@ -77,25 +77,45 @@ def main(
     chosen = [section for section in chosen if section.name in ("machine", *wanted)]
     file = Path(out).absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
-    setting = {"minutes": int(minutes), "small": is_small, "device": chosen_device}
-    results: dict[str, dict[str, Any]] = {}
     # A call that is cut short leaves no process on the GPU.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        context = start_server()
-        for number, section in enumerate(chosen):
-            seconds = seconds_for(section, chosen[number:], end - time.monotonic())
-            if seconds:
-                request = Request(section.measure, chosen_device, is_small, seconds, **section.options(results))
-                print(f"{section.name}, at most {seconds:.0f} s ...", flush=True)
-                results[section.name] = run_section(context, request, Path(folder) / str(number))
-            else:
-                results[section.name] = {"seconds": 0.0, "error": "not begun: --minutes were over", "rows": []}
-            content = {"setting": setting, "seconds": time.monotonic() - begin, "sections": results}
-            write_atomically(file, json.dumps(content, indent=1).encode() + b"\n")
+    results = run_sections(chosen, setting, begin, file)
     _print(results)
     if any(result["error"] for result in results.values()):
         sys.exit(EXIT_FAILED)
+
+
+def run_sections(
+    sections: Sequence[Section], setting: Mapping[str, Any], begin: float, file: Path
+) -> dict[str, dict[str, Any]]:
+    """Run one section after the other, and write the file after each. One that does not fit any more is skipped.
+
+    Args:
+        setting: minutes for everything, small, device.
+        begin: when the minutes began, on ``time.monotonic``.
+
+    Returns: by section, its ``rows``, ``seconds``, and ``error`` (empty, or why it did not come to its end).
+    """
+    results: dict[str, dict[str, Any]] = {}
+    end = begin + 60 * setting["minutes"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        context = start_server()
+        for number, section in enumerate(sections):
+            left = end - time.monotonic()
+            seconds = seconds_for(section, sections[number:], left)
+            if seconds:
+                options = section.options(results)
+                request = Request(section.measure, setting["device"], setting["small"], seconds, **options)
+                print(f"{section.name}, at most {seconds:.0f} s ...", flush=True)
+                results[section.name] = run_section(context, request, Path(folder) / str(number))
+            else:
+                needs = f"it takes about {section.seconds:.0f} s"
+                said = f"skipped: {needs}, and {max(0.0, left):.0f} s of --minutes={setting['minutes']} are left"
+                print(f"{section.name} {said}", flush=True)
+                results[section.name] = {"seconds": 0.0, "error": said, "rows": []}
+            content = {"setting": setting, "seconds": time.monotonic() - begin, "sections": results}
+            write_atomically(file, json.dumps(content, indent=1).encode() + b"\n")
+    return results
 
 
 def _choose_device(device: str, small: bool) -> str:
@@ -190,7 +210,7 @@ def _print(results: Mapping[str, Mapping[str, Any]]) -> None:
     for size, (least, goal) in GOALS.items():
         loader = "pipeline" if size == "base" else "pipeline_large"
         # What is asked for is the rate through the loader; the step alone says what the loader costs.
-        for what, names in (("the step alone", (f"eager_{size}", f"compiled_{size}")), ("from JPEGs", (loader,))):
+        for what, names in (("the step alone", (f"steps_{size}", f"compiled_{size}")), ("from JPEGs", (loader,))):
             rows = [row for name in names for row in fastest(results, name) if row["model"].startswith(size)]
             if rows:
                 best = max(rows, key=lambda row: float(row["pairs_per_second"]))

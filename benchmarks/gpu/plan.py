@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 EVERYTHING = ("vision", "text", "fusion")
 """Every part that compute.recompute knows."""
-# Without this much left a section is not begun.
-_LEAST_SECONDS = 5.0
+FUSION = ("fusion",)
 
 
 class Run(NamedTuple):
@@ -65,7 +64,7 @@ class Section(NamedTuple):
 
     name: str
     seconds: float
-    """What it is thought to take on an H100; the minutes are shared out in this proportion."""
+    """What it is thought to take on an H100. It is not begun where less is left."""
     measure: str
     options: Callable[[Results], dict[str, Any]]
     """The other fields of its request, which may depend on what was found before."""
@@ -76,9 +75,8 @@ class _Shapes(NamedTuple):
 
     models: tuple[str, str] = ("base", "large")
     sweep: tuple[tuple[int, ...], tuple[int, ...]] = ((16, 32, 64, 128), (8, 16, 32, 64))
-    recompute_everything: tuple[tuple[int, ...], tuple[int, ...]] = ((128, 256), (64, 128))
+    recompute_everything: tuple[int, int] = (256, 128)
     recompute_fusion: tuple[int, int] = (128, 64)
-    num_compiled: int = 2
     agreement: int = 8
     sides: int = 32
     presets: tuple[str, str] = ("base_4m", "large_4m")
@@ -88,9 +86,8 @@ class _Shapes(NamedTuple):
 _SMALL = _Shapes(
     models=("small", "small"),
     sweep=((2, 4), (2,)),
-    recompute_everything=((4,), (2,)),
+    recompute_everything=(4, 2),
     recompute_fusion=(4, 2),
-    num_compiled=1,
     agreement=4,
     sides=2,
     presets=("tiny", "tiny"),
@@ -98,25 +95,28 @@ _SMALL = _Shapes(
 
 
 def plan(small: bool) -> list[Section]:
-    """All sections; what matters most comes first, as the last ones are those that time may run out for."""
+    """All sections; what matters most comes first, as the last ones are those that time may run out for.
+
+    What they are thought to take adds up to 450 s, so that all of them fit into a call of eight minutes.
+    """
     shapes = _SMALL if small else _Shapes()
     base, large = (_Model(shapes, number) for number in (0, 1))
-    return [
-        Section("machine", 10, "machine", lambda results: {}),
-        Section("agreement", 25, "agreement", base.agreement(compiled=False)),
-        Section("eager_base", 35, "steps", base.eager),
-        Section("eager_large", 45, "steps", large.eager),
-        Section("compiled_base", 80, "steps", base.compiled),
-        Section("engine_base", 75, "engine", base.engine),
-        Section("pipeline", 90, "pipeline", base.pipeline),
-        Section("sides", 35, "sides", base.sides),
-        Section("engine_large", 30, "engine", large.engine),
-        Section("compiled_large", 80, "steps", large.compiled),
-        Section("pipeline_large", 60, "pipeline", large.pipeline),
-        Section("recompute_base", 30, "steps", base.recompute),
-        Section("recompute_large", 40, "steps", large.recompute),
-        Section("agreement_compiled", 50, "agreement", base.agreement(compiled=True)),
+    sections = [
+        Section("machine", 8, "machine", lambda results: {}),
+        Section("agreement", 20, "agreement", base.agreement(compiled=False)),
+        Section("steps_base", 35, "steps", base.steps),
+        Section("steps_large", 42, "steps", large.steps),
+        Section("compiled_base", 50, "steps", base.compiled),
+        Section("engine_base", 60, "engine", base.engine),
+        Section("pipeline", 55, "pipeline", base.pipeline),
+        Section("sides", 22, "sides", base.sides),
+        Section("engine_large", 25, "engine", large.engine),
+        Section("pipeline_large", 55, "pipeline", large.pipeline),
+        Section("compiled_large", 50, "steps", large.compiled),
+        Section("agreement_compiled", 28, "agreement", base.agreement(compiled=True)),
     ]
+    # Small shapes take a CPU about as long in each.
+    return [section._replace(seconds=10.0) for section in sections] if small else sections
 
 
 class _Model:
@@ -129,20 +129,21 @@ class _Model:
 
     def _best(self, results: Results) -> list[int]:
         """Micro-batches, the fastest first; where nothing was measured, the smallest first, as it fits."""
-        found = fastest(results, f"eager_{self._size}")
+        found = fastest(results, f"steps_{self._size}")
         return [row["micro_batch"] for row in found] or sorted(self._shapes.sweep[self._number])
 
-    def eager(self, results: Results) -> dict[str, Any]:
-        return {"model": self._name, "runs": tuple(map(Run, self._shapes.sweep[self._number]))}
+    def steps(self, results: Results) -> dict[str, Any]:
+        """Micro-batches, then larger ones whose layers are recomputed: all of them, and the cross-modal ones."""
+        shapes, number = self._shapes, self._number
+        recomputed = (
+            Run(shapes.recompute_everything[number], EVERYTHING),
+            Run(shapes.recompute_fusion[number], FUSION),
+        )
+        return {"model": self._name, "runs": (*map(Run, shapes.sweep[number]), *recomputed)}
 
     def compiled(self, results: Results) -> dict[str, Any]:
-        best = self._best(results)[: self._shapes.num_compiled]
-        return {"model": self._name, "runs": tuple(Run(size, compiled=True) for size in best)}
-
-    def recompute(self, results: Results) -> dict[str, Any]:
-        runs = [Run(size, EVERYTHING) for size in self._shapes.recompute_everything[self._number]]
-        runs.append(Run(self._shapes.recompute_fusion[self._number], ("fusion",)))
-        return {"model": self._name, "runs": tuple(runs)}
+        """At the micro-batch that was the fastest: images of another would be compiled anew."""
+        return {"model": self._name, "runs": (Run(self._best(results)[0], compiled=True),)}
 
     def agreement(self, *, compiled: bool) -> Callable[[Results], dict[str, Any]]:
         run = Run(self._shapes.agreement, compiled=compiled)
@@ -156,28 +157,29 @@ class _Model:
         return {"model": self._name, "runs": runs, "optimizer": _optimizer(results)}
 
     def pipeline(self, results: Results) -> dict[str, Any]:
-        """The training run, once more with the compiled step where that is faster."""
-        eager, compiled = fastest(results, f"eager_{self._size}"), fastest(results, f"compiled_{self._size}")
-        size = self._best(results)[0]
-        runs = [Run(size)]
-        rate = eager[0]["pairs_per_second"] if eager else 100.0
+        """The training run, with the compiled step where that was faster."""
+        found = [*fastest(results, f"steps_{self._size}"), *fastest(results, f"compiled_{self._size}")]
+        best = max(found, key=_rate, default={"micro_batch": self._best(results)[0], "pairs_per_second": 100.0})
         is_small = self._shapes is _SMALL
-        if compiled and compiled[0]["pairs_per_second"] > rate and not is_small:
-            runs.append(Run(compiled[0]["micro_batch"], compiled=True))
+        run = Run(best["micro_batch"], compiled=best.get("what") == "compiled" and not is_small)
         return {
             "preset": self._shapes.presets[self._number],
-            "runs": tuple(runs),
+            "runs": (run,),
             "optimizer": _optimizer(results),
             # Twelve seconds of steps.
-            "num_steps": 8 if is_small else min(400, max(40, round(12 * rate / size))),
+            "num_steps": 8 if is_small else min(400, max(40, round(12 * _rate(best) / run.micro_batch))),
         }
 
 
 def fastest(results: Results, section: str) -> list[dict[str, Any]]:
-    """Rows of a section that have a rate, the highest first."""
+    """Rows of a section that have a rate and recompute nothing, the highest rate first."""
     rows = results.get(section, {}).get("rows", ())
-    found = [row for row in rows if row.get("pairs_per_second")]
-    return sorted(found, key=lambda row: float(row["pairs_per_second"]), reverse=True)
+    found = [row for row in rows if row.get("pairs_per_second") and "recomputes" not in row["what"]]
+    return sorted(found, key=_rate, reverse=True)
+
+
+def _rate(row: Mapping[str, Any]) -> float:
+    return float(row["pairs_per_second"])
 
 
 def _optimizer(results: Results) -> str:
@@ -187,10 +189,14 @@ def _optimizer(results: Results) -> str:
 
 
 def seconds_for(section: Section, sections: Sequence[Section], seconds_left: float) -> float:
-    """How long a section may take: twice its share, as most need less than they may take; 0: it is not begun.
+    """How long a section may take; 0: less is left than it needs.
+
+    That is what it is thought to take and, where there is time to spare, up to twice its share of it.
 
     Args:
         sections: those that are still to come, this one included.
     """
+    if seconds_left < section.seconds:
+        return 0.0
     share = seconds_left * section.seconds / sum(other.seconds for other in sections)
-    return min(seconds_left, 2 * share) if seconds_left >= _LEAST_SECONDS else 0.0
+    return min(seconds_left, max(section.seconds, 2 * share))

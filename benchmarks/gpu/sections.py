@@ -33,11 +33,11 @@ from benchmarks.gpu.plan import EVERYTHING, Request, Run, read_request
 from benchmarks.step import describe_machine
 from bridgetower import draws
 from bridgetower.batch import PretrainBatch
+from bridgetower.capacity import Texts, count_micro_batch
 from bridgetower.config.deepspeed import is_bf16, merge_deepspeed_config, read_memory_config
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig, OptimConfig
 from bridgetower.files import write_atomically
-from bridgetower.flops import count_step
 from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.compiled import compile_parts
@@ -45,7 +45,7 @@ from bridgetower.task import PretrainTask
 
 _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 _PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "transformers", "timm", "open_clip_torch", "webdataset")
-_ROUNDS, _ROUND_SECONDS = 3, 0.7
+_ROUNDS, _ROUND_SECONDS = 3, 0.5
 # Relative differences of all gradients: more than this in float32, or more than so many times the plain step's own
 # rounding in bfloat16, is a wrong kernel.
 _FP32_LIMIT, _BF16_LIMIT = 1e-3, 1.5
@@ -362,10 +362,9 @@ def _work(
     config: ModelConfig, compute: ComputeConfig, batch: PretrainBatch, rate: Mapping[str, Any], device: torch.device
 ) -> Row:
     """Operations for captions of these lengths, and their share of the device's peak; recomputing does not count."""
-    gflop, recomputing = (
-        count_step(config, step_sides.OBJECTIVES, counted, batch.num_tokens, batch.num_masked) / 1e9
-        for counted in (dataclasses.replace(compute, recompute=()), compute)
-    )
+    texts, pairs_e9 = Texts(batch.num_tokens, batch.num_masked), 1e9 * len(batch.num_tokens)
+    cost = count_micro_batch(config, step_sides.OBJECTIVES, compute, texts, element_bytes=2)
+    gflop, recomputing = cost.work / pairs_e9, (cost.work + cost.repeated) / pairs_e9
     recomputed = {"gflop_per_pair_with_recomputing": recomputing} if compute.recompute else {}
     return {"gflop_per_pair": gflop, **recomputed, "mfu": _utilisation(gflop, rate, device)}
 

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from benchmarks.gpu import measure
 from benchmarks.gpu.pipeline import synthetic_photos, training_settings
-from benchmarks.gpu.plan import EVERYTHING, Request, Run, plan, read_request, seconds_for
+from benchmarks.gpu.plan import EVERYTHING, Request, Run, Section, plan, read_request, seconds_for
 from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_memory
 from bridgetower.config.models import MODELS
 from bridgetower.config.overrides import apply_overrides
@@ -51,7 +52,7 @@ def test_every_section_finds_figures_without_an_error(measured):
 
 
 def test_steps_have_a_rate_their_operations_and_what_they_keep(measured):
-    rows = rows_of(measured[1], *(name for name in NAMES if name.startswith(("eager", "compiled", "engine", "sides"))))
+    rows = rows_of(measured[1], *(name for name in NAMES if name.startswith(("steps", "compiled", "engine", "sides"))))
     kinds = {row["what"].split(",")[0] for row in rows}
     assert kinds == {"eager", "compiled", "ours", "plain", "transformers", "ZeRO-2"}
     for row in rows:
@@ -69,8 +70,7 @@ def test_sides_have_the_same_loss_but_not_the_same_work(measured):
 
 
 def test_recomputing_keeps_less_and_is_not_counted_as_work(measured):
-    (kept,) = (row for row in rows_of(measured[1], "eager_base") if row["micro_batch"] == 4)
-    everything, fusion = rows_of(measured[1], "recompute_base")
+    kept, everything, fusion = (row for row in rows_of(measured[1], "steps_base") if row["micro_batch"] == 4)
     assert everything["kept_mb_per_pair"] < fusion["kept_mb_per_pair"] < kept["kept_mb_per_pair"]
     for row in (everything, fusion):
         assert row["gflop_per_pair"] == kept["gflop_per_pair"] < row["gflop_per_pair_with_recomputing"]
@@ -101,11 +101,11 @@ def test_results_say_what_they_were_measured_with(measured):
 
 def test_section_that_fails_is_recorded_and_the_others_still_run(tmp_path):
     out = tmp_path / "gpu.json"
-    flags = ("--small", "--device=cpu", "--sections=engine_base,eager_large", f"--out={out}")
+    flags = ("--small", "--device=cpu", "--sections=sides,engine_base", f"--out={out}")
     # Half of what a launcher sets: the engine cannot start.
     said = run_script(SCRIPT, *flags, env={"RANK": "0"}, code=1).stdout
     sections = json.loads(out.read_text())["sections"]
-    assert list(sections) == ["machine", "eager_large", "engine_base"]
+    assert list(sections) == ["machine", "engine_base", "sides"]
     failed = sections.pop("engine_base")
     assert failed["rows"] == [] and "RANK=0 is set but WORLD_SIZE" in failed["error"]
     assert "Traceback" in failed["log"] and "WORLD_SIZE" in said
@@ -147,17 +147,22 @@ def test_wrong_or_missing_gradient_is_noticed():
     assert gradient_difference(expected, {"a": expected["a"]}) == (math.inf, "b")
 
 
-def found_rows(*sizes, **more):
-    return {"rows": [{"micro_batch": n, "pairs_per_second": rate, **more} for n, rate in sizes]}
+def found_rows(*sizes, what="eager", **more):
+    return {"rows": [{"what": what, "micro_batch": n, "pairs_per_second": rate, **more} for n, rate in sizes]}
 
 
 RESULTS = {
     "nothing": {},
     "failed": {name: {"rows": [{"micro_batch": 16, "error": "does not fit"}]} for name in NAMES},
     "compiled is faster": {
-        "eager_base": found_rows((32, 800.0), (64, 900.0), (128, 890.0)),
-        "eager_large": found_rows((8, 200.0), (16, 250.0)),
-        "compiled_base": found_rows((64, 1200.0), (128, 1190.0)),
+        "steps_base": {
+            "rows": [
+                *found_rows((32, 800.0), (64, 900.0), (128, 890.0))["rows"],
+                *found_rows((256, 950.0), what="eager, recomputes fusion")["rows"],
+            ]
+        },
+        "steps_large": found_rows((8, 200.0), (16, 250.0)),
+        "compiled_base": found_rows((64, 1200.0), what="compiled"),
         "engine_base": found_rows((64, 850.0), optimizer="torch"),
     },
 }
@@ -180,15 +185,15 @@ def test_full_plan_asks_for_what_exists_whatever_was_found_before(results, tmp_p
 
 def test_plan_takes_the_fastest_micro_batches_and_the_optimizer_that_could_be_built():
     options = {section.name: section.options(RESULTS["compiled is faster"]) for section in plan(small=False)}
-    assert [run.micro_batch for run in options["compiled_base"]["runs"]] == [64, 128]
+    assert options["compiled_base"]["runs"] == (Run(64, compiled=True),)
     assert options["engine_large"]["runs"] == (Run(16),) and options["engine_large"]["optimizer"] == "torch"
-    assert options["pipeline"]["runs"] == (Run(64), Run(64, compiled=True))
+    assert options["pipeline"]["runs"] == (Run(64, compiled=True),)
     assert options["pipeline_large"]["runs"] == (Run(16),) and options["pipeline_large"]["preset"] == "large_4m"
 
 
 def test_rates_through_the_loader_stand_beside_what_is_asked_for(capsys):
     found = {
-        "eager_base": found_rows((64, 900.0), (32, 800.0), model="base", what="eager"),
+        "steps_base": found_rows((64, 900.0), (32, 800.0), model="base"),
         "compiled_base": found_rows((64, 1200.0), model="base", what="compiled"),
         "pipeline": found_rows((64, 870.0), (128, 910.0), model="base_4m", what="train.py, eager"),
         "pipeline_large": found_rows((8, 7.0), model="tiny", what="train.py, eager"),
@@ -200,13 +205,36 @@ def test_rates_through_the_loader_stand_beside_what_is_asked_for(capsys):
     assert "large, from" not in said  # small shapes
 
 
-def test_time_goes_to_sections_by_what_they_need_and_what_is_left_goes_on():
+def test_sections_fit_into_eight_minutes_and_time_to_spare_goes_to_those_that_take_longer():
     sections = plan(small=False)
-    given = [seconds_for(section, sections[number:], 480.0) for number, section in enumerate(sections)]
-    assert given[-1] == 480.0 and all(0 < seconds <= 480 for seconds in given)
-    eager, compiled = (next(s for s in sections if s.name == name) for name in ("eager_base", "compiled_base"))
-    assert seconds_for(compiled, sections, 480) > seconds_for(eager, sections, 480) > 0
-    assert seconds_for(eager, sections, 4.0) == 0.0
+    assert sum(section.seconds for section in sections) <= 450
+    left = 480.0
+    for number, section in enumerate(sections):  # each takes what it is thought to
+        given = seconds_for(section, sections[number:], left)
+        assert section.seconds <= given <= min(left, 3 * section.seconds)
+        left -= section.seconds
+    assert seconds_for(sections[0], sections, sections[0].seconds - 1) == 0.0
+
+
+def test_section_that_does_not_fit_any_more_is_skipped_with_a_line_and_recorded(tmp_path, capsys):
+    setting, file = {"minutes": 8, "small": True, "device": "cpu"}, tmp_path / "gpu.json"
+    results = measure.run_sections([Section("long", 500.0, "machine", lambda _: {})], setting, time.monotonic(), file)
+    said = "skipped: it takes about 500 s, and 480 s of --minutes=8 are left"
+    assert f"long {said}" in capsys.readouterr().out
+    assert results == json.loads(file.read_text())["sections"] == {"long": {"seconds": 0.0, "error": said, "rows": []}}
+
+
+def test_every_kind_of_measurement_is_planned_and_what_matters_most_comes_first():
+    options = {section.name: section.options({}) for section in plan(small=False)}
+    runs = {name: option.get("runs", ()) for name, option in options.items()}
+    for size in ("base", "large"):
+        eager = [run for run in runs[f"steps_{size}"] if not run.recompute]
+        assert len({run.micro_batch for run in eager}) == 4
+        assert {run.recompute for run in runs[f"steps_{size}"]} == {(), EVERYTHING, ("fusion",)}
+        assert runs[f"compiled_{size}"][0].compiled and runs[f"engine_{size}"]
+    assert options["pipeline"]["preset"] == "base_4m" and options["pipeline_large"]["preset"] == "large_4m"
+    names = list(options)
+    assert names[:4] == ["machine", "agreement", "steps_base", "steps_large"] and names[-1] == "agreement_compiled"
 
 
 def test_made_up_photographs_are_like_photographs():
@@ -226,7 +254,7 @@ def test_made_up_photographs_are_like_photographs():
         ({"device": "tpu"}, "--device=tpu is not known. Use auto, cuda or cpu"),
         ({"minutes": "0"}, "--minutes=0 must be 1 or more"),
         ({"small": "maybe"}, "--small=maybe is neither true nor false"),
-        ({"small": "true", "sections": "eager_bse"}, "--sections: Unknown section eager_bse. Did you mean eager_base"),
+        ({"small": "true", "sections": "steps_bse"}, "--sections: Unknown section steps_bse. Did you mean steps_base"),
         ({"minute": "3"}, "Unknown flag --minute. Did you mean --minutes"),
     ],
 )
