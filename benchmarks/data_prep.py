@@ -27,7 +27,7 @@ from fire.decorators import SetParseFn
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import cpu_model
+from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.photos import SIZES, cut_photos
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
 from bridgetower.config.snapshot import find_commit
@@ -163,6 +163,7 @@ def _machine() -> dict[str, Any]:
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
     return {
         "machine": cpu_model(),
+        "cpu_features": cpu_features(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **versions,

@@ -27,10 +27,11 @@ from fire.decorators import SetParseFn
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import cpu_model
+from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.photos import cut_photos
 from benchmarks.stream_sides import LIMIT, OURS, SIDE_PX, SIDES, our_stream
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
+from bridgetower.config.snapshot import find_commit
 from bridgetower.data.index import IndexRow, index_bytes, make_index
 from bridgetower.data.loader import micro_batches
 from bridgetower.data.manifest import Manifest, ShardEntry, Totals, write_manifest
@@ -81,8 +82,13 @@ def main(
         results["far_start"] = _far_start(Path(folder) / "large")
     results["shuffle"] = _shuffle()
     if out:
+        machine = {
+            "machine": cpu_model(),
+            "cpu_features": cpu_features(),
+            "cores": len(psutil.Process().cpu_affinity()),
+        }
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-        content = {**results, "machine": cpu_model(), "cores": len(psutil.Process().cpu_affinity()), **versions}
+        content = {**results, **machine, **versions, "commit": find_commit()}
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step_sides
-from benchmarks.machine import cpu_model
+from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.step_sides import PUBLISHED_TOKENS
 from bridgetower.batch import PretrainBatch
 from bridgetower.capacity import StepCost, Texts, count_micro_batch
@@ -130,10 +130,11 @@ def main(
     )
     if out:  # before the minutes that it takes
         Path(out).parent.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine(device)  # its load before ours
     results = measure(setting, ["ours", *dict.fromkeys(others)], parse_whole("rounds", rounds, 1))
     _print(setting, results)
     if out:
-        content = {"setting": setting._asdict(), "sides": results, "machine": describe_machine(device)}
+        content = {"setting": setting._asdict(), "sides": results, "machine": machine}
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -273,7 +274,10 @@ def describe_machine(device: str) -> dict[str, Any]:
     """What the figures were measured on and with."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "cpu": cpu_model(),
+        "cpu_features": cpu_features(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

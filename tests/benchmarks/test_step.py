@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from benchmarks import step
+from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.step_sides import MEAN_TOKENS, caption_lengths, make_batch
 from bridgetower.config.models import MODELS
+from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import complete_model_config
 from tests.conftest import REPO
@@ -45,7 +48,17 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
         assert side["closed_form_gflop_per_pair"] == pytest.approx(side["gflop_per_pair"], rel=1e-9)
         assert sum(side["closed_form_gflop_of_parts"].values()) == pytest.approx(side["closed_form_gflop_per_pair"])
     assert recomputed["closed_form_gflop_per_pair"] == ours["closed_form_gflop_per_pair"]  # not work
-    assert len(ours["seconds"]) == 1 and content["machine"]["torch"] and content["setting"]["batch"] == 8
+    assert len(ours["seconds"]) == 1 and content["setting"]["batch"] == 8
+    machine = content["machine"]
+    assert machine["torch"] == torch.__version__ and machine["cpu"] == machine["device"] == cpu_model()
+    assert machine["cpu_features"] == cpu_features() and machine["commit"] == find_commit()
+    assert machine["cores"] >= 1 and machine["load_average"] >= 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors name their features otherwise")
+def test_features_of_the_cpu_hold_what_torch_uses():
+    needed = {"AVX512": {"avx2", "avx512f"}, "AVX2": {"avx2"}}
+    assert needed.get(torch.backends.cpu.get_cpu_capability(), set()) <= set(cpu_features())
 
 
 def test_sides_that_leave_out_one_saving_are_all_of_them():
