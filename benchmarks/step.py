@@ -76,7 +76,7 @@ _FLAGS = {
 _USAGE = "Usage: python benchmarks/step.py [flags]\n\nFlags:\n" + "\n".join(
     f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
 )
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Setting(NamedTuple):
@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Measure and print a table."""
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
-    for name, value, known in (("preset", preset, MODELS), ("dtype", dtype, _DTYPES)):
+    for name, value, known in (("preset", preset, MODELS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ConfigError(f"--{name}={value} is not known. Use one of {', '.join(known)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -183,7 +183,7 @@ def closed_form(name: str, setting: Setting) -> StepCost:
     padded = batch.clean_ids_BL.shape[1]
     tokens = (padded,) * setting.batch if name in _PADDED else batch.num_tokens
     texts = Texts(tokens, batch.num_masked)
-    size = _DTYPES[setting.dtype].itemsize
+    size = DTYPES[setting.dtype].itemsize
     return count_micro_batch(config, step_sides.OBJECTIVES, SIDES[name], texts, element_bytes=size)
 
 
@@ -231,7 +231,7 @@ def _serve(name: str, setting: Setting, pipe: Connection) -> None:
 def _build(name: str, setting: Setting, *, compiles: bool) -> step_sides.Side:
     device = torch.device(setting.device)
     config = complete_model_config(MODELS[setting.preset]())
-    model = step_sides.build_model(config, device, _DTYPES[setting.dtype], setting.dropout)
+    model = step_sides.build_model(config, device, DTYPES[setting.dtype], setting.dropout)
     batch = _make_batch(name, config, setting, device)
     if name == "transformers":
         return step_sides.transformers_side(model, batch, compiled=compiles)

@@ -45,8 +45,7 @@ class VisionTower(nn.Module):
         blocks = blocks_of(self.vit)
         del blocks[config.num_layers :]
         for block in blocks:
-            if type(block) is ResidualAttentionBlock:
-                block.__class__ = _Block
+            efficient_block(block)
 
     def forward(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> list[Tensor]:
         """Run all layers once.
@@ -112,6 +111,12 @@ class _Block(ResidualAttentionBlock):  # type: ignore[misc]
         inner = F.silu(1.702 * inner) / 1.702 if isinstance(self.mlp.gelu, QuickGELU) else self.mlp.gelu(inner)
         result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner))
         return result
+
+
+def efficient_block(block: nn.Module) -> None:
+    """Give a block of open_clip's that forward pass, in place; other blocks stay as they are."""
+    if type(block) is ResidualAttentionBlock:
+        block.__class__ = _Block
 
 
 def blocks_of(vit: Any) -> Any:
