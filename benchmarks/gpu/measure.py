@@ -79,10 +79,7 @@ def main(
     file.parent.mkdir(parents=True, exist_ok=True)
     # A call that is cut short leaves no process on the GPU.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    results = run_sections(chosen, setting, begin, file)
-    _print(results)
-    if any(result["error"] for result in results.values()):
-        sys.exit(EXIT_FAILED)
+    _finish(run_sections(chosen, setting, begin, file))
 
 
 def run_sections(
@@ -182,6 +179,12 @@ def _serve(asked: Path, found: Path, log: Path) -> None:
     from benchmarks.gpu import sections  # torch and all; the server has it
 
     sections.serve(asked, found)
+
+
+def _finish(results: Mapping[str, Mapping[str, Any]]) -> None:
+    _print(results)
+    if any(result["error"] for result in results.values()):
+        sys.exit(EXIT_FAILED)
 
 
 def _print(results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -21,12 +23,19 @@ from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_mem
 from bridgetower.config.models import MODELS
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
-from bridgetower.errors import ConfigError
+from bridgetower.errors import EXIT_FAILED, ConfigError
 from pretrain.presets import PRESETS
 from tests.conftest import REPO, run_script, script_environment
 
 SCRIPT = "benchmarks/gpu/measure.py"
 NAMES = [section.name for section in plan(small=True)]
+
+
+@pytest.fixture(autouse=True)
+def environment_of_the_tests_stays():
+    """What ``start_server`` sets is for the processes that it starts."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +108,18 @@ def test_results_say_what_they_were_measured_with(measured):
     assert "not installed" not in machine["versions"].values()
 
 
-def test_section_that_fails_is_recorded_and_the_others_still_run(tmp_path):
-    out = tmp_path / "gpu.json"
-    flags = ("--small", "--device=cpu", "--sections=sides,engine_base", f"--out={out}")
-    # Half of what a launcher sets: the engine cannot start.
-    said = run_script(SCRIPT, *flags, env={"RANK": "0"}, code=1).stdout
-    sections = json.loads(out.read_text())["sections"]
-    assert list(sections) == ["machine", "engine_base", "sides"]
-    failed = sections.pop("engine_base")
-    assert failed["rows"] == [] and "RANK=0 is set but WORLD_SIZE" in failed["error"]
-    assert "Traceback" in failed["log"] and "WORLD_SIZE" in said
-    assert all(result["rows"] and not result["error"] for result in sections.values())
+def test_section_that_fails_is_recorded_the_others_still_run_and_the_exit_code_is_1(tmp_path, capsys):
+    file, setting = tmp_path / "gpu.json", {"minutes": 8, "small": True, "device": "cpu"}
+    broken = Section("broken", 5.0, "steps", lambda _: {"model": "huge", "runs": (Run(2),)})
+    machine = next(section for section in plan(small=True) if section.name == "machine")
+    results = measure.run_sections([broken, machine], setting, time.monotonic(), file)
+    assert results == json.loads(file.read_text())["sections"]
+    assert results["broken"]["rows"] == [] and results["broken"]["error"] == "KeyError: 'huge'"
+    assert "Traceback" in results["broken"]["log"]
+    assert results["machine"]["rows"] and not results["machine"]["error"]
+    with pytest.raises(SystemExit) as stopped:
+        measure._finish(results)
+    assert stopped.value.code == EXIT_FAILED and "KeyError: 'huge'" in capsys.readouterr().out
 
 
 def test_section_that_takes_too_long_is_killed_with_its_reason(tmp_path):
