@@ -201,7 +201,9 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
         times = [f"{value:.2f}" for value in (found["ratio"], min(ratios), max(ratios))]
         memory = [f"{way['kept_mb']:,.1f}" for way in (kept, other)]
         table.add_row(name, *seconds, *times, *memory, *(f"{way['moved_gb']:.2f}" for way in (kept, other)))
-    Console().print(table)
+    console = Console()
+    # In a log nothing is cut off.
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 if __name__ == "__main__":
