@@ -76,13 +76,14 @@ def main(
         if name not in PARTS:
             raise ConfigError(f"--parts: {unknown_name('part', name, list(PARTS))}")
     torch.set_num_threads(parse_whole("threads", threads, 0) or len(os.sched_getaffinity(0)))
-    setting = {"dtype": dtype, "pairs": parse_whole("pairs", pairs, 1), "threads": torch.get_num_threads()}
-    num_rounds, machine = parse_whole("rounds", rounds, 1), describe_machine("cpu")
+    num_pairs, num_rounds = parse_whole("pairs", pairs, 1), parse_whole("rounds", rounds, 1)
+    machine = describe_machine("cpu")  # its load before ours
     if out:  # before the minutes that it takes
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-    results = {name: measure(PARTS[name](setting["pairs"], DTYPES[dtype]), num_rounds) for name in names}
+    results = {name: measure(PARTS[name](num_pairs, DTYPES[dtype]), num_rounds) for name in names}
     _print(results)
     if out:
+        setting = {"dtype": dtype, "pairs": num_pairs, "threads": torch.get_num_threads()}
         content = {"setting": setting, "parts": results, "machine": machine}
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 

@@ -75,7 +75,7 @@ class _Dropout(torch.autograd.Function):
         return _without(states, is_dropped).mul_(left)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc,untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _without(gradient, *ctx.saved_tensors).mul_(ctx.left), None, None
 
@@ -100,7 +100,7 @@ class _DroppedAttention(torch.autograd.Function):
         return (left_RHQN @ value_RHNd).mul_(ctx.left)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc,untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_RHQd: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query_RHQd, key_RHNd, value_RHNd, share_RHQN, dropped_RHQN = ctx.saved_tensors
         scale = query_RHQd.shape[-1] ** -0.5

@@ -29,6 +29,7 @@ from tests.conftest import REPO, run_script, script_environment
 
 SCRIPT = "benchmarks/gpu/measure.py"
 NAMES = [section.name for section in plan(small=True)]
+FULL = [section.name for section in plan(small=False)]
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +95,9 @@ def test_saved_work_agrees_with_the_plain_step_in_both_precisions(measured):
 
 
 def test_training_run_says_how_long_it_waits_for_data(measured):
-    rows = rows_of(measured[1], "pipeline", "pipeline_large")
-    assert len(rows) == 2
-    for row in rows:
-        assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
-        assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
+    (row,) = rows_of(measured[1], "pipeline")
+    assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
+    assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
 
 
 def test_results_say_what_they_were_measured_with(measured):
@@ -163,7 +162,7 @@ def found_rows(*sizes, what="eager", **more):
 
 RESULTS = {
     "nothing": {},
-    "failed": {name: {"rows": [{"micro_batch": 16, "error": "does not fit"}]} for name in NAMES},
+    "failed": {name: {"rows": [{"micro_batch": 16, "error": "does not fit"}]} for name in FULL},
     "compiled is faster": {
         "steps_base": {
             "rows": [
@@ -232,6 +231,13 @@ def test_section_that_does_not_fit_any_more_is_skipped_with_a_line_and_recorded(
     said = "skipped: it takes about 500 s, and 480 s of --minutes=8 are left"
     assert f"long {said}" in capsys.readouterr().out
     assert results == json.loads(file.read_text())["sections"] == {"long": {"seconds": 0.0, "error": said, "rows": []}}
+
+
+def test_small_shapes_take_every_path_of_the_full_plan_once():
+    assert [name for name in FULL if not name.endswith("_large")] == NAMES
+    assert {section.measure for section in plan(small=True)} == {section.measure for section in plan(small=False)}
+    large = {name.removesuffix("_large") for name in FULL if name.endswith("_large")}
+    assert large == {"steps", "compiled", "engine", "pipeline"}  # which base has, too
 
 
 def test_every_kind_of_measurement_is_planned_and_what_matters_most_comes_first():

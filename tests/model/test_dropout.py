@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -16,10 +17,10 @@ R, H, Q, N, d = 3, 2, 5, 7, 4
 MASK_RN = torch.arange(N) < torch.tensor([[7], [1], [4]])
 
 
-def projections(dtype=torch.float64):
+def projections(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    shapes = ((R, H, Q, d), (R, H, N, d), (R, H, N, d))
-    return [torch.randn(shape, generator=rng, dtype=dtype).requires_grad_() for shape in shapes]
+    query, key, value = (torch.randn(R, H, rows, d, generator=rng, dtype=dtype).requires_grad_() for rows in (Q, N, N))
+    return query, key, value
 
 
 @pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
