@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 
 
 # Whose tests take longest: they are begun first, so that at the end both workers have something to do.
-SLOWEST_FIRST = ("integration", "test_capacity.py", "interop")
+# Between those that need much memory, and so wait for each other, there are some that do not.
+SLOWEST_FIRST = ("integration", "test_capacity.py", "benchmarks", "pretrain", "interop")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
