@@ -68,3 +68,30 @@ class TextBatch(NamedTuple):
     attention_mask_TL: Tensor
     mlm_index_M: Tensor
     mlm_label_M: Tensor
+
+
+class FinetuneBatch(NamedTuple):
+    """Some pairs of a picture (NLVR2: two) and a text, with what is to be learned of them.
+
+    C classes. B may be larger than the number of images, where texts of the same picture stand together.
+    """
+
+    pixels_N3SS: Tensor
+    """uint8; normalised on the device. NLVR2: all left pictures, then all right ones."""
+    ids_BL: Tensor
+    """int64 token ids, padded."""
+    attention_mask_BL: Tensor
+    """bool; True for real tokens."""
+    image_B: Tensor
+    """int64; row n of the (left) picture of each text."""
+    target_BC: Tensor
+    """float32; the score of each answer: 1 for the right class, or VQA's soft scores. C is 0 where pairs themselves
+    are what is learned (retrieval)."""
+    image_id_B: Tensor
+    """int64; pairs with the same id show the same picture."""
+    draw_B2: Tensor
+    """float64 in [0, 1); the random numbers of a pair's hard negatives: of its image, of its text."""
+    replaced_B: Tensor
+    """bool; True where another pair took the place of one that cannot be read (data.on_bad_sample)."""
+    notes: tuple[str, ...] = ()
+    """Why, for people."""

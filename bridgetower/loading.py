@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from bridgetower.config.snapshot import RUN_FILE, read_run_config
+from bridgetower.config.snapshot import RUN_FILE, read_model_config
 from bridgetower.errors import CheckpointError
 from bridgetower.interop import safetensors_file
 from bridgetower.interop.huggingface import from_huggingface
@@ -72,7 +72,7 @@ def _from_run(place: Path, image_size_px: int | None) -> BridgeTower:
     from bridgetower.engine.checkpoint import find_checkpoint, load_master_weights
 
     run = place.parent.parent if place.parent.name == "checkpoints" else place
-    config = read_run_config(run / RUN_FILE)
+    config, heads = read_model_config(run / RUN_FILE)
     checkpoint = find_checkpoint(place)
     weights = {name.removeprefix("model."): value for name, value in load_master_weights(checkpoint).items()}
-    return load_strictly(config.model, config.objectives.heads, weights, str(checkpoint), image_size_px=image_size_px)
+    return load_strictly(config, heads, weights, str(checkpoint), image_size_px=image_size_px)

@@ -19,7 +19,7 @@ from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.packing import padded
 from bridgetower.objectives.itc import image_text_contrast
-from bridgetower.objectives.itm import image_text_matching, match_log_odds
+from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result, mean_metric
 from bridgetower.rows import Pass, StepRows, plan_rows, read_columns
@@ -151,8 +151,8 @@ class PretrainTask(nn.Module):
         embedding = self.model.itc_head.embed_text(encoded.class_BD) if self.objectives.itc else None
         return Features(encoded.states_KBND, embedding)
 
-    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
-        """ITM's log odds of a match for encoded pairs, float32, shape (R,). Needs the itm head.
+    def match_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+        """ITM's logits for encoded pairs, float32, shape (R, 2); column 1 is a match. Needs the itm head.
 
         Args:
             image_R: the image of each pair.
@@ -160,7 +160,8 @@ class PretrainTask(nn.Module):
         num_pairs = len(mask_RL)
         wanted = read_columns(mask_RL, np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64), images=True)
         text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
-        return match_log_odds(self.model.itm_head(self.model.pool(text_RD, image_RD)))
+        logits_R2: Tensor = self.model.itm_head(self.model.pool(text_RD, image_RD)).float()
+        return logits_R2
 
     def contrast_temperature(self) -> float:
         """ITC's temperature. Needs the itc head."""

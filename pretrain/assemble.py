@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 
 from bridgetower import draws
-from bridgetower.config.deepspeed import is_bf16, read_named_memory_config
 from bridgetower.config.schema import RunConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.evaluate import SplitScores, evaluate_split
-from bridgetower.engine.launch import computes_bf16
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
 from bridgetower.flops import measure_step_work
@@ -23,20 +21,6 @@ from bridgetower.model.compiled import compile_parts
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
 from bridgetower.task import PretrainTask
-from pretrain.presets import DS_CONFIGS
-
-
-def find_memory_config(config: RunConfig, device: torch.device) -> dict[str, object]:
-    """The file of ``ds_configs/`` that ``engine.deepspeed`` names, read and checked."""
-    name = config.engine.deepspeed
-    if name == "auto":
-        name = "zero2_bf16" if computes_bf16(device) else "zero2_fp32"
-    return read_named_memory_config(name, DS_CONFIGS)
-
-
-def precision_of(memory: dict[str, object]) -> str:
-    """What weights are held in for computing: bf16 or fp32."""
-    return "bf16" if is_bf16(memory) else "fp32"
 
 
 def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:

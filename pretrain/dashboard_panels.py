@@ -10,9 +10,9 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from bridgetower.config.schema import ObjectivesConfig
+from bridgetower.engine.score_table import LABELS
 from pretrain.paper_scores import PAPER_SCORES
 from pretrain.presets import PRESETS
-from pretrain.score_table import LABELS
 
 # Parts of a name that a run decides.
 _PLACES = re.compile("CORPUS|GROUP|SPLIT")

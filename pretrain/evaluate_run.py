@@ -43,14 +43,16 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     place = launching.read_launch()
     start_logging(place.rank)
     # These import DeepSpeed, which reads what read_launch has completed.
+    from bridgetower.assembly import build_tokenizer
+    from bridgetower.data.held_out import check_held_out
     from bridgetower.engine.checkpoint import find_checkpoint, read_description
     from bridgetower.engine.evaluate import write_scores
+    from bridgetower.engine.score_table import print_scores
     from pretrain import assemble, assemble_data
-    from pretrain.score_table import print_scores
 
     # One rank looks; if it finds pictures that were trained on, the launcher ends the others.
-    assemble_data.check_held_out(config.data, _training_data(config.data) if place.rank == 0 else None)
-    tokenizer = assemble_data.build_tokenizer(config)
+    check_held_out(config.data, _training_data(config.data) if place.rank == 0 else None)
+    tokenizer = build_tokenizer(config.model)
     launching.start(place, config.engine.threads_per_rank)
     try:
         checkpoint = find_checkpoint(path)

@@ -18,18 +18,18 @@ from bridgetower.config.cli import refuse_unknown, run_command
 from bridgetower.config.snapshot import RUN_FILE, read_run_file
 from bridgetower.data.manifest import Manifest, load_manifest
 from bridgetower.engine.evaluate import EVAL_NAME, PREDICTIONS_NAME
+from bridgetower.engine.score_table import LABELS, format_score
 from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.files import short_names, write_atomically
 from pretrain.report_charts import Lines, draw_charts
 from pretrain.report_samples import Pictures, describe_samples
-from pretrain.score_table import LABELS, format_score
 
 USAGE = """Usage: python pretrain/report.py RUN [RUN ...] [--out=FILE]
 
 FILE is report.html in the run folder, of several runs report.html in the folder where the first one lies."""
 
-_TILES = ("itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
+_TILES = ("vqa_score", "accuracy", "itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
 
 class _Run(NamedTuple):

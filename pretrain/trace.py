@@ -84,10 +84,12 @@ def _stream(config: RunConfig, world_size: int, rank: int) -> PretrainStream:
     data = config.data
     corpora = open_corpora(data.train_shards, data)
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, world_size, data.negative_group_size)
-    from pretrain import assemble_data  # takes seconds to import, for the towers' sizes
+    # These take seconds to import, for the towers' sizes.
+    from bridgetower.assembly import build_tokenizer
+    from pretrain import assemble_data
 
     config = assemble_data.complete(config)
-    return assemble_data.build_stream(config, corpora, cut, rank, assemble_data.build_tokenizer(config))
+    return assemble_data.build_stream(config, corpora, cut, rank, build_tokenizer(config.model))
 
 
 if __name__ == "__main__":

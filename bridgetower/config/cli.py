@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import logging
 import os
@@ -10,19 +11,22 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bridgetower.config.overrides import BOOLEANS, apply_overrides, type_name, unknown_name, walk_fields
-from bridgetower.config.schema import RunConfig
-from bridgetower.config.snapshot import read_run_config
+from bridgetower.config.snapshot import Settings, read_config
 from bridgetower.errors import EXIT_DONE, BridgeTowerError, ConfigError
 
-Presets = Mapping[str, Callable[[], RunConfig]]
+AnyConfig = TypeVar("AnyConfig", bound=Settings)
 
 
 def config_from_cli(
-    presets: Presets, preset: str, unexpected: Sequence[str], overrides: Mapping[str, str], usage: str
-) -> RunConfig:
+    presets: Mapping[str, Callable[[], AnyConfig]],
+    preset: str,
+    unexpected: Sequence[str],
+    overrides: Mapping[str, str],
+    usage: str,
+) -> AnyConfig:
     """The configuration that a command line asks for.
 
     Args:
@@ -40,7 +44,7 @@ def config_from_cli(
     if not preset:
         raise ConfigError(f"Which preset? {usage}\n\nPresets:\n{_list_presets(presets)}")
     if preset.endswith(".json"):
-        base = read_run_config(Path(preset))
+        base = read_config(Path(preset), type(next(iter(presets.values()))()))
     elif preset in presets:
         base = presets[preset]()
     else:
@@ -56,8 +60,8 @@ def config_from_cli(
 
 
 def narrow_overrides(
-    config: RunConfig, sections: Sequence[str], unexpected: Sequence[str], overrides: Mapping[str, str], usage: str
-) -> RunConfig:
+    config: AnyConfig, sections: Sequence[str], unexpected: Sequence[str], overrides: Mapping[str, str], usage: str
+) -> AnyConfig:
     """The configuration of a run with some settings changed, for commands that only some settings mean something to.
 
     Args:
@@ -77,7 +81,7 @@ def narrow_overrides(
     return apply_overrides(config, overrides)
 
 
-def describe_settings(config: RunConfig, usage: str, sections: Sequence[str] = ("",)) -> str:
+def describe_settings(config: Settings, usage: str, sections: Sequence[str] = ("",)) -> str:
     """Every setting with its value, type and meaning, or those whose names begin with one of ``sections``."""
     docs: dict[type, dict[str, str]] = {}
     lines = [usage, "", f"Settings and their values in {config.name}:"]
@@ -201,15 +205,21 @@ def _print_and_exit(text: str) -> None:
     sys.exit(EXIT_DONE)
 
 
-def _list_presets(presets: Presets) -> str:
-    return "\n".join(f"  {name:10} {(inspect.getdoc(build) or '').splitlines()[0]}" for name, build in presets.items())
+def _list_presets(presets: Mapping[str, Callable[[], Settings]]) -> str:
+    width = max(map(len, presets))
+    return "\n".join(
+        f"  {name:{width}} {(inspect.getdoc(build) or '').splitlines()[0]}" for name, build in presets.items()
+    )
 
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The texts below the fields of a dataclass, read from its source."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= _field_docs(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
     for node, following in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(node, ast.AnnAssign)

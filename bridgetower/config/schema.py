@@ -286,8 +286,8 @@ class ObjectivesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and how it is cut into batches."""
+class ReadingConfig:
+    """What is read, and how it is cut into batches, whatever is trained."""
 
     train_shards: tuple[str, ...]
     """Corpus folders (each with a shards.json), comma-separated on the command line."""
@@ -297,11 +297,6 @@ class DataConfig:
     """Pairs of one optimiser step, over all ranks and micro-steps."""
     micro_batch_size: int = 32
     """Pairs on one rank in one forward pass."""
-    negative_group_size: int = 32
-    """ITM negatives are drawn within this many consecutive pairs, whatever the number of ranks."""
-    itm_negatives: Literal["group", "corpus"] = "group"
-    """Where ITM negatives come from: group costs no further image; corpus reads another image of the same corpus for
-    each, as the published code does."""
     corpus_weights: tuple[float, ...] = ()
     """How often each pair of a corpus is seen in an epoch, by corpus of train_shards; empty: once, as published."""
     shards_per_window: int = 64
@@ -322,8 +317,6 @@ class DataConfig:
     """Folder on a local disk for shards of s3://, gs:// or http(s):// folders, shared by the ranks of a node."""
     cache_gb: float = 100.0
     """Most that cache_dir holds, in 10^9 bytes; at least three windows of shards."""
-    record_pairs: bool = False
-    """Write what each rank was given to runs/NAME/pairs/, in the form of pretrain/trace.py."""
 
     def __post_init__(self) -> None:
         if not self.train_shards:
@@ -342,13 +335,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig(ReadingConfig):
+    """What is read, and how it is cut into batches."""
+
+    negative_group_size: int = 32
+    """ITM negatives are drawn within this many consecutive pairs, whatever the number of ranks."""
+    itm_negatives: Literal["group", "corpus"] = "group"
+    """Where ITM negatives come from: group costs no further image; corpus reads another image of the same corpus for
+    each, as the published code does."""
+    record_pairs: bool = False
+    """Write what each rank was given to runs/NAME/pairs/, in the form of pretrain/trace.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW, its parameter groups and its schedule."""
 
     base_lr: float
     """Peak learning rate of both towers."""
     total_steps: int
-    """Optimiser steps, not micro-steps."""
+    """Optimiser steps, not micro-steps. Fine-tuning: 0 takes as many as `epochs` come to."""
     warmup_fraction: float = 0.1
     """Share of total_steps spent rising linearly from zero; then it falls linearly to zero."""
     fusion_lr_scale: float = 5.0
@@ -378,18 +384,20 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _check_positive(
             optim__base_lr=self.base_lr,
-            optim__total_steps=self.total_steps,
             optim__fusion_lr_scale=self.fusion_lr_scale,
             optim__head_lr_scale=self.head_lr_scale,
             optim__eps=self.eps,
         )
         _check_fraction("optim.beta1", self.beta1)
         _check_fraction("optim.beta2", self.beta2)
+        if self.total_steps < 0:
+            raise ConfigError(f"optim.total_steps={self.total_steps} must be greater than 0.")
         if not 0.0 <= self.warmup_fraction < 1.0:
+            example = f"for {min(1000, self.total_steps // 10)} steps write "
+            example += f"{min(1000, self.total_steps // 10) / max(1, self.total_steps):g}"
             raise ConfigError(
                 f"optim.warmup_fraction={self.warmup_fraction} is not in [0, 1). It is a share of "
-                f"optim.total_steps={self.total_steps}; for {min(1000, self.total_steps // 10)} steps write "
-                f"{min(1000, self.total_steps // 10) / self.total_steps:g}."
+                f"optim.total_steps={self.total_steps}; {example if self.total_steps else '10 % is written 0.1'}."
             )
         if self.max_grad_norm < 0 or self.weight_decay < 0:
             raise ConfigError(
@@ -468,9 +476,10 @@ class EvaluationConfig:
     """Without ITC, retrieval asks ITM for every pair of so many images and their captions."""
     rerank_top_k: int = 16
     """Candidates per query that the cross-modal encoder scores again, with ITC on."""
-    rerank_score: Literal["itm_and_itc", "itm"] = "itm_and_itc"
-    """itm ranks them by ITM alone, as published for fine-tuned models; itm_and_itc adds ITC's logit, as pretraining's
-    ITM has only seen random negatives and ITC tells close ones apart."""
+    rerank_score: Literal["itm_and_itc", "itm", "itm_logit"] = "itm_and_itc"
+    """itm ranks them by ITM's log odds of a match, itm_logit by its logit of a match alone, as published; itm_and_itc
+    adds ITC's logit to the log odds, as pretraining's ITM has only seen random negatives and ITC tells close ones
+    apart."""
     num_samples: int = 24
     """Pictures kept in predictions.json for the report, for each split."""
 
@@ -546,7 +555,17 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise ConfigError(f"name={self.name!r} must be a folder name without '/'. The folder above is run_root.")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must be 0 or more.")
+        check_run(self.name, self.seed)
+        _check_positive(optim__total_steps=self.optim.total_steps)
+
+
+def check_run(name: str, seed: int) -> None:
+    """Check what every kind of run has.
+
+    Raises:
+        ConfigError: the name cannot be a folder's, or the seed is negative.
+    """
+    if not name or "/" in name or name in (".", ".."):
+        raise ConfigError(f"name={name!r} must be a folder name without '/'. The folder above is run_root.")
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be 0 or more.")

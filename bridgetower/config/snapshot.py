@@ -11,14 +11,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bridgetower.config.finetune import FinetuneConfig
 from bridgetower.config.overrides import from_dict, to_dict
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.schema import ModelConfig, RunConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.files import write_atomically
 
 RUN_FILE = "run.json"
+
+Settings = RunConfig | FinetuneConfig
+"""Of a run of either kind."""
+AnyConfig = TypeVar("AnyConfig", bound=Settings)
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -44,7 +49,7 @@ _SECTIONS: dict[str, type] = {
 }
 
 # What decides which numbers a run computes. Everything else (workers, micro-batch, logging) may change on resume.
-_FIXED_SECTIONS = ("model", "objectives", "optim", "seed")
+_FIXED_SECTIONS = ("model", "objectives", "optim", "seed", "task", "init")
 _FIXED_DATA_FIELDS = (
     "global_batch_size",
     "negative_group_size",
@@ -52,6 +57,7 @@ _FIXED_DATA_FIELDS = (
     "itm_negatives",
     "corpus_weights",
     "exact_resize",
+    "augmentation",
 )
 
 
@@ -70,7 +76,7 @@ class Identity:
 
 
 def write_run_file(
-    folder: Path, config: RunConfig, identity: Identity, *, world_size: int, device: str, started_from: str = ""
+    folder: Path, config: Settings, identity: Identity, *, world_size: int, device: str, started_from: str = ""
 ) -> None:
     """Write ``run.json`` for a run that starts or goes on.
 
@@ -116,14 +122,87 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration of a ``run.json``, checked as strictly as a command line."""
+    """The configuration of a pretraining run, as ``read_config`` gives it."""
+    return read_config(path, RunConfig)
+
+
+def read_config(path: Path, kind: type[AnyConfig]) -> AnyConfig:
+    """The configuration of a ``run.json``, checked as strictly as a command line.
+
+    Raises:
+        ConfigError: there is none, it is not one, or it is of a run of the other kind.
+    """
+    content = read_run_file(path)["config"]
+    if _is_finetuned(content) != (kind is FinetuneConfig):
+        kinds = [("pretraining", "pretrain"), ("fine-tuning", "finetune")]
+        name, folder = kinds[_is_finetuned(content)]
+        raise ConfigError(f"{path} is of a {name} run. Use the commands of {folder}/ with it.")
     try:
-        return from_dict(RunConfig, read_run_file(path)["config"])
+        return from_dict(kind, content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def check_same_run(folder: Path, config: RunConfig, identity: Identity) -> None:
+def read_model_config(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Model and heads of a run of either kind.
+
+    Raises:
+        ConfigError: as ``read_config``.
+    """
+    if _is_finetuned(read_run_file(path)["config"]):
+        finetuned = read_config(path, FinetuneConfig)
+        return finetuned.model, finetuned.heads
+    pretrained = read_config(path, RunConfig)
+    return pretrained.model, pretrained.objectives.heads
+
+
+def _is_finetuned(content: Mapping[str, Any]) -> bool:
+    return "task" in content
+
+
+def check_resume(folder: Path, config: Settings, identity: Identity) -> str:
+    """Stop at a run folder that must not be continued, or cannot be with these settings.
+
+    Returns: the path that the run started from, or starts from now; empty for one from the beginning.
+
+    Raises:
+        ConfigError: the folder has checkpoints, and ``resume`` means others.
+        CheckpointError: there is nothing where ``resume`` points to, or it is another run.
+    """
+    has_own = has_checkpoints(folder)
+    path = "" if config.resume in ("auto", "never") else str(Path(config.resume).resolve())
+    if has_own:
+        started_from = str(read_run_file(folder / RUN_FILE)["started_from"])
+        if config.resume == "never":
+            raise ConfigError(
+                f"{folder} already holds a run with checkpoints, and resume=never. Give another --name, delete the "
+                "folder, or use --resume=auto to go on with it."
+            )
+        # The command that started it may be repeated, as Slurm does; it then goes on from the run's own newest.
+        if path and path != started_from:
+            raise ConfigError(
+                f"{folder} has checkpoints of its own and did not start from resume={config.resume}. Use "
+                "--resume=auto to go on from its newest, or another --name for a run that starts from there."
+            )
+        check_same_run(folder, config, identity)
+        return started_from
+    if path:
+        if not Path(path).is_dir():
+            raise CheckpointError(
+                f"resume={config.resume} is neither a run folder nor a checkpoint. Use auto, never, or a folder "
+                f"such as {Path(config.run_root) / 'NAME'} or .../checkpoints/step0001000."
+            )
+        run_folder = Path(path).parent.parent if Path(path).parent.name == "checkpoints" else Path(path)
+        check_same_run(run_folder, config, identity)
+    return path
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run folder holds a run that has been saved."""
+    return any((folder / "checkpoints").glob("step*"))
+
+
+def check_same_run(folder: Path, config: Settings, identity: Identity) -> None:
     """Stop a resume that would not continue the run it reads.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bridgetower.config.schema import DataConfig
+from bridgetower.config.schema import DataConfig, ReadingConfig
 from bridgetower.data.index import ShardReader
 from bridgetower.data.manifest import Manifest, load_manifest
 from bridgetower.data.shard_cache import Held, NotFetched, RemoteShard, ShardCache
@@ -35,6 +35,10 @@ class Pair(NamedTuple):
     corpus: int
     caption: str
     record: dict[str, Any]
+    annotation: dict[str, Any]
+    """What belongs to the caption, if anything: answers, labels, ids."""
+    second_image: bytes
+    """NLVR2's right picture."""
 
 
 class _Open(NamedTuple):
@@ -160,6 +164,9 @@ class Corpora:
         reader = self.reader(shard)
         sample, caption = reader.locate(number)
         raw = reader.read(sample)
+        annotations = raw.record.get("annotations")
+        if not isinstance(annotations, list) or len(annotations) != len(raw.record["captions"]):
+            annotations = []
         return Pair(
             where=f"{self.shard_paths[shard]}, sample {sample} (image_id {raw.record['image_id']})",
             shard=shard,
@@ -169,6 +176,8 @@ class Corpora:
             corpus=self.corpus_of_shard[shard],
             caption=raw.record["captions"][caption],
             record=raw.record,
+            annotation=annotations[caption] if annotations else {},
+            second_image=raw.second_image,
         )
 
     def image_id_of(self, shard: int, number: int) -> int:
@@ -189,12 +198,12 @@ class Corpora:
         return shard, number - (int(self._pair_end[shard - 1]) if shard else 0)
 
 
-def open_cache(config: DataConfig) -> ShardCache | None:
+def open_cache(config: ReadingConfig) -> ShardCache | None:
     """Where remote shards are kept, or None."""
     return ShardCache(Path(config.cache_dir), round(config.cache_gb * 1e9)) if config.cache_dir else None
 
 
-def open_corpora(folders: Sequence[str], config: DataConfig) -> Corpora:
+def open_corpora(folders: Sequence[str], config: ReadingConfig) -> Corpora:
     """Open folders as the settings say, and check that these can be met.
 
     Raises:
@@ -202,7 +211,7 @@ def open_corpora(folders: Sequence[str], config: DataConfig) -> Corpora:
         DataError: a corpus is not as its manifest says.
     """
     corpora = Corpora(folders, open_cache(config))
-    if corpora.is_remote and config.itm_negatives == "corpus":
+    if corpora.is_remote and isinstance(config, DataConfig) and config.itm_negatives == "corpus":
         raise ConfigError(
             "data.itm_negatives=corpus reads images from all over a corpus, which remote shards are not made for. Copy "
             "the shards to a file system first, or use --data.itm_negatives=group."

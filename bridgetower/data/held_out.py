@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bridgetower import draws
 from bridgetower.batch import ImageBatch, TextBatch
+from bridgetower.config.schema import ReadingConfig
 from bridgetower.data import collate
-from bridgetower.data.corpora import Corpora, as_int64
-from bridgetower.data.images import load_image
+from bridgetower.data.corpora import Corpora, as_int64, open_corpora
+from bridgetower.data.images import load_image, load_whole_image
+from bridgetower.data.index import load_index
+from bridgetower.data.manifest import load_manifest
 from bridgetower.data.shard_cache import ShardCache
 from bridgetower.data.text import Tokenizer, pad
+from bridgetower.errors import ConfigError, DataError
+from bridgetower.storage import place
+
+_READS_AT_ONCE = 16  # of files in an object store, each of which takes a while to answer
 
 
 class HeldOutSplit:
@@ -29,6 +38,7 @@ class HeldOutSplit:
         mlm_probability: float,
         max_images: int = 0,
         exact_resize: bool = False,
+        whole_images: bool = False,
         cache: ShardCache | None = None,
     ) -> None:
         """Read the captions of the split; images are read when asked for.
@@ -36,6 +46,7 @@ class HeldOutSplit:
         Args:
             max_images: 0 takes all.
             exact_resize: never decode at reduced scale, as for training pictures.
+            whole_images: squash pictures to a square, as fine-tuning does, instead of cutting off their ends.
             cache: where shards of a remote folder are kept.
         """
         self._corpora = Corpora([folder], cache)
@@ -43,6 +54,7 @@ class HeldOutSplit:
         self.tokenizer = tokenizer
         self._image_size_px, self._max_text_tokens = image_size_px, max_text_tokens
         self._mlm_probability, self._exact_resize = mlm_probability, exact_resize
+        self._load = load_whole_image if whole_images else load_image
         self._rows: list[tuple[int, int]] = []
         self.captions: list[str] = []
         image_of_caption: list[int] = []
@@ -73,7 +85,7 @@ class HeldOutSplit:
             first,
             torch.stack(
                 [
-                    load_image(
+                    self._load(
                         self.image_bytes(number),
                         self._image_size_px,
                         f"{self.name}, image {number}",
@@ -104,3 +116,51 @@ class HeldOutSplit:
             mlm_index_M=torch.from_numpy(masked.index_M),
             mlm_label_M=torch.from_numpy(masked.label_M),
         )
+
+
+def check_held_out(
+    data: ReadingConfig,
+    train: Corpora | None = None,
+    *,
+    least_images: int = 2,
+    cure: str = "Take them out of one, or give other data.eval_shards.",
+) -> None:
+    """Stop before anything starts if a held-out folder cannot be scored, is trained on, or two have the same name.
+
+    Args:
+        train: what is trained on; None does not look for its pictures.
+        least_images: 2 where a text is matched with one of them.
+        cure: what to do where pictures are in both.
+
+    Raises:
+        ConfigError: two folders have the same last name, which would name their scores, or one has pictures that the
+            run trains on.
+        DataError: a folder is not there, or has a single picture, which there is nothing to tell from.
+    """
+    folders = data.eval_shards
+    names = [place(folder).name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one."
+            )
+    trained = image_ids(train) if train is not None and folders else None
+    for folder in folders:
+        if load_manifest(folder).totals.images < least_images:
+            raise DataError(
+                f"The held-out {folder} has a single image; matching and retrieval need two or more. Give another "
+                "folder as data.eval_shards, or none."
+            )
+        if trained is not None:
+            shared = int(np.isin(np.unique(image_ids(open_corpora([folder], data))), trained).sum())
+            if shared:
+                raise ConfigError(
+                    f"{shared:,} pictures of the held-out {folder} are also in data.train_shards (same image_id), so "
+                    f"its scores would be those of training. {cure}"
+                )
+
+
+def image_ids(corpora: Corpora) -> npt.NDArray[np.uint64]:
+    """The 64-bit image ids of all samples, from the row indexes alone."""
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return np.concatenate(list(pool.map(lambda shard: load_index(shard)["image_id"], corpora.shard_paths)))

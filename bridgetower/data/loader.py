@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bridgetower.batch import PretrainBatch
+from bridgetower.batch import FinetuneBatch, PretrainBatch
 from bridgetower.data.shard_cache import Prefetcher
-from bridgetower.data.stream import PretrainStream
+from bridgetower.data.stream import PairStream
 from bridgetower.errors import BridgeTowerError, ConfigError, DataError, TrainingError
 
 # A worker that is stuck for so long, in a file system that does not answer, shows where and ends itself.
@@ -30,6 +30,7 @@ _MIN_PAIRS = 10_000
 _SHARED_MEMORY = Path("/dev/shm")
 
 Item = TypeVar("Item")
+Batch = TypeVar("Batch", PretrainBatch, FinetuneBatch)
 
 logger = logging.getLogger("bridgetower.data")
 
@@ -106,13 +107,14 @@ class _InRing(NamedTuple):
     ring: int
     slot: int
     num_images: int
+    kind: type[Any]
     parts: list[Any]
     """The rest of the batch, tensors as arrays: sent as tensors, each would be a file that is opened and mapped."""
 
-    def taken(self) -> PretrainBatch:
+    def taken(self) -> Any:
         """The batch, in the process that has the ring."""
         parts: list[Any] = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in self.parts]
-        return PretrainBatch(_rings[self.ring][self.slot, : self.num_images], *parts)
+        return self.kind(_rings[self.ring][self.slot, : self.num_images], *parts)
 
 
 # Rings of this process by number.
@@ -120,20 +122,22 @@ _rings: dict[int, Tensor] = {}
 _ring_numbers = itertools.count()
 
 
-class _RingWriter(Dataset[_InRing]):
+class _RingWriter(Dataset[_InRing], Generic[Batch]):
     """A stream as a worker reads it: it decodes images to where the training process sees them."""
 
-    def __init__(self, stream: PretrainStream, number: int) -> None:
-        self._stream, self._number, self._ring = stream, number, _rings[number]
+    def __init__(self, stream: PairStream[Batch], number: int) -> None:
+        self._stream: PairStream[Batch] = stream
+        self._number, self._ring = number, _rings[number]
 
     def __getitem__(self, micro_step: int) -> _InRing:
         slot = micro_step % len(self._ring)
-        pixels_N3SS, *rest = self._stream.into(self._ring[slot], micro_step)
+        batch = self._stream.into(self._ring[slot], micro_step)
+        pixels_N3SS, *rest = batch
         parts = [part.numpy() if isinstance(part, Tensor) else part for part in rest]
-        return _InRing(self._number, slot, len(pixels_N3SS), parts)
+        return _InRing(self._number, slot, len(pixels_N3SS), type(batch), parts)
 
 
-def micro_batches(stream: PretrainStream, first: int, end: int, *, pin_memory: bool = False) -> Iterator[PretrainBatch]:
+def micro_batches(stream: PairStream[Batch], first: int, end: int, *, pin_memory: bool = False) -> Iterator[Batch]:
     """Micro-batches ``first`` to ``end`` of a stream, as data.workers and data.on_bad_sample ask.
 
     The images of a batch may be overwritten when the next batch but one is asked for.
@@ -155,13 +159,13 @@ def micro_batches(stream: PretrainStream, first: int, end: int, *, pin_memory: b
     return batches
 
 
-def _read_here(stream: PretrainStream, first: int, end: int) -> Iterator[PretrainBatch]:
+def _read_here(stream: PairStream[Batch], first: int, end: int) -> Iterator[Batch]:
     side = stream.image_size_px
     pixels = torch.empty(2, stream.max_images, 3, side, side, dtype=torch.uint8)
     return (stream.into(pixels[micro_step % 2], micro_step) for micro_step in range(first, end))
 
 
-def _from_workers(stream: PretrainStream, first: int, end: int, pin_memory: bool) -> Iterator[PretrainBatch]:
+def _from_workers(stream: PairStream[Batch], first: int, end: int, pin_memory: bool) -> Iterator[Batch]:
     """Workers write images into a ring of shared memory: a new piece for each batch would cost as much as decoding."""
     config, side, number = stream.config, stream.image_size_px, next(_ring_numbers)
     # When batch n is handed over, n + workers * prefetch_batches is begun; n itself and the one before stay whole.
@@ -179,15 +183,15 @@ def _from_workers(stream: PretrainStream, first: int, end: int, pin_memory: bool
             workers=config.workers,
             prefetch=config.prefetch_batches,
         ):
-            batch = item.taken()
+            batch: Batch = item.taken()
             yield _pinned(batch) if pin_memory else batch
     finally:
         del _rings[number]
 
 
-def _pinned(batch: PretrainBatch) -> PretrainBatch:
+def _pinned(batch: Batch) -> Batch:
     parts: list[Any] = [part.pin_memory() if isinstance(part, Tensor) else part for part in batch]
-    return PretrainBatch(*parts)
+    return type(batch)(*parts)
 
 
 def _check_shared_memory(num_bytes: int) -> None:
@@ -211,7 +215,7 @@ def recorded(batches: Iterator[PretrainBatch], file: Path) -> Iterator[PretrainB
             yield batch
 
 
-def _fetching_ahead(batches: Iterator[PretrainBatch], stream: PretrainStream, first: int) -> Iterator[PretrainBatch]:
+def _fetching_ahead(batches: Iterator[Batch], stream: PairStream[Batch], first: int) -> Iterator[Batch]:
     """Fetch the shards of the window that is read and of the next one while batches go by."""
     assert stream.corpora.cache is not None
     prefetcher = Prefetcher(stream.corpora.cache, stream.corpora.remote)
@@ -222,9 +226,9 @@ def _fetching_ahead(batches: Iterator[PretrainBatch], stream: PretrainStream, fi
             here = stream.order.shards_of(position, 1)
             if here != window:
                 window = here
-                both = stream.order.shards_of(position, 2)
+                both: list[int] = stream.order.shards_of(position, 2)
                 # The ranks of a node share the work: each begins at another shard.
-                turn = stream.rank % len(both)
+                turn: int = stream.rank % len(both)
                 prefetcher.advance([*both[turn:], *both[:turn]], keep=window)
             batch = next(batches, None)
             if batch is None:
@@ -234,7 +238,7 @@ def _fetching_ahead(batches: Iterator[PretrainBatch], stream: PretrainStream, fi
         prefetcher.close()
 
 
-def _counting_bad(batches: Iterator[PretrainBatch], max_fraction: float) -> Iterator[PretrainBatch]:
+def _counting_bad(batches: Iterator[Batch], max_fraction: float) -> Iterator[Batch]:
     """Name each pair that was replaced, and stop when there are too many."""
     num_pairs = num_replaced = 0
     for batch in batches:

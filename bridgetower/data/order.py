@@ -206,8 +206,13 @@ class Cut(NamedTuple):
         return first + np.arange(self.micro_batch_size, dtype=np.int64)
 
 
-def cut_global_batch(global_batch_size: int, micro_batch_size: int, world_size: int, negative_group_size: int) -> Cut:
+def cut_global_batch(
+    global_batch_size: int, micro_batch_size: int, world_size: int, negative_group_size: int | None = None
+) -> Cut:
     """Check that a global batch divides into micro-batches and groups, and say how it does.
+
+    Args:
+        negative_group_size: None where nothing is drawn within groups.
 
     Raises:
         ConfigError: it does not; the message names sizes that do.
@@ -216,7 +221,9 @@ def cut_global_batch(global_batch_size: int, micro_batch_size: int, world_size: 
         raise ConfigError(
             f"data.global_batch_size={global_batch_size} and data.micro_batch_size={micro_batch_size} must be positive."
         )
-    if negative_group_size < 2:
+    if negative_group_size is None:
+        negative_group_size = 1
+    elif negative_group_size < 2:
         raise ConfigError(
             f"data.negative_group_size={negative_group_size} must be at least 2: a pair's negative is another pair of "
             "its group. The default is 32."

@@ -1,4 +1,4 @@
-"""The stream of training micro-batches: numbers in, batches out, as a pure function.
+"""The streams of training micro-batches: numbers in, batches out, as a pure function.
 
 What a pair is, where it stands, what is masked in its caption and which image it is shown with depend on the seed and
 its position alone: not on ranks, workers, or where a run was stopped.
@@ -7,7 +7,9 @@ its position alone: not on ranks, workers, or where a run was stopped.
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bridgetower import draws
-from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import DataConfig
+from bridgetower.batch import FinetuneBatch, PretrainBatch
+from bridgetower.config.schema import DataConfig, ReadingConfig
 from bridgetower.data import collate
 from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_image
@@ -26,6 +28,7 @@ from bridgetower.data.text import Tokenizer, pad
 from bridgetower.errors import DataError
 
 I64 = npt.NDArray[np.int64]
+Batch = TypeVar("Batch", PretrainBatch, FinetuneBatch)
 
 # Pairs that are tried in the place of one that cannot be read, or of a negative that is the picture itself.
 _TRIES = 8
@@ -59,8 +62,120 @@ class MicroBatch(NamedTuple):
         return [*self.pairs, *self.negatives]
 
 
-class PretrainStream(Dataset[PretrainBatch]):
-    """Micro-batch n of one rank, as a pure function of n."""
+class PairStream(Dataset[Batch], Generic[Batch]):
+    """Micro-batch n of one rank, as a pure function of n: what streams of all kinds have in common."""
+
+    max_images: int
+    """Most images of a micro-batch."""
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        order: Order,
+        cut: Cut,
+        config: ReadingConfig,
+        *,
+        rank: int,
+        seed: int,
+        tokenizer: Tokenizer,
+        image_size_px: int,
+        max_text_tokens: int,
+    ) -> None:
+        """Describe the stream; nothing is read yet."""
+        self.corpora, self.order, self.cut, self.config = corpora, order, cut, config
+        self.rank, self.seed = rank, seed
+        self.tokenizer = tokenizer
+        self.image_size_px, self.max_text_tokens = image_size_px, max_text_tokens
+        self._found: tuple[range, Located] | None = None
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        """Read, decode and collate one micro-batch. Micro-steps count from the start of the run.
+
+        Raises:
+            DataError: a pair cannot be read, and data.on_bad_sample=fail.
+        """
+        side = self.image_size_px
+        return self.into(torch.empty(self.max_images, 3, side, side, dtype=torch.uint8), micro_step)
+
+    @abstractmethod
+    def into(self, pixels: Tensor, micro_step: int) -> Batch:
+        """The same, with the images in the first rows of a tensor that is there already."""
+
+    @abstractmethod
+    def _decode(self, position: int, pair: Pair, out: Tensor | None) -> Loaded:
+        """Decode what is seen of a pair.
+
+        Args:
+            out: where to; None only if it need not be looked at.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+
+    def _read(self, micro_step: int, outs: Tensor | Sequence[Tensor] | None) -> tuple[I64, list[Loaded]]:
+        """The pairs of a micro-batch and their positions, decoded into ``outs`` if it is there."""
+        positions_B = self.cut.positions(micro_step, self.rank)
+        if self.corpora.is_remote:
+            self.corpora.need(self.order.shards_of(int(positions_B[0]), 2))
+        located = self._locate(micro_step)
+        # All are read before the first is decoded: what decoding works with then stays in the processor's caches.
+        places = list(zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True))
+        found = [self._find(shard, number) for _, shard, number in places]
+        return positions_B, [
+            self._complete(position, shard, one, None if outs is None else outs[row])
+            for row, ((position, shard, _), one) in enumerate(zip(places, found, strict=True))
+        ]
+
+    def _locate(self, micro_step: int) -> Located:
+        """Where the pairs of a micro-batch lie."""
+        size = self.cut.micro_batch_size
+        if self._found is None or micro_step not in self._found[0]:
+            # A worker is given every so many micro-batches. Not far beyond an epoch, as each has to be planned.
+            stride = max(1, self.config.workers)
+            per_epoch = self.order.num_pairs // (stride * size * self.cut.world_size)
+            count = max(1, min(_LOOK_UP_TOGETHER // size, per_epoch))
+            steps = range(micro_step, micro_step + stride * count, stride)
+            positions = np.concatenate([self.cut.positions(step, self.rank) for step in steps])
+            self._found = steps, self.order.locate(positions)
+        row = self._found[0].index(micro_step) * size
+        return Located(*(part[row : row + size] for part in self._found[1]))
+
+    def _find(self, shard: int, number: int) -> Pair | DataError:
+        """Read a pair from its shard, or say why not."""
+        try:
+            return self.corpora.read(shard, number)
+        except DataError as error:
+            return error
+
+    def _complete(self, position: int, shard: int, found: Pair | DataError, out: Tensor | None) -> Loaded:
+        """Decode a pair's image, or give the pair that takes its place."""
+        try:
+            if isinstance(found, DataError):
+                raise found
+            return self._decode(position, found, out)
+        except DataError as error:
+            if self.config.on_bad_sample == "fail":
+                raise
+            corpus = self.corpora.corpus_of_shard[shard]
+            for attempt in range(_TRIES):
+                drawn = draws.below(
+                    draws.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
+                )
+                try:
+                    pair = self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn)))
+                    loaded = self._decode(position, pair, out)
+                except DataError:
+                    continue
+                return loaded._replace(replaced=f"position {position}: {error} {loaded.pair.where} took its place.")
+            raise DataError(
+                f"Nor can {_TRIES} others of {self.corpora.names[corpus]} be read in place of a pair: {error}"
+            ) from error
+
+
+class PretrainStream(PairStream[PretrainBatch]):
+    """Pairs with everything random that MLM, ITM and ITC need."""
+
+    config: DataConfig
 
     def __init__(
         self,
@@ -77,27 +192,19 @@ class PretrainStream(Dataset[PretrainBatch]):
         mlm_probability: float,
     ) -> None:
         """Describe the stream; nothing is read yet."""
-        self.corpora, self.order, self.cut, self.config = corpora, order, cut, config
-        self.rank, self.seed = rank, seed
-        self.tokenizer = tokenizer
-        self.image_size_px, self.max_text_tokens = image_size_px, max_text_tokens
+        super().__init__(
+            corpora,
+            order,
+            cut,
+            config,
+            rank=rank,
+            seed=seed,
+            tokenizer=tokenizer,
+            image_size_px=image_size_px,
+            max_text_tokens=max_text_tokens,
+        )
         self.mlm_probability = mlm_probability
-        self._found: tuple[range, Located] | None = None
-
-    @property
-    def max_images(self) -> int:
-        """Most images of a micro-batch."""
-        size = self.cut.micro_batch_size
-        return size if self.config.itm_negatives == "group" else 2 * size
-
-    def __getitem__(self, micro_step: int) -> PretrainBatch:
-        """Read, decode and collate one micro-batch. Micro-steps count from the start of the run.
-
-        Raises:
-            DataError: a pair cannot be read, and data.on_bad_sample=fail.
-        """
-        side = self.image_size_px
-        return self.into(torch.empty(self.max_images, 3, side, side, dtype=torch.uint8), micro_step)
+        self.max_images = cut.micro_batch_size * (1 if config.itm_negatives == "group" else 2)
 
     def into(self, pixels: Tensor, micro_step: int) -> PretrainBatch:
         """The same, with the images in the first rows of a tensor that is there already."""
@@ -133,17 +240,7 @@ class PretrainStream(Dataset[PretrainBatch]):
         Args:
             pixels: where images are decoded to; without it, one that cannot be decoded is not noticed.
         """
-        positions_B = self.cut.positions(micro_step, self.rank)
-        if self.corpora.is_remote:
-            self.corpora.need(self.order.shards_of(int(positions_B[0]), 2))
-        located = self._locate(micro_step)
-        # All are read before the first is decoded: what decoding works with then stays in the processor's caches.
-        places = list(zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True))
-        found = [self._find(shard, number) for _, shard, number in places]
-        pairs = [
-            self._complete(position, shard, one, None if pixels is None else pixels[row])
-            for row, ((position, shard, _), one) in enumerate(zip(places, found, strict=True))
-        ]
+        positions_B, pairs = self._read(micro_step, pixels)
         ids_BL = pad(
             self.tokenizer.encode([one.pair.caption for one in pairs], self.max_text_tokens), self.tokenizer.pad_id
         )
@@ -167,51 +264,7 @@ class PretrainStream(Dataset[PretrainBatch]):
             )
         return MicroBatch(positions_B, pairs, negatives, ids_BL, masked, choice)
 
-    def _locate(self, micro_step: int) -> Located:
-        """Where the pairs of a micro-batch lie."""
-        size = self.cut.micro_batch_size
-        if self._found is None or micro_step not in self._found[0]:
-            # A worker is given every so many micro-batches. Not far beyond an epoch, as each has to be planned.
-            stride = max(1, self.config.workers)
-            per_epoch = self.order.num_pairs // (stride * size * self.cut.world_size)
-            count = max(1, min(_LOOK_UP_TOGETHER // size, per_epoch))
-            steps = range(micro_step, micro_step + stride * count, stride)
-            positions = np.concatenate([self.cut.positions(step, self.rank) for step in steps])
-            self._found = steps, self.order.locate(positions)
-        row = self._found[0].index(micro_step) * size
-        return Located(*(part[row : row + size] for part in self._found[1]))
-
-    def _find(self, shard: int, number: int) -> Pair | DataError:
-        """Read a pair from its shard, or say why not."""
-        try:
-            return self.corpora.read(shard, number)
-        except DataError as error:
-            return error
-
-    def _complete(self, position: int, shard: int, found: Pair | DataError, out: Tensor | None) -> Loaded:
-        """Decode a pair's image, or give the pair that takes its place."""
-        try:
-            if isinstance(found, DataError):
-                raise found
-            return self._decode(found, out)
-        except DataError as error:
-            if self.config.on_bad_sample == "fail":
-                raise
-            corpus = self.corpora.corpus_of_shard[shard]
-            for attempt in range(_TRIES):
-                drawn = draws.below(
-                    draws.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
-                )
-                try:
-                    loaded = self._decode(self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn))), out)
-                except DataError:
-                    continue
-                return loaded._replace(replaced=f"position {position}: {error} {loaded.pair.where} took its place.")
-            raise DataError(
-                f"Nor can {_TRIES} others of {self.corpora.names[corpus]} be read in place of a pair: {error}"
-            ) from error
-
-    def _decode(self, pair: Pair, out: Tensor | None) -> Loaded:
+    def _decode(self, position: int, pair: Pair, out: Tensor | None) -> Loaded:
         if out is not None:
             load_image(pair.image, self.image_size_px, pair.where, exact=self.config.exact_resize, out=out)
         return Loaded(pair, "")

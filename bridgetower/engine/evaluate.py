@@ -62,8 +62,8 @@ class Scorer(Protocol):
     def text_features(self, ids_TL: Tensor, attention_mask_TL: Tensor) -> Encoded:
         """Encode captions."""
 
-    def match_log_odds(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
-        """Score encoded pairs, each of a text and one of the images, by ITM, shape (R,)."""
+    def match_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+        """Judge encoded pairs, each of a text and one of the images, by ITM, shape (R, 2); column 1 is a match."""
 
     def contrast_temperature(self) -> float:
         """ITC's temperature."""
@@ -188,13 +188,14 @@ def evaluate_split(
         in_gallery_T = image_of_T < gallery
         if similarity_TN is None:
             asked_TN[in_gallery_T, :gallery] = True
-        log_odds_TN = _score_pairs(scorer, captions, states_by_block, asked_TN, batch_size, device)
+        logits_TN2 = _score_pairs(scorer, captions, states_by_block, asked_TN, batch_size, device)
+        log_odds_TN = np.where(asked_TN, logits_TN2[..., 1] - logits_TN2[..., 0], np.float32(-np.inf))
         own_T = log_odds_TN[np.arange(split.num_captions), image_of_T]
         other_T = log_odds_TN[np.arange(split.num_captions), negative_T]
         scores["itm_balanced_accuracy"] = float(((own_T > 0).mean() + (other_T <= 0).mean()) / 2)
         chance["itm_balanced_accuracy"] = 0.5
         if similarity_TN is not None:
-            reranked_TN = log_odds_TN
+            reranked_TN = logits_TN2[..., 1] if config.rerank_score == "itm_logit" else log_odds_TN
             if config.rerank_score == "itm_and_itc":
                 reranked_TN = log_odds_TN + similarity_TN / scorer.contrast_temperature()
             ranking_TN = np.where(candidates_TN, reranked_TN, -np.inf)
@@ -335,7 +336,7 @@ def _score_pairs(
     batch_size: int,
     device: torch.device,
 ) -> F32:
-    """ITM's log odds where asked, -inf elsewhere."""
+    """ITM's logits where asked, shape (T, N, 2); 0 elsewhere."""
     own: dict[int, F32] = {}
     for first_image, states_KBND in states_by_block.items():
         block = asked_TN[:, first_image : first_image + states_KBND.shape[1]]
@@ -346,11 +347,11 @@ def _score_pairs(
             images_KNPD, rows_R = _needed(states_KBND, image_R[first : first + batch_size])
             mask_RL = captions.mask_TL[texts]
             longest = int(mask_RL.sum(dim=1).max())
-            log_odds_R = scorer.match_log_odds(
+            logits_R2 = scorer.match_logits(
                 captions.states_KTLD[:, texts, :longest], mask_RL[:, :longest], images_KNPD, rows_R
             )
-            parts.append(log_odds_R.cpu().numpy())
-        result = np.full(block.shape, -np.inf, np.float32)
+            parts.append(logits_R2.cpu().numpy())
+        result = np.zeros((*block.shape, 2), np.float32)
         result[text_R, image_R] = np.concatenate(parts) if parts else 0
         own[first_image] = result
     blocks = _merge(dist.gather_objects(own))
@@ -459,8 +460,14 @@ def _sigmoid(log_odds: float) -> float:
     return round(float(1 / (1 + np.exp(-float(log_odds)))), 4)
 
 
-def write_scores(run_folder: Path, step: int, results: Mapping[str, SplitScores]) -> None:
-    """Write eval.json (the newest scores; the first split's also stand at the top) and predictions.json."""
+def write_scores(
+    run_folder: Path, step: int, results: Mapping[str, SplitScores], *, best: Mapping[str, Any] | None = None
+) -> None:
+    """Write eval.json (the newest scores; the first split's also stand at the top) and predictions.json.
+
+    Args:
+        best: which weights have been the best so far, if they are selected.
+    """
     if dist.rank() != 0 or not results:
         return
     headline = next(iter(results))
@@ -469,7 +476,11 @@ def write_scores(run_folder: Path, step: int, results: Mapping[str, SplitScores]
         "headline_split": headline,
         **results[headline].scores,
         "splits": {name: {"scores": result.scores, "chance": result.chance} for name, result in results.items()},
+        **({"best": best} if best else {}),
     }
     write_atomically(run_folder / EVAL_NAME, json.dumps(content, indent=1).encode() + b"\n")
-    samples = {"step": step, "splits": {name: result.samples for name, result in results.items()}}
-    write_atomically(run_folder / PREDICTIONS_NAME, json.dumps(samples).encode() + b"\n")
+    samples = {name: result.samples for name, result in results.items()}
+    if not any(samples.values()):
+        return
+    content = {"step": step, "splits": samples}
+    write_atomically(run_folder / PREDICTIONS_NAME, json.dumps(content).encode() + b"\n")

@@ -149,6 +149,8 @@ def start(launch: Launch, threads_per_rank: int) -> None:
 
 
 def finish() -> None:
-    """Leave the other ranks in order."""
+    """Leave the other ranks in order, so that this process can start again."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's alone would leave DeepSpeed with groups that are gone

@@ -26,9 +26,3 @@ def image_text_matching(logits_B2: Tensor, label_B: Tensor) -> Result:
         {"loss/itm": mean_metric(loss, 1), "accuracy/itm": mean_metric(is_right_B.sum(), len(label_B))},
         {"loss/itm": losses_B.detach(), "accuracy/itm": is_right_B},
     )
-
-
-def match_log_odds(logits_B2: Tensor) -> Tensor:
-    """How much likelier a match is than none, as a logit; float32, shape (B,)."""
-    logits_B2 = logits_B2.float()
-    return logits_B2[:, 1] - logits_B2[:, 0]

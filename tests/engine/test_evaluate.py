@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from bridgetower.assembly import build_tokenizer
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import EvaluationConfig, ObjectivesConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.evaluate import evaluate_split
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
-from pretrain.assemble_data import build_splits, build_tokenizer
+from pretrain.assemble_data import build_splits
 from pretrain.presets import tiny
 from tests.conftest import REPO, run_script
 
@@ -31,7 +32,7 @@ def make_split(shards: str) -> HeldOutSplit:
         data=replace(config.data, eval_shards=(f"{shards}/combination",)),
         evaluation=EvaluationConfig(max_images=IMAGES),
     )
-    return build_splits(config, build_tokenizer(config))[0]
+    return build_splits(config, build_tokenizer(config.model))[0]
 
 
 def make_task(*, itc: bool) -> PretrainTask:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bridgetower.model.heads import ITMHead
-from bridgetower.objectives.itm import image_text_matching, match_log_odds
+from bridgetower.objectives.itm import image_text_matching
 from tests.small_models import shake, small_config
 
 
@@ -22,9 +22,6 @@ class Matching(nn.Module):
 
     def forward(self, pooled, labels):
         return image_text_matching(self.head(pooled), labels)
-
-    def log_odds(self, pooled):
-        return match_log_odds(self.head(pooled))
 
 
 @pytest.fixture
@@ -59,12 +56,6 @@ def test_accuracy_counts_the_pairs_that_are_judged_right(objective):
     right = [(share > 0.5) == bool(label) for share, label in zip(probabilities(objective), LABELS, strict=True)]
     assert 0 < sum(right) < 6
     assert objective(POOLED, LABELS).metrics["accuracy/itm"].tolist() == [sum(right), 6]
-
-
-@torch.no_grad()
-def test_log_odds_are_those_of_a_match(objective):
-    expected = [math.log(share / (1 - share)) for share in probabilities(objective)]
-    assert objective.log_odds(POOLED).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_loss_is_float32_under_bfloat16(objective):

@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
+from bridgetower.data.held_out import check_held_out
 from bridgetower.data.images import load_image
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError, DataError
 from data_prep.record import ImageFile, Record
-from pretrain.assemble import build_task, find_memory_config, find_yardstick, load_task, precision_of
-from pretrain.assemble_data import build_splits, build_tokenizer, check_held_out, data_cure
-from pretrain.presets import tiny
+from pretrain.assemble import build_task, find_yardstick, load_task
+from pretrain.assemble_data import build_splits
+from pretrain.presets import DS_CONFIGS, tiny
 from tests.conftest import REPO, run_script
 from tests.small_corpora import build_records, file_of
 
@@ -41,9 +43,9 @@ def test_initial_weights_are_a_function_of_the_seed_and_of_nothing_that_was_draw
 
 
 def test_model_for_another_vocabulary_than_the_tokenizers_is_refused_with_its_size():
-    assert build_tokenizer(configured()).vocabulary_size == 1000
+    assert build_tokenizer(configured().model).vocabulary_size == 1000
     with pytest.raises(ConfigError, match=r"roberta has 50265 ids.*Use --model\.text\.vocabulary_size=50265"):
-        build_tokenizer(configured(model__text__tokenizer="roberta"))
+        build_tokenizer(configured(model__text__tokenizer="roberta").model)
 
 
 def test_two_held_out_folders_of_one_name_are_refused_as_scores_go_by_it():
@@ -78,7 +80,7 @@ def test_held_out_pictures_are_resized_as_exactly_as_those_of_training(tmp_path)
     found = []
     for exact in (True, False):
         config = configured(data__eval_shards=str(tmp_path / "shards"), data__exact_resize=str(exact))
-        (split,) = build_splits(config, build_tokenizer(config))
+        (split,) = build_splits(config, build_tokenizer(config.model))
         found.append(split.image_batch(0, 1).pixels_N3SS[0])
         assert torch.equal(found[-1], load_image(raw, config.model.image_size_px, "x", exact=exact))
     assert not torch.equal(*found)
@@ -92,13 +94,14 @@ def test_where_data_are_slow_workers_are_raised_as_far_as_there_are_cores(monkey
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():
     expected = "bf16" if computes_bf16(CPU) else "fp32"
-    assert precision_of(find_memory_config(configured(), CPU)) == expected
+    assert precision_of(find_memory_config(configured().engine, DS_CONFIGS, CPU)) == expected
 
 
 def test_deepspeed_file_is_found_by_name_and_by_path(tmp_path):
     shutil.copy(REPO / "ds_configs/zero2_fp32.json", tmp_path / "mine.json")
-    by_name = find_memory_config(configured(engine__deepspeed="zero2_fp32"), CPU)
-    assert find_memory_config(configured(engine__deepspeed=str(tmp_path / "mine.json")), CPU) == by_name
+    by_name = find_memory_config(configured(engine__deepspeed="zero2_fp32").engine, DS_CONFIGS, CPU)
+    mine = configured(engine__deepspeed=str(tmp_path / "mine.json"))
+    assert find_memory_config(mine.engine, DS_CONFIGS, CPU) == by_name
     assert precision_of(by_name) == "fp32"
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from bridgetower.config.overrides import walk_fields
+from bridgetower.engine.score_table import LABELS
 from bridgetower.errors import ConfigError
 from pretrain import dashboard
 from pretrain.paper_scores import PAPER_SCORES
 from pretrain.presets import PRESETS
-from pretrain.score_table import LABELS
 from tests.conftest import REPO, free_port, run_script
 from tests.pretrain.wandb_server import KEY, serving
 

@@ -18,6 +18,11 @@ LABELS: dict[str, str] = {
     **{f"itc_i2t_r{k}": f"image-to-text R@{k}, by ITC alone" for k in RECALL_AT},
     "mlm_accuracy": "MLM accuracy of masked words",
     "mlm_loss": "MLM loss (nats a token)",
+    # Of fine-tuning.
+    "vqa_score": "VQA score",
+    "accuracy": "accuracy",
+    "r_mean": "mean of the six recalls, with ITM",
+    "loss": "loss (nats a pair)",
 }
 """The scores in the order in which they are shown, by their names in eval.json."""
 

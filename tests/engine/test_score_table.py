@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridgetower.engine.evaluate import SplitScores
-from pretrain.score_table import LABELS, format_score, print_scores
+from bridgetower.engine.score_table import LABELS, format_score, print_scores
 
 
 def test_fractions_are_shown_in_percent_and_losses_as_they_are():
