@@ -16,7 +16,7 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=find_packages(include=["bridgetower*", "pretrain*", "data_prep*", "benchmarks*"]),
+    packages=find_packages(include=["bridgetower*", "pretrain*", "finetune*", "data_prep*", "benchmarks*"]),
     package_data={"bridgetower": ["py.typed", "data/assets/*/*"], "pretrain": ["*.j2"]},
     install_requires=[
         "torch>=2.14.1,<2.15",

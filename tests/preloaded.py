@@ -26,7 +26,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 # What pretrain/train.py and its like import beyond their settings.
-_MODULES = ("pretrain.assemble", "pretrain.assemble_data", "pretrain.score_table", "bridgetower.interop.huggingface")
+_MODULES = (
+    "pretrain.assemble",
+    "pretrain.assemble_data",
+    "finetune.evaluation",
+    "bridgetower.engine.run",
+    "bridgetower.interop.huggingface",
+)
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

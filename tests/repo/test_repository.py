@@ -12,6 +12,7 @@ import pytest
 
 import bridgetower
 from bridgetower.config.overrides import walk_fields
+from finetune.presets import snli_ve_base
 from pretrain.presets import tiny
 from tests.conftest import REPO
 from tests.repo.test_import_rules import imported_modules, modules
@@ -55,7 +56,7 @@ def test_files_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", pages())
 def test_settings_that_a_page_names_exist(page):
-    known = {name for name, *_ in walk_fields(tiny())} | {"section.field"}
+    known = {name for run in (tiny(), snli_ve_base()) for name, *_ in walk_fields(run)} | {"section.field"}
     named = re.findall(r"(?<![\w-])--([a-z_]+(?:\.[a-z_]+)+)", (REPO / page).read_text())
     assert sorted(set(named) - known) == []
 

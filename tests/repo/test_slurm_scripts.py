@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.presets import PRESETS as FINETUNE_PRESETS
 from tests.conftest import REPO
 
 SCRIPTS = sorted((REPO / "slurm").glob("*.sh"))
@@ -18,7 +19,7 @@ SCRIPTS = sorted((REPO / "slurm").glob("*.sh"))
 def site(tmp_path) -> Path:
     """A repository with the scripts and nothing else; slurm/site.env is for a test to write."""
     shutil.copytree(REPO / "slurm", tmp_path / "slurm")
-    for program in ("pretrain/train.py", "data_prep/build_shards.py"):
+    for program in ("pretrain/train.py", "finetune/train.py", "data_prep/build_shards.py"):
         (tmp_path / program).parent.mkdir()
         (tmp_path / program).touch()
     (tmp_path / "slurm/site.env").unlink(missing_ok=True)
@@ -46,6 +47,20 @@ def test_a_dry_run_shows_the_command_of_the_published_run(site):
         r"bash slurm/_task.sh 1 .venv/bin/python -- pretrain/train.py base_4m --name=first\ run"
     )
     assert command.strip() == expected
+
+
+@pytest.mark.parametrize("script", sorted((REPO / "slurm").glob("finetune_*.sh")), ids=lambda path: path.name)
+def test_a_dry_run_of_fine_tuning_shows_its_preset_on_one_node(site, script):
+    name = script.stem.removeprefix("finetune_")
+    command = run(site, f"slurm/{script.name}", "--dry-run", "--init=runs/base_4m")
+    assert command.startswith("srun --nodes=1 --ntasks=8 ")
+    assert command.strip().endswith(f"-- finetune/train.py {name}_base --init=runs/base_4m")
+    assert f"{name}_base" in FINETUNE_PRESETS and f"{name}_large" in FINETUNE_PRESETS
+
+
+def test_every_published_fine_tuning_has_a_script():
+    scripts = {path.stem.removeprefix("finetune_") for path in (REPO / "slurm").glob("finetune_*.sh")}
+    assert scripts == {name.removesuffix("_base") for name in FINETUNE_PRESETS if name.endswith("_base")}
 
 
 def test_a_dry_run_of_submit_shows_both_commands(site):

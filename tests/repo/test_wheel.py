@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REPO
 
-PACKAGES = ("bridgetower", "pretrain", "data_prep", "benchmarks")
+PACKAGES = ("bridgetower", "pretrain", "finetune", "data_prep", "benchmarks")
 # Beside the code, and shown to people on their way through the repository.
 FOR_READERS = (".md", ".json")
 

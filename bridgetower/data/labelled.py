@@ -1,0 +1,193 @@
+"""Labelled pairs for fine-tuning: the endless stream that is trained on, and held-out splits in blocks.
+
+What a pair is, how its picture is changed and which random numbers its negatives are drawn with depend on the seed and
+its position alone. Shapes: B pairs, C classes, N images, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bridgetower import draws
+from bridgetower.batch import FinetuneBatch
+from bridgetower.config.finetune import FinetuneDataConfig, TaskName
+from bridgetower.data.augment import Augmentation
+from bridgetower.data.corpora import Corpora, Pair, as_int64
+from bridgetower.data.images import load_whole_image
+from bridgetower.data.order import Cut, Order
+from bridgetower.data.shard_cache import ShardCache
+from bridgetower.data.stream import I64, Loaded, PairStream
+from bridgetower.data.targets import target_of
+from bridgetower.data.text import Tokenizer, pad
+
+
+class LabelledStream(PairStream[FinetuneBatch]):
+    """Micro-batch n of one rank: augmented pictures, texts and what is to be learned of them."""
+
+    config: FinetuneDataConfig
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        order: Order,
+        cut: Cut,
+        config: FinetuneDataConfig,
+        *,
+        task: TaskName,
+        classes: int,
+        rank: int,
+        seed: int,
+        tokenizer: Tokenizer,
+        image_size_px: int,
+        max_text_tokens: int,
+    ) -> None:
+        """Describe the stream; nothing is read yet.
+
+        Args:
+            classes: of ``targets.num_classes``.
+        """
+        super().__init__(
+            corpora,
+            order,
+            cut,
+            config,
+            rank=rank,
+            seed=seed,
+            tokenizer=tokenizer,
+            image_size_px=image_size_px,
+            max_text_tokens=max_text_tokens,
+        )
+        self._task, self._classes = task, classes
+        self._pictures = 2 if task == "nlvr2" else 1
+        self.max_images = cut.micro_batch_size * self._pictures
+
+    def into(self, pixels: Tensor, micro_step: int) -> FinetuneBatch:
+        """The same, with the images in the first rows of a tensor that is there already."""
+        size = self.cut.micro_batch_size
+        # Row n of each picture of the pair.
+        places = pixels[: self.max_images].unflatten(0, (self._pictures, size)).transpose(0, 1)
+        positions_B, found = self._read(micro_step, list(places))
+        pairs = [one.pair for one in found]
+        return _batch(
+            pixels[: self.max_images],
+            np.arange(size),
+            pairs,
+            task=self._task,
+            classes=self._classes,
+            tokenizer=self.tokenizer,
+            max_text_tokens=self.max_text_tokens,
+        )._replace(
+            draw_B2=torch.from_numpy(
+                np.stack(
+                    [draws.uniform(draws.key(self.seed, f"hard {what}"), positions_B) for what in ("image", "text")],
+                    axis=1,
+                )
+            ),
+            replaced_B=torch.tensor([bool(one.replaced) for one in found]),
+            notes=tuple(one.replaced for one in found if one.replaced),
+        )
+
+    def _decode(self, position: int, pair: Pair, out: Tensor | None) -> Loaded:
+        assert out is not None, "labelled pairs are always looked at"
+        for which, raw in enumerate((pair.image, pair.second_image)[: self._pictures]):
+            augmentation = None
+            if self.config.augmentation != "none":
+                key = draws.key(self.seed, "augmentation", position, which)
+                augmentation = Augmentation(self.config.augmentation, key)
+            load_whole_image(
+                raw,
+                self.image_size_px,
+                pair.where,
+                augmentation=augmentation,
+                exact=self.config.exact_resize,
+                out=out[which],
+            )
+        return Loaded(pair, "")
+
+
+class LabelledSplit(Dataset[FinetuneBatch]):
+    """A held-out folder in blocks of consecutive pairs. Each pair is in one block; nothing is skipped or replaced."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        task: TaskName,
+        classes: int,
+        tokenizer: Tokenizer,
+        image_size_px: int,
+        max_text_tokens: int,
+        block_size: int,
+        exact_resize: bool = False,
+        cache: ShardCache | None = None,
+    ) -> None:
+        """Open the folder; pairs are read when asked for.
+
+        Args:
+            classes: of ``targets.num_classes``.
+            block_size: pairs of a block; the last may have fewer.
+            cache: where shards of a remote folder are kept.
+        """
+        self._corpora = Corpora([folder], cache)
+        self.name = self._corpora.names[0]
+        self.num_pairs = self._corpora.pairs_of_corpus(0)
+        self._task, self._classes, self._tokenizer = task, classes, tokenizer
+        self._image_size_px, self._max_text_tokens = image_size_px, max_text_tokens
+        self._block_size, self._exact_resize = block_size, exact_resize
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return -(-self.num_pairs // self._block_size)
+
+    def __getitem__(self, block: int) -> FinetuneBatch:
+        """Read and decode one block; a picture that stands with several texts is decoded once."""
+        first = block * self._block_size
+        numbers = range(first, min(first + self._block_size, self.num_pairs))
+        pairs = [self._corpora.read(*self._corpora.pair_of_corpus(0, number)) for number in numbers]
+        rows: dict[tuple[int, int], int] = {}
+        image_B = np.array([rows.setdefault((pair.shard, pair.sample), len(rows)) for pair in pairs])
+        shown = [pairs[int(np.flatnonzero(image_B == row)[0])] for row in range(len(rows))]
+        files = [(pair, pair.image) for pair in shown]
+        if self._task == "nlvr2":
+            files += [(pair, pair.second_image) for pair in shown]
+        pixels = torch.stack(
+            [load_whole_image(raw, self._image_size_px, pair.where, exact=self._exact_resize) for pair, raw in files]
+        )
+        return _batch(
+            pixels,
+            image_B,
+            pairs,
+            task=self._task,
+            classes=self._classes,
+            tokenizer=self._tokenizer,
+            max_text_tokens=self._max_text_tokens,
+        )
+
+
+def _batch(
+    pixels_N3SS: Tensor,
+    image_B: I64,
+    pairs: Sequence[Pair],
+    *,
+    task: TaskName,
+    classes: int,
+    tokenizer: Tokenizer,
+    max_text_tokens: int,
+) -> FinetuneBatch:
+    ids_BL = pad(tokenizer.encode([pair.caption for pair in pairs], max_text_tokens), tokenizer.pad_id)
+    return FinetuneBatch(
+        pixels_N3SS=pixels_N3SS,
+        ids_BL=torch.from_numpy(ids_BL),
+        attention_mask_BL=torch.from_numpy(ids_BL != tokenizer.pad_id),
+        image_B=torch.from_numpy(image_B),
+        target_BC=torch.from_numpy(np.stack([target_of(pair, task, classes) for pair in pairs])),
+        image_id_B=torch.from_numpy(as_int64(np.array([pair.image_id for pair in pairs], np.uint64))),
+        draw_B2=torch.zeros(len(pairs), 2, dtype=torch.float64),
+        replaced_B=torch.zeros(len(pairs), dtype=torch.bool),
+    )

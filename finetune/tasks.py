@@ -1,0 +1,138 @@
+"""The fine-tuning tasks: the model with a task's head as one module, from a batch to a loss.
+
+Shapes: B pairs, L tokens, R rows of the cross-modal encoder, N images, P image positions, K bridged layers, D width,
+C classes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bridgetower.batch import FinetuneBatch
+from bridgetower.config.finetune import TaskName
+from bridgetower.model.bridgetower import IMAGE_ROW, BridgeTower
+from bridgetower.model.packing import padded
+from bridgetower.objectives.classification import classification
+from bridgetower.objectives.hard_negatives import hard_negatives
+from bridgetower.objectives.itc import image_text_contrast
+from bridgetower.objectives.itm import image_text_matching
+from bridgetower.objectives.objective import Result, mean_metric
+from bridgetower.objectives.vqa import question_answering
+from bridgetower.rows import read_columns
+
+_OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Result]] = {
+    "vqa": question_answering,
+    "snli_ve": partial(classification, "snli_ve"),
+    "nlvr2": partial(classification, "nlvr2"),
+}
+
+
+class FinetuneTask(nn.Module):
+    """What all tasks have in common."""
+
+    def __init__(self, model: BridgeTower) -> None:
+        """Take a model with the task's heads and no others: what no loss reads would be decayed."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: FinetuneBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of a micro-batch. Returns: the loss, and metrics as (sum, count)."""
+        results = self.results(batch)
+        metrics = {name: value for result in results for name, value in result.metrics.items()}
+        num_pairs = len(batch.replaced_B)
+        metrics["replaced_fraction"] = mean_metric(batch.replaced_B.sum(), num_pairs)
+        metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
+        return torch.stack([result.loss for result in results]).sum(), metrics
+
+    @abstractmethod
+    def results(self, batch: FinetuneBatch) -> list[Result]:
+        """The losses, which are summed with weight 1."""
+
+    def pooled(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+        """The pooled states of encoded pairs, shape (R, 2 D). Of the last layer nothing else is computed.
+
+        Args:
+            image_R: the image of each text.
+        """
+        num_rows = len(mask_RL)
+        wanted = read_columns(mask_RL, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), images=True)
+        text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+        return self.model.pool(text_RD, image_RD)
+
+
+class ClassifierTask(FinetuneTask):
+    """VQA, SNLI-VE and NLVR2: a class for each text, on its picture or pictures."""
+
+    def __init__(self, model: BridgeTower, name: TaskName) -> None:
+        """Take a model.
+
+        Args:
+            name: of the task and of its head.
+        """
+        super().__init__(model)
+        self.name = name
+
+    def logits(self, batch: FinetuneBatch) -> Tensor:
+        """The head's, shape (B, C).
+
+        NLVR2's text is encoded once and fused with each picture; the head reads both pooled pairs.
+        """
+        model, mask_BL, image_B = self.model, batch.attention_mask_BL, batch.image_B
+        text_KBLD = model.encode_text(batch.ids_BL, mask_BL).states_KBND
+        pixels_N3SS = model.normalize(batch.pixels_N3SS)
+        if self.name != "nlvr2":
+            pooled = self.pooled(text_KBLD, mask_BL, model.encode_image(pixels_N3SS).states_KBND, image_B)
+        else:
+            sides = pixels_N3SS.chunk(2)
+            image_KNPD = torch.cat(
+                [model.encode_image(side, IMAGE_ROW + row).states_KBND for row, side in enumerate(sides)], dim=1
+            )
+            image_R = torch.cat([image_B, image_B + len(sides[0])])
+            both = self.pooled(text_KBLD.repeat(1, 2, 1, 1), mask_BL.repeat(2, 1), image_KNPD, image_R)
+            pooled = torch.cat(both.chunk(2), dim=1)
+        logits_BC: Tensor = model.heads[self.name](pooled)
+        return logits_BC
+
+    def results(self, batch: FinetuneBatch) -> list[Result]:
+        """The loss of the task."""
+        return [_OBJECTIVES[self.name](self.logits(batch), batch.target_BC)]
+
+
+class RetrievalTask(FinetuneTask):
+    """ITC over the pairs of all ranks, and ITM on each pair and on two hard negatives of it."""
+
+    def __init__(self, model: BridgeTower, group_size: int) -> None:
+        """Take a model.
+
+        Args:
+            group_size: hard negatives are drawn within so many consecutive pairs.
+        """
+        super().__init__(model)
+        self._group_size = group_size
+
+    def results(self, batch: FinetuneBatch) -> list[Result]:
+        """ITC, and ITM on B true pairs, B texts with a wrong image and B images with a wrong text.
+
+        Source: microsoft/BridgeTower, src/modules/objectives.py (compute_irtr_itm_itc).
+        """
+        model, mask_BL, head = self.model, batch.attention_mask_BL, self.model.itc_head
+        image = model.encode_image(model.normalize(batch.pixels_N3SS))
+        text = model.encode_text(batch.ids_BL, mask_BL)
+        text_BC, image_BC = head.embed_text(text.class_BD), head.embed_image(image.class_BD)
+        temperature = head.clamped_temperature()
+        contrast = image_text_contrast(text_BC, image_BC, batch.image_id_B, temperature)
+        wrong = hard_negatives(text_BC, image_BC, batch.image_id_B, batch.draw_B2, temperature, self._group_size)
+        own_B = torch.arange(len(mask_BL), device=mask_BL.device)
+        text_R = torch.cat([own_B, own_B, wrong.text_B])
+        image_R = torch.cat([own_B, wrong.image_B, own_B])
+        pooled = self.pooled(text.states_KBND[:, text_R], mask_BL[text_R], image.states_KBND, image_R)
+        # Where all pairs of a group show one picture there is no wrong one: the pair stands there again, as a true one.
+        wrong_label_B = (~wrong.has_any_B).long()
+        label_R = torch.cat([torch.ones_like(wrong_label_B), wrong_label_B, wrong_label_B])
+        return [contrast, image_text_matching(model.itm_head(pooled), label_R)]
