@@ -106,7 +106,7 @@ def command_line(script: str, arguments: Sequence[str], ranks: int = 0, launcher
         deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error"]
         return [*deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), path, *arguments]
     program = [path, *arguments]
-    if (launcher or ("preloaded" if script.startswith("pretrain/") else "plain")) == "preloaded":
+    if (launcher or ("preloaded" if script.startswith(("pretrain/", "finetune/")) else "plain")) == "preloaded":
         program = [*preloaded_words(), *program]
     return [sys.executable, *([str(REPO / "tests/launch_ranks.py"), str(ranks)] if ranks else []), *program]
 

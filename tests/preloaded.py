@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 _MODULES = (
     "pretrain.assemble",
     "pretrain.assemble_data",
+    "finetune.assemble",
     "finetune.evaluation",
     "bridgetower.engine.run",
     "bridgetower.interop.huggingface",
