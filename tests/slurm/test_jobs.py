@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_script
+from tests.finetune.corpora import settings, write_pretrained, write_task
 from tests.integration.runs import metrics, weights
 from tests.slurm.cluster import wait_for
 
@@ -129,6 +130,21 @@ def test_one_task_a_node_starts_its_ranks_through_torchrun(jobs, emoji):
     lines = metrics(jobs.root, "torchrun")
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert json.loads((jobs.root / "torchrun/run.json").read_text())["world_size"] == 4
+
+
+def test_fine_tuning_trains_on_two_nodes_and_is_scored(jobs):
+    for split, first, pictures in (("train", 0, 8), ("dev", 50, 3)):
+        write_task(jobs.root, "snli_ve", split, pictures, first=first)
+    write_pretrained(jobs.root / "pretrained")
+    words = [f"--{name}={value}" for name, value in settings("snli_ve", jobs.root, "tuned", 4).items()]
+    options = ["--nodes=2", "--ntasks-per-node=1"]
+    script = "slurm/finetune_snli_ve.sh"
+    number = jobs.submit(options, script, ["tiny_snli_ve", *words], {"RANKS_PER_NODE": "1"})
+    assert jobs.end(number) == "COMPLETED", jobs.log(number)
+    assert "rank 1 on n2" in jobs.rank_logs(number)["rank00001.log"]
+    run = jobs.root / "runs/tuned"
+    assert json.loads((run / "run.json").read_text())["world_size"] == 2
+    assert 0 <= json.loads((run / "eval.json").read_text())["splits"]["dev"]["scores"]["accuracy"] <= 1
 
 
 def test_wrong_settings_end_the_job_with_the_reason(jobs, emoji):
