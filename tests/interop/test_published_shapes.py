@@ -111,8 +111,16 @@ def test_the_shapes_of_a_checkpoint_tell_the_model(name):
 
 def random_model(name: str) -> BridgeTower:
     """In bfloat16, half of the memory; a file keeps its bits as those of any type."""
-    torch.manual_seed(0)
-    return BridgeTower(PRESETS[name](), ("mlm", "itm")).bfloat16()
+    with torch.device("meta"):
+        model = BridgeTower(PRESETS[name](), ("mlm", "itm")).bfloat16()
+    model.to_empty(device="cpu")
+    # Some million numbers in every tensor, from another place of them on: to draw them all would take a minute.
+    numbers = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for place, value in enumerate(model.state_dict().values()):
+        if value.is_floating_point():
+            repeats = -(-value.numel() // len(numbers))
+            value.copy_(numbers.roll(place).repeat(repeats)[: value.numel()].view_as(value))
+    return model
 
 
 def assert_same(one: BridgeTower, other: BridgeTower) -> None:

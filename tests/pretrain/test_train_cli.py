@@ -107,7 +107,7 @@ def test_error_that_one_rank_alone_meets_is_printed_by_it(tmp_path, emoji_shards
     shutil.copytree(emoji_shards / "concept", damaged)
     overwrite_a_picture_that_only_the_second_rank_reads(damaged, tiny())
     words = ["tiny", f"--data.train_shards={damaged}", "--data.eval_shards=", f"--run_root={tmp_path}", *SMALL_MODEL]
-    command = command_line("pretrain/train.py", words, ranks=2, launcher="deepspeed")
+    command = command_line("pretrain/train.py", words, ranks=2)
     result = subprocess.run(command, env=script_environment({}), capture_output=True, text=True, timeout=300)
     # 2, or 1 where the first rank lost its neighbour before the launcher saw why.
     assert result.returncode in (1, 2)
