@@ -76,7 +76,8 @@ def test_a_requeued_and_then_signalled_job_ends_like_an_undisturbed_one(jobs, em
 
 def test_a_job_at_its_time_limit_goes_on_in_the_next(jobs, emoji, undisturbed):
     # The warning comes at once, before the trainer is up: it is repeated until it is heard.
-    number = jobs.pretrain(emoji, "short", STEPS, options=("--time=4", "--signal=B:USR1@235"))
+    options = ("--time=4", "--signal=B:USR1@235")
+    number = jobs.pretrain(emoji, "short", STEPS, options=options, PYTHON=sys.executable)
     wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
     jobs.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
