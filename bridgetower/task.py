@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.heads import linear_in_float32
 from bridgetower.model.packing import padded
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching
@@ -160,8 +161,7 @@ class PretrainTask(nn.Module):
         num_pairs = len(mask_RL)
         wanted = read_columns(mask_RL, np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64), images=True)
         text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
-        logits_R2: Tensor = self.model.itm_head(self.model.pool(text_RD, image_RD)).float()
-        return logits_R2
+        return linear_in_float32(self.model.itm_head.classifier, self.model.pool(text_RD, image_RD))
 
     def contrast_temperature(self) -> float:
         """ITC's temperature. Needs the itc head."""

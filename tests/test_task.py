@@ -169,6 +169,15 @@ def test_scores_for_the_evaluation_are_those_of_the_training_step():
 
 
 @torch.no_grad()
+def test_pairs_are_ranked_by_logits_that_bfloat16_did_not_round():
+    task, batch = small_task().to(torch.bfloat16).eval(), random_batch()
+    mask = batch.attention_mask_BL
+    image, text = task.image_features(batch.pixels_N3SS), task.text_features(batch.clean_ids_BL, mask)
+    logits = task.match_logits(text.states_KBND, mask, image.states_KBND, torch.arange(4))
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.to(torch.bfloat16).float())
+
+
+@torch.no_grad()
 def test_without_contrast_there_are_no_embeddings_to_retrieve_by():
     task = small_task(ObjectivesConfig()).eval()
     assert task.image_features(random_batch().pixels_N3SS).embedding_BC is None

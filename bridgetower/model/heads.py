@@ -17,6 +17,12 @@ from bridgetower.model.init import init_weights
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 
+def linear_in_float32(layer: nn.Linear, states_ND: Tensor) -> Tensor:
+    """A layer's outputs in float32 or better: in bfloat16, with 8 bits, many pairs would get the same score."""
+    dtype = torch.promote_types(states_ND.dtype, torch.float32)
+    return F.linear(states_ND.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
 class MLMHead(nn.Module):
     """Linear, GELU, LN, and a decoder: of its own, as published, or the text tower's word embeddings."""
 
@@ -90,14 +96,13 @@ class ClassifierHead(nn.Module):
         self.classifier = nn.Linear(hidden, classes)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Logits of shape (B, classes).
+        """Logits of shape (B, classes), in float32 or better.
 
         Args:
             pooled: shape (B, in_features): the pooled pair; for NLVR2 those of (text, image 1) and (text, image 2).
         """
         inner = self.norm(self.expand(F.dropout(pooled, self.dropout, self.training)))
-        logits: Tensor = self.classifier(F.gelu(inner))
-        return logits
+        return linear_in_float32(self.classifier, F.gelu(inner))
 
 
 class RankHead(nn.Module):

@@ -120,6 +120,8 @@ def test_classifiers_are_linear_norm_gelu_linear(name, inside, hidden, classes):
     x = states(5, inside)
     inner = gelu(norm(linear(x, weights, "expand"), weights, "norm", 1e-5))
     close(head(x), linear(inner, weights, "classifier"))
+    rounded = head.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, rounded.to(torch.bfloat16).float())
 
 
 def test_hidden_width_of_vqa_and_snli_ve_is_a_setting_and_that_of_nlvr2_is_not():
