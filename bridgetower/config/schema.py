@@ -503,7 +503,7 @@ class CheckpointConfig:
     """When a run is saved."""
 
     every_steps: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step and each that is followed by an evaluation are saved, too."""
     keep_last: int = 3
     """Older ones are deleted; 0 keeps all."""
 

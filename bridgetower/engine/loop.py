@@ -43,9 +43,15 @@ class Plan:
 
     def is_reported(self, step: int) -> bool:
         """Whether a step has a line of metrics in any case."""
-        return is_due(step, self.log_every_steps, self.total_steps) or is_due(
-            step, self.checkpoint_every_steps, self.total_steps
-        )
+        return is_due(step, self.log_every_steps, self.total_steps) or self.is_saved(step)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step has a checkpoint in any case: also before an evaluation, which may take long."""
+        return is_due(step, self.checkpoint_every_steps, self.total_steps) or self.is_evaluated(step)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation."""
+        return is_due(step, self.evaluate_every_steps, self.total_steps)
 
     def progress(self, state: TrainState, step_seconds: float) -> dict[str, float]:
         """How far training is, and when it ends if it goes on at this speed."""
@@ -108,7 +114,7 @@ def train(
         throughput.step_done(plan.global_batch_size)
         tracker.show_step(state.step)
         is_asked_to_stop = is_due(state.step, _STOP_CHECK_STEPS[engine.device.type], 0) and stop.agreed(engine.device)
-        saves = is_asked_to_stop or is_due(state.step, plan.checkpoint_every_steps, plan.total_steps)
+        saves = is_asked_to_stop or plan.is_saved(state.step)
         # Never a checkpoint without a look at losses, gradient and weights: it must not be one of a run that diverged.
         if saves or plan.is_reported(state.step):
             figures = {f"train/{name}": value for name, value in means.take().items()}  # waits for the device
@@ -127,8 +133,8 @@ def train(
             with throughput.paused("checkpoint"):
                 checkpoints.save(engine, state)
         if is_asked_to_stop and state.step < plan.total_steps:
-            return False
-        if is_due(state.step, plan.evaluate_every_steps, plan.total_steps):
+            return False  # an evaluation that is due is made when the run goes on
+        if plan.is_evaluated(state.step):
             with throughput.paused("evaluation"):
                 tracker.write(state.step, evaluate(state.step))
             engine.train()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bridgetower import dist
 from bridgetower.config.overrides import to_dict
 from bridgetower.config.snapshot import Identity, Settings, write_run_file
 from bridgetower.engine import launch as launching
@@ -20,7 +21,7 @@ from bridgetower.engine.initialize import build_engine
 from bridgetower.engine.loop import Plan, train
 from bridgetower.engine.preemption import StopRequests, stay_until_killed
 from bridgetower.engine.throughput import Yardstick
-from bridgetower.engine.tracker import Tracker
+from bridgetower.engine.tracker import Tracker, read_metrics
 from bridgetower.errors import BridgeTowerError
 from bridgetower.files import claim_folder, write_atomically
 
@@ -131,10 +132,13 @@ def _train(job: Job, task: nn.Module, work: Work, stop: StopRequests) -> bool:
         run_config=to_dict(config),
     )
     try:
-        if state.step >= plan.total_steps:
-            # Nothing is left to train; the scores may be missing if the run was killed while they were made.
+        is_complete = state.step >= plan.total_steps
+        if is_complete:
             logger.info("%s is complete: %d of %d steps", folder, state.step, plan.total_steps)
+        # The run may have been stopped before an evaluation that was due, or killed during it.
+        if is_complete or (state.step and plan.is_evaluated(state.step) and not _has_scores(folder, state.step)):
             tracker.write(state.step, work.evaluate(state.step))
+        if is_complete:
             return True
         finished = train(
             engine,
@@ -155,3 +159,11 @@ def _train(job: Job, task: nn.Module, work: Work, stop: StopRequests) -> bool:
         if stop.was_terminated and "SLURM_JOB_ID" in os.environ:
             stay_until_killed()
     return finished
+
+
+def _has_scores(folder: Path, step: int) -> bool:
+    """Whether the metrics have an evaluation of a step, on every rank the same."""
+    lines = read_metrics(folder) if dist.rank() == 0 else []
+    names = [name for line in lines if line["step"] == step for name in line]
+    has_scores: bool = dist.from_first_rank(any(name.startswith("eval/") for name in names))
+    return has_scores

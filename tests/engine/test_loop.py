@@ -1,7 +1,8 @@
-"""What the training loop refuses to save."""
+"""What the training loop saves, and what it refuses to."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
@@ -62,15 +63,16 @@ class Saved(Checkpoints):
         self.steps.append(state.step)
 
 
-def run(tmp_path, saved, **lost) -> None:
+def run(tmp_path, saved, plan=PLAN, evaluate=lambda step: {}, stops_at=0, **lost) -> bool:
     tracker = Tracker(
         tmp_path, total_steps=4, first_step=0, wandb_mode="off", wandb_project="", wandb_entity="", run_config={}
     )
-    services = {"tracker": tracker, "checkpoints": saved, "evaluate": lambda step: {}}
-    services["stop"] = SimpleNamespace(agreed=lambda device: False)
+    state = TrainState()
+    services = {"tracker": tracker, "checkpoints": saved, "evaluate": evaluate}
+    services["stop"] = SimpleNamespace(agreed=lambda device: state.step == stops_at)
     engine = Engine(**{"grad_norm": 1.0, "weight": 0.5, **lost})
     try:
-        train(engine, repeat(random_batch()), PLAN, TrainState(), rank=0, world_size=1, **services)
+        return train(engine, repeat(random_batch()), plan, state, rank=0, world_size=1, **services)
     finally:
         tracker.close()
 
@@ -79,6 +81,19 @@ def test_run_whose_figures_are_finite_is_saved_at_every_step(tmp_path):
     saved = Saved()
     run(tmp_path, saved)
     assert saved.steps == [1, 2, 3, 4]
+
+
+def test_what_is_evaluated_is_saved_before_and_a_stop_does_not_wait_for_it(tmp_path):
+    rarely, saved, seen = replace(PLAN, checkpoint_every_steps=100, evaluate_every_steps=2), Saved(), []
+
+    def evaluate(step: int) -> dict[str, float]:
+        seen.append((step, list(saved.steps)))
+        return {}
+
+    assert run(tmp_path, saved, rarely, evaluate)
+    assert seen == [(2, [2]), (4, [2, 4])]
+    assert not run(tmp_path, saved, rarely, evaluate, stops_at=2)
+    assert len(seen) == 2 and saved.steps == [2, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,21 @@ def test_a_run_that_was_killed_and_went_on_is_bit_for_bit_one_that_was_not(root,
     assert scores_of(runs / "killed") == scores_of(whole)
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_before_the_run_goes_on(root, train):
+    often = {"evaluation__every_epochs": "1", "checkpoint__keep_last": "0"}  # an epoch is two steps
+    whole = train("snli_ve", "unstopped", 4, **often)
+    left = whole.parent / "left_out"
+    shutil.copytree(whole, left)
+    shutil.rmtree(left / "checkpoints/step0000004")
+    lines = [json.dumps(line) for line in lines_of(left) if line["step"] <= 2 and "eval/dev/accuracy" not in line]
+    (left / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    train("snli_ve", "left_out", 4, **often)
+    names = ("train/", "optim/", "eval/")
+    assert metrics(whole.parent, "left_out", names) == metrics(whole.parent, "unstopped", names)
+    assert [line["step"] for line in lines_of(left) if "eval/dev/accuracy" in line] == [2, 4]
+    assert scores_of(left) == scores_of(whole)
+
+
 @pytest.mark.parametrize("task", ["snli_ve", "retrieval"])
 def test_two_ranks_train_and_score_as_one_with_the_joined_batch(root, train, task):
     one = train(task, f"{task}-one", 3, **EXACT, data__micro_batch_size="12")
