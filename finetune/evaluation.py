@@ -30,6 +30,8 @@ from finetune.tasks import ClassifierTask, FinetuneTask
 
 BEST_FOLDER = "best"
 _RECALLS = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in RECALL_AT]
+# Settings that retrieval's scores depend on.
+_RANKING = ("rerank_top_k", "rerank_score")
 # The name in eval.json of what an objective says of each pair.
 _SCORES: Mapping[str, str] = {"score": "vqa_score", "accuracy": "accuracy", "loss": "loss"}
 
@@ -122,23 +124,26 @@ def write_results(
     if dist.rank() != 0 or not results:
         return
     split = config.evaluation.selection_split or next(iter(results))
-    metric = SELECTION_METRICS[config.task]
-    score = results[split].scores[metric]
-    best = _best_so_far(folder, step)
+    picked_by: dict[str, Any] = {"split": split, "metric": SELECTION_METRICS[config.task]}
+    if config.task == "retrieval":
+        picked_by |= {name: getattr(config.evaluation, name) for name in _RANKING}
+    score = results[split].scores[picked_by["metric"]]
+    best = _best_so_far(folder, picked_by)
     if best is None or score > best["score"]:
         file = f"{BEST_FOLDER}/step{step:07d}.safetensors"
         save_safetensors(task.model, folder / file)
-        best = {"step": step, "split": split, "metric": metric, "score": score, "file": file}
+        best = {"step": step, **picked_by, "score": score, "file": file}
     write_scores(folder, step, results, best=best)
     for path in (folder / BEST_FOLDER).glob("step*.safetensors"):
         if path != folder / best["file"]:
             path.unlink()
 
 
-def _best_so_far(folder: Path, step: int) -> dict[str, Any] | None:
-    """What eval.json says; None where there is none, or of a later step: the run came back to before that."""
+def _best_so_far(folder: Path, picked_by: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What eval.json says; None where there is none, or one that was picked by another score."""
     try:
         best: dict[str, Any] = json.loads((folder / EVAL_NAME).read_bytes())["best"]
     except (OSError, ValueError, KeyError):
         return None
-    return best if best["step"] <= step and (folder / best["file"]).is_file() else None
+    is_of_the_same = all(best.get(name) == value for name, value in picked_by.items())
+    return best if is_of_the_same and (folder / best["file"]).is_file() else None

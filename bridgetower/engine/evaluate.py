@@ -484,3 +484,14 @@ def write_scores(
         return
     content = {"step": step, "splits": samples}
     write_atomically(run_folder / PREDICTIONS_NAME, json.dumps(content).encode() + b"\n")
+
+
+def forget_best_after(run_folder: Path, step: int) -> None:
+    """Take the best weights out of eval.json if they are of a later step: the run goes on from before it."""
+    path = run_folder / EVAL_NAME
+    if dist.rank() != 0 or not path.is_file():
+        return
+    content = json.loads(path.read_bytes())
+    if content.get("best", {"step": step})["step"] > step:
+        del content["best"]
+        write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")

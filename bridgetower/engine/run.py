@@ -17,6 +17,7 @@ from bridgetower.config.overrides import to_dict
 from bridgetower.config.snapshot import Identity, Settings, write_run_file
 from bridgetower.engine import launch as launching
 from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
+from bridgetower.engine.evaluate import forget_best_after
 from bridgetower.engine.initialize import build_engine
 from bridgetower.engine.loop import Plan, train
 from bridgetower.engine.preemption import StopRequests, stay_until_killed
@@ -110,6 +111,7 @@ def _train(job: Job, task: nn.Module, work: Work, stop: StopRequests) -> bool:
     if newest is not None:
         state = checkpoints.load(engine, newest)
         logger.info("resuming from %s: step %d, %s pairs seen", newest, state.step, f"{state.pairs_seen:,}")
+    forget_best_after(folder, state.step)
     plan = Plan(
         total_steps=config.optim.total_steps,
         accumulation_steps=job.accumulation_steps,

@@ -129,6 +129,26 @@ def test_weights_that_scored_worse_do_not_take_the_place_of_better_ones(root, tr
     assert [path.name for path in (folder / "best").iterdir()] == [Path(best["file"]).name]
 
 
+def test_the_best_is_forgotten_when_the_run_goes_back_to_before_it_or_picks_by_another_score(root, train):
+    folder = train("retrieval", "forgotten", 3, checkpoint__every_steps="1", checkpoint__keep_last="0")
+    claimed = scores_of(folder)
+    assert claimed["best"]["rerank_top_k"] == 4 and claimed["best"]["rerank_score"] == "itm_logit"
+    # A score that no other reaches, of weights that exist.
+    claimed["best"]["score"] = 2.0
+
+    def best_after(**more: str) -> float:
+        (folder / "eval.json").write_text(json.dumps(claimed))
+        train("retrieval", "forgotten", 3, checkpoint__every_steps="1", checkpoint__keep_last="0", **more)
+        score: float = scores_of(folder)["best"]["score"]
+        return score
+
+    assert best_after() == 2.0
+    assert best_after(evaluation__rerank_score="itm") <= 1
+    assert best_after(evaluation__rerank_top_k="3") <= 1
+    shutil.rmtree(folder / "checkpoints/step0000003")
+    assert best_after() <= 1
+
+
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
