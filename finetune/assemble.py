@@ -64,15 +64,15 @@ def find_start(config: FinetuneConfig, folder: Path) -> Start:
         check_vision_weights(model.vision)
         return Start(model, None)
     if has_checkpoints(folder):
-        return Start(_joined(model, read_config(folder / RUN_FILE, FinetuneConfig).model), None)
+        saved = read_config(folder / RUN_FILE, FinetuneConfig).model
+        joined = _joined(model, saved)
+        return Start(_with_itc_of(joined, saved) if "itc" in config.heads else joined, None)
     source = load_model(config.init, image_size_px=model.image_size_px)
     _check_sizes(model, source.config, config.init)
     joined = _joined(model, source.config)
     heads = tuple(name for name in config.heads if name in source.heads)
     if "itc" in heads:
-        joined = dataclasses.replace(
-            joined, heads=dataclasses.replace(joined.heads, itc_width=source.config.heads.itc_width)
-        )
+        joined = _with_itc_of(joined, source.config)
     unread = tuple(f"heads.{name}." for name in source.heads if name not in heads)
     weights = {name: value for name, value in source.state_dict().items() if not name.startswith(unread)}
     if "nlvr2" in source.heads and "nlvr2" not in heads and _TABLE in weights:
@@ -89,6 +89,11 @@ def _joined(own: ModelConfig, source: ModelConfig) -> ModelConfig:
         fusion=dataclasses.replace(source.fusion, dropout=own.fusion.dropout),
         heads=own.heads,
     )
+
+
+def _with_itc_of(own: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """ITC's head has the width that it was pretrained with."""
+    return dataclasses.replace(own, heads=dataclasses.replace(own.heads, itc_width=source.heads.itc_width))
 
 
 def _check_sizes(own: ModelConfig, source: ModelConfig, init: str) -> None:
@@ -159,9 +164,11 @@ def complete_steps(config: FinetuneConfig, num_pairs: int) -> FinetuneConfig:
 
 
 def evaluation_steps(config: FinetuneConfig, num_pairs: int) -> int:
-    """Steps between two evaluations; 0 only at the end."""
-    every = config.evaluation.every_epochs
-    return max(1, round(every * num_pairs / config.data.global_batch_size)) if every else 0
+    """Steps between two evaluations, rounded up as ``complete_steps`` does: the last is then at the end.
+
+    0 only at the end.
+    """
+    return math.ceil(config.evaluation.every_epochs * num_pairs / config.data.global_batch_size)
 
 
 def build_order(config: FinetuneConfig, corpora: Corpora) -> Order:

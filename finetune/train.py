@@ -34,6 +34,11 @@ USAGE = "Usage: python finetune/train.py PRESET|RUN.json --init=PATH [--section.
 def main(preset: str = "", *unexpected: str, local_rank: str = "0", **overrides: str) -> None:
     """Fine-tune ``preset`` with dotted overrides. The deepspeed launcher adds ``local_rank``."""
     config = config_from_cli(PRESETS, preset, unexpected, overrides, USAGE)
+    if "epochs" in overrides and config.optim.total_steps:
+        raise ConfigError(
+            f"epochs={config.epochs:g} would have no effect: optim.total_steps={config.optim.total_steps} says how "
+            "long to train. Leave one of them out, or add --optim.total_steps=0: a run.json, too, says how many."
+        )
     if not run(config):
         sys.exit(EXIT_PREEMPTED)
 

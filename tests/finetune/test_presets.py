@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bridgetower.config.overrides import walk_fields
@@ -86,6 +88,9 @@ def test_epochs_become_steps_so_that_no_pair_is_seen_less_often():
     run = complete_steps(snli_ve_base(), 529_527)
     assert run.optim.total_steps == 41_370
     assert evaluation_steps(run, 529_527) == 8_274
+    # 1.25 steps an epoch: evaluations after 2 and 4, the last of which is that of the end.
+    short = complete_steps(replace(snli_ve_base(), epochs=3.0), 80)
+    assert short.optim.total_steps == 4 and evaluation_steps(short, 80) == 2
     assert complete_steps(run, 7).optim.total_steps == 41_370
 
 
