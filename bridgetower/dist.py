@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+from bridgetower.errors import BridgeTowerError
 
 
 def rank() -> int:
@@ -54,6 +57,22 @@ def from_first_rank(value: Any) -> Any:
     values = [value]
     torch_dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_first_rank(action: Callable[[], None]) -> str:
+    """Do something to files on rank 0 while the others wait.
+
+    Returns: on every rank, what went wrong there; empty if nothing did. Raised by rank 0 alone, it would leave the
+        others waiting.
+    """
+    fault = ""
+    if rank() == 0:
+        try:
+            action()
+        except (OSError, BridgeTowerError) as failure:
+            fault = str(failure)
+    told: str = from_first_rank(fault)
+    return told
 
 
 def from_rank(owner: int, value: Tensor | None, device: torch.device) -> Tensor:

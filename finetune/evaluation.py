@@ -23,7 +23,7 @@ from bridgetower.data.labelled import LabelledSplit
 from bridgetower.data.loader import prepared
 from bridgetower.engine.evaluate import EVAL_NAME, RECALL_AT, SplitScores, evaluate_split, write_scores
 from bridgetower.engine.loop import to_device
-from bridgetower.errors import ConfigError
+from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.safetensors_file import save_safetensors
 from bridgetower.task import PretrainTask
 from finetune.tasks import ClassifierTask, FinetuneTask
@@ -120,9 +120,23 @@ def write_results(
     """Write eval.json, and the weights if they are the best so far: one file, which ``load_model`` opens.
 
     The file's name has its step, and eval.json names it: at no moment it names other weights than those scored.
+
+    Raises:
+        CheckpointError: on all ranks, if they could not be written.
     """
-    if dist.rank() != 0 or not results:
+    if not results:
         return
+    fault = dist.on_first_rank(lambda: _write(folder, step, results, task, config))
+    if fault:
+        raise CheckpointError(
+            f"The scores of step {step} or the best weights could not be written: {fault} The step itself is saved: "
+            "make room and run the same command again; it evaluates first."
+        )
+
+
+def _write(
+    folder: Path, step: int, results: Mapping[str, SplitScores], task: FinetuneTask, config: FinetuneConfig
+) -> None:
     split = config.evaluation.selection_split or next(iter(results))
     picked_by: dict[str, Any] = {"split": split, "metric": SELECTION_METRICS[config.task]}
     if config.task == "retrieval":

@@ -249,13 +249,8 @@ class Checkpoints:
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Do something to the folder on rank 0 while the others wait; a failure is everyone's."""
-        error = ""
-        if dist.rank() == 0:
-            try:
-                action()
-            except OSError as failure:
-                error = str(failure)
-        self._raise_together([message for message in [dist.from_first_rank(error)] if message])
+        fault = dist.on_first_rank(action)
+        self._raise_together([fault] if fault else [])
 
     def _raise_together(self, errors: list[str], leftover: Path | None = None) -> None:
         if not errors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bridgetower.data.images import load_whole_image
 from bridgetower.data.text import Tokenizer
 from bridgetower.engine.score_table import LABELS, format_score
 from bridgetower.errors import BridgeTowerError
+from bridgetower.interop.safetensors_file import load_safetensors, save_safetensors
 from bridgetower.model.bridgetower import BridgeTower
 from finetune.assemble import build_task, find_start
 from finetune.presets import PRESETS
@@ -81,10 +83,9 @@ def test_its_report_shows_what_it_has_reached(learned):
     assert LABELS[METRIC[task]] in page and format_score(METRIC[task], scores_of(folder)[METRIC[task]]) in page
 
 
+@pytest.mark.parametrize("learned", ["vqa", "snli_ve", "nlvr2"], indirect=True)
 def test_its_scores_are_those_of_every_pair_counted_once(learned, root):
     task, folder = learned
-    if task == "retrieval":
-        pytest.skip("tests/engine/test_evaluate.py compares retrieval")
     model = bridgetower.load_model(folder)
     corpora, side = Corpora([root / task / "dev"]), model.config.image_size_px
     worth = []
@@ -103,6 +104,43 @@ def test_its_scores_are_those_of_every_pair_counted_once(learned, root):
         else:
             worth.append(float(answer == pair.annotation["label"]))
     assert scores_of(folder)[METRIC[task]] == pytest.approx(sum(worth) / len(worth))
+
+
+@pytest.mark.parametrize("score", ["itm_logit", "itm"])
+def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, train, score):
+    top_k, shards = 3, root / "retrieval/train"
+    more = {"data__eval_shards": str(shards), "evaluation__on_trained_pictures": "true"}
+    more |= {"evaluation__rerank_top_k": str(top_k), "evaluation__rerank_score": score}
+    folder = train("retrieval", f"ranked-{score}", 1, **more)
+    model, corpora = bridgetower.load_model(folder).eval(), Corpora([shards])
+    pairs = [corpora.read(*corpora.pair_of_corpus(0, number)) for number in range(8 * PAIRS_PER_PICTURE)]
+    with torch.no_grad():
+        raws = list(dict.fromkeys(pair.image for pair in pairs))
+        whole = [load_whole_image(raw, model.config.image_size_px, "here") for raw in raws]
+        images = [model.encode_image(model.normalize(picture[None])) for picture in whole]
+        similarity, ranking = torch.empty(len(pairs), 8), torch.full((len(pairs), 8), -torch.inf)
+        fused = torch.empty(len(pairs), 8)
+        for row, pair in enumerate(pairs):
+            ids = torch.from_numpy(Tokenizer("emoji").encode([pair.caption], 40)[0])[None]
+            text = model.encode_text(ids, torch.ones_like(ids))
+            for column, image in enumerate(images):
+                embedded = model.itc_head.embed_text(text.class_BD) * model.itc_head.embed_image(image.class_BD)
+                similarity[row, column] = embedded.sum()
+                pooled = model.fuse(text.states_KBND, image.states_KBND, torch.ones_like(ids)).pooled
+                wrong, match = model.itm_head(pooled)[0]
+                fused[row, column] = match if score == "itm_logit" else match - wrong
+    for dim in (0, 1):
+        best = similarity.topk(top_k, dim).indices
+        ranking.scatter_(dim, best, fused.gather(dim, best))
+    own = torch.tensor([raws.index(pair.image) for pair in pairs])
+    is_own = own[:, None] == torch.arange(8)
+    recalls = []
+    for scores, right in ((ranking, is_own), (ranking.T, is_own.T)):
+        best_right = scores.where(right, torch.tensor(-torch.inf)).amax(1, keepdim=True)
+        num_better = ((scores >= best_right) & ~right).sum(1)
+        recalls += [float((num_better < k).float().mean()) for k in (1, 5, 10)]
+    assert len(raws) == 8 and ranking.isinf().any()
+    assert scores_of(folder)["r_mean"] == pytest.approx(sum(recalls) / 6, abs=1e-6)
 
 
 def test_the_best_weights_are_a_file_that_loads_with_the_tasks_heads_alone(learned):
@@ -147,6 +185,17 @@ def test_the_best_is_forgotten_when_the_run_goes_back_to_before_it_or_picks_by_a
     assert best_after(evaluation__rerank_top_k="3") <= 1
     shutil.rmtree(folder / "checkpoints/step0000003")
     assert best_after() <= 1
+
+
+def test_best_weights_that_cannot_be_written_are_an_error_and_the_run_goes_on_with_them(root, train):
+    (root / "runs/no_room").mkdir(parents=True)
+    (root / "runs/no_room/best").write_text("a file where a folder has to be")
+    with pytest.raises(BridgeTowerError, match=r"best weights could not be written.*run the same command again"):
+        train("snli_ve", "no_room", 4, evaluation__every_epochs="1")
+    assert last_checkpoint(root / "runs", "no_room").name == "step0000002"
+    (root / "runs/no_room/best").unlink()
+    lines = lines_of(train("snli_ve", "no_room", 4, evaluation__every_epochs="1"))
+    assert [line["step"] for line in lines if "eval/dev/accuracy" in line] == [2, 4]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -203,13 +252,11 @@ def test_two_ranks_train_and_score_as_one_with_the_joined_batch(root, train, tas
 
 
 def test_a_run_starts_from_every_tensor_of_its_pretrained_model(root):
-
     config = apply_overrides(
         PRESETS["tiny_nlvr2"](), {**settings("nlvr2", root, "start", 1), "model.image_size_px": "96"}
     )
     start = find_start(config, root / "runs/start")
-    config = apply_overrides(config, {})
-    model = build_task(__import__("dataclasses").replace(config, model=start.config), start).model
+    model = build_task(replace(config, model=start.config), start).model
     given = bridgetower.load_model(root / "pretrained", image_size_px=96).state_dict()
     found = model.state_dict()
     # The second picture's row is a copy of the first's; heads of pretraining are left behind.
@@ -219,6 +266,28 @@ def test_a_run_starts_from_every_tensor_of_its_pretrained_model(root):
     }
     assert all(torch.equal(value, given[name]) for name, value in found.items() if not name.startswith("heads.nlvr2."))
     assert start.config.image_size_px == 96 and to_dict(model.config) == to_dict(start.config)
+
+
+def test_itc_keeps_its_pretrained_width_also_when_the_run_goes_on(root):
+    source = load_safetensors(root / "pretrained/model.safetensors").config
+    source = replace(source, heads=replace(source.heads, itc_width=24))
+    save_safetensors(BridgeTower(source, ("itc",)), root / "narrow/model.safetensors")
+    flags = {**settings("retrieval", root, "narrow", 1), "init": str(root / "narrow")}
+    preset = PRESETS[PRESET_OF["retrieval"]]()
+    with as_it_was():
+        for _ in range(2):  # the second time it is complete
+            assert run(apply_overrides(preset, flags))
+    assert preset.model.heads.itc_width != 24
+    assert read_model_config(root / "runs/narrow/run.json")[0].heads.itc_width == 24
+
+
+def test_a_run_json_is_repeated_for_other_epochs_only_without_its_steps(root, train):
+    repeated = str(train("snli_ve", "repeated", 1) / "run.json")
+    with pytest.raises(BridgeTowerError, match=r"--optim\.total_steps=0"):
+        main(repeated, epochs="2")
+    with as_it_was():
+        main(repeated, epochs="2", name="longer", **{"optim.total_steps": "0"})
+    assert metrics(root / "runs", "longer")[-1]["step"] == 4
 
 
 def test_a_fine_tuned_run_can_be_started_from_again(root, train):
@@ -279,6 +348,7 @@ def test_a_run_goes_on_with_its_own_settings_only(root, train):
     [
         (["snli_ve_bass"], "Did you mean snli_ve_base"),
         (["snli_ve_base"], "init is empty"),
+        (["snli_ve_base", "--init=x", "--epochs=2", "--optim.total_steps=9"], "epochs=2 would have no effect"),
         (["snli_ve_base", "--init=x", "--optim.base_lrr=1"], "Did you mean --optim.base_lr"),
         (["coco_base", "--init=x", "--data.negative_group_size=0"], "8 (Flickr30K) and 16 (COCO)"),
         (["nlvr2_base", "--init=x", "--data.negative_group_size=8"], "Leave it out"),
