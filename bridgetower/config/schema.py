@@ -360,11 +360,12 @@ class OptimConfig:
     fusion_lr_scale: float = 5.0
     """The rate of transforms, bridges, cross-modal layers and poolers is base_lr times this."""
     head_lr_scale: float = 5.0
-    """The rate of the MLM, ITM and ITC heads is base_lr times this."""
+    """The rate of the heads (MLM, ITM, ITC, VQA, SNLI-VE, NLVR2) is base_lr times this."""
     weight_decay: float = 0.01
     """Decoupled; on matrices and embeddings, not on biases, norms and other vectors."""
     decay_like_reference: bool = False
-    """True also decays the vision tower's norms and class embedding and the temperature, as the published code does."""
+    """True also decays the vision tower's norms and class embedding, the temperature and the norms of the VQA, SNLI-VE
+    and NLVR2 heads, as the published code does."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.98
