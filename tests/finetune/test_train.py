@@ -16,6 +16,7 @@ import bridgetower
 from bridgetower.config.overrides import apply_overrides, to_dict
 from bridgetower.config.snapshot import read_model_config
 from bridgetower.data.corpora import Corpora
+from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.images import load_whole_image
 from bridgetower.data.text import Tokenizer
 from bridgetower.engine.score_table import LABELS, format_score
@@ -106,6 +107,11 @@ def test_its_scores_are_those_of_every_pair_counted_once(learned, root):
     assert scores_of(folder)[METRIC[task]] == pytest.approx(sum(worth) / len(worth))
 
 
+def open_whole(shards: Path, side: int) -> HeldOutSplit:
+    reading = {"tokenizer": Tokenizer("emoji"), "image_size_px": side, "max_text_tokens": 40}
+    return HeldOutSplit(shards, **reading, mlm_probability=0.0, whole_images=True)
+
+
 @pytest.mark.parametrize("score", ["itm_logit", "itm"])
 def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, train, score):
     top_k, shards = 3, root / "retrieval/train"
@@ -117,6 +123,9 @@ def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, t
     with torch.no_grad():
         raws = list(dict.fromkeys(pair.image for pair in pairs))
         whole = [load_whole_image(raw, model.config.image_size_px, "here") for raw in raws]
+        assert torch.equal(
+            open_whole(shards, model.config.image_size_px).image_batch(0, 8).pixels_N3SS, torch.stack(whole)
+        )
         images = [model.encode_image(model.normalize(picture[None])) for picture in whole]
         similarity, ranking = torch.empty(len(pairs), 8), torch.full((len(pairs), 8), -torch.inf)
         fused = torch.empty(len(pairs), 8)
