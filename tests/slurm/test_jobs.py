@@ -75,10 +75,14 @@ def test_a_requeued_and_then_signalled_job_ends_like_an_undisturbed_one(jobs, em
 
 
 def test_a_job_at_its_time_limit_goes_on_in_the_next(jobs, emoji, undisturbed):
-    # The warning comes at once, before the trainer is up: it is repeated until it is heard.
+    # The warning comes within half a minute, before the trainer is up: it is repeated until it is heard.
+    python = jobs.root / "slow_python"
+    first = '[ "${SLURM_RESTART_COUNT:-0}" = 0 ]'
+    python.write_text(f'#!/bin/sh\ncase $1 in -*) ;; *) {first} && sleep 45 ;; esac\nexec {jobs.python} "$@"\n')
+    python.chmod(0o755)
     options = ("--time=4", "--signal=B:USR1@235")
-    number = jobs.pretrain(emoji, "short", STEPS, options=options, PYTHON=sys.executable)
-    wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
+    number = jobs.pretrain(emoji, "short", STEPS, options=options, PYTHON=str(python))
+    wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 180)
     jobs.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
     assert_like_undisturbed(jobs, "short")
