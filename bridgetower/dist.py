@@ -9,8 +9,6 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from bridgetower.errors import BridgeTowerError
-
 
 def rank() -> int:
     """Number of this process among all."""
@@ -59,8 +57,11 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
-def on_first_rank(action: Callable[[], None]) -> str:
+def on_first_rank(action: Callable[[], None], faults: tuple[type[Exception], ...] = (OSError,)) -> str:
     """Do something to files on rank 0 while the others wait.
+
+    Args:
+        faults: what may go wrong; anything else is raised as it is.
 
     Returns: on every rank, what went wrong there; empty if nothing did. Raised by rank 0 alone, it would leave the
         others waiting.
@@ -69,7 +70,7 @@ def on_first_rank(action: Callable[[], None]) -> str:
     if rank() == 0:
         try:
             action()
-        except (OSError, BridgeTowerError) as failure:
+        except faults as failure:
             fault = str(failure)
     told: str = from_first_rank(fault)
     return told

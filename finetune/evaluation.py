@@ -126,7 +126,7 @@ def write_results(
     """
     if not results:
         return
-    fault = dist.on_first_rank(lambda: _write(folder, step, results, task, config))
+    fault = dist.on_first_rank(lambda: _write(folder, step, results, task, config), (OSError, CheckpointError))
     if fault:
         raise CheckpointError(
             f"The scores of step {step} or the best weights could not be written: {fault} The step itself is saved: "

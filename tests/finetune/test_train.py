@@ -108,8 +108,14 @@ def test_its_scores_are_those_of_every_pair_counted_once(learned, root):
 
 
 def open_whole(shards: Path, side: int) -> HeldOutSplit:
-    reading = {"tokenizer": Tokenizer("emoji"), "image_size_px": side, "max_text_tokens": 40}
-    return HeldOutSplit(shards, **reading, mlm_probability=0.0, whole_images=True)
+    return HeldOutSplit(
+        shards,
+        tokenizer=Tokenizer("emoji"),
+        image_size_px=side,
+        max_text_tokens=40,
+        mlm_probability=0.0,
+        whole_images=True,
+    )
 
 
 @pytest.mark.parametrize("score", ["itm_logit", "itm"])
