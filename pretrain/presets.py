@@ -49,9 +49,9 @@ def tiny() -> RunConfig:
             micro_batch_size=32,
             workers=0,
         ),
-        optim=OptimConfig(base_lr=1e-3, total_steps=700, fusion_lr_scale=1.0, head_lr_scale=1.0, max_grad_norm=1.0),
-        evaluation=EvaluationConfig(every_steps=350),
-        checkpoint=CheckpointConfig(every_steps=350),
+        optim=OptimConfig(base_lr=1e-3, total_steps=720, fusion_lr_scale=1.0, head_lr_scale=1.0, max_grad_norm=1.0),
+        evaluation=EvaluationConfig(every_steps=360),
+        checkpoint=CheckpointConfig(every_steps=360),
         tracker=TrackerConfig(every_steps=10, wandb="off"),
     )
 

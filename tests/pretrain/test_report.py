@@ -79,7 +79,7 @@ def test_run_that_has_just_begun_has_a_report_that_says_what_is_missing(tmp_path
     assert result.stdout.startswith(str(folder / "report.html"))
     shown = Tags((folder / "report.html").read_text()).text
     assert "Not evaluated yet" in shown and "No metrics were written yet" in shown and "not on this machine" in shown
-    assert "0 of 700 steps" in shown
+    assert "0 of 720 steps" in shown
 
 
 def test_report_can_be_written_elsewhere_without_touching_the_run(tmp_path):
@@ -141,7 +141,7 @@ def test_curves_are_drawn_of_the_metrics_that_are_there(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "tra')
     page = render(folder)
     assert page.count("<svg") == 3
-    assert "Losses" in page and "2 of 700 steps" in page and "Training accuracy" not in page
+    assert "Losses" in page and "2 of 720 steps" in page and "Training accuracy" not in page
 
 
 def test_scores_that_are_no_json_are_an_error_that_says_what_to_do(tmp_path):
