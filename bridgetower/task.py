@@ -34,6 +34,18 @@ class Features(NamedTuple):
     """Unit vectors for retrieval by ITC; None without it."""
 
 
+def pool_pairs(model: BridgeTower, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
+    """The pooled states of encoded pairs, shape (R, 2 D). Of the last layer nothing else is computed.
+
+    Args:
+        image_R: the image of each text.
+    """
+    num_rows = len(mask_RL)
+    wanted = read_columns(mask_RL, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), images=True)
+    text_RD, image_RD = model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+    return model.pool(text_RD, image_RD)
+
+
 class PretrainTask(nn.Module):
     """BridgeTower with the pretraining objectives that are switched on."""
 
@@ -158,10 +170,8 @@ class PretrainTask(nn.Module):
         Args:
             image_R: the image of each pair.
         """
-        num_pairs = len(mask_RL)
-        wanted = read_columns(mask_RL, np.zeros(num_pairs, np.int64), np.ones(num_pairs, np.int64), images=True)
-        text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
-        return linear_in_float32(self.model.itm_head.classifier, self.model.pool(text_RD, image_RD))
+        pooled_R2D = pool_pairs(self.model, text_KRLD, mask_RL, image_KNPD, image_R)
+        return linear_in_float32(self.model.itm_head.classifier, pooled_R2D)
 
     def contrast_temperature(self) -> float:
         """ITC's temperature. Needs the itc head."""

@@ -10,21 +10,19 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bridgetower.batch import FinetuneBatch
 from bridgetower.config.finetune import TaskName
 from bridgetower.model.bridgetower import IMAGE_ROW, BridgeTower
-from bridgetower.model.packing import padded
 from bridgetower.objectives.classification import classification
 from bridgetower.objectives.hard_negatives import hard_negatives
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.objective import Result, mean_metric
 from bridgetower.objectives.vqa import question_answering
-from bridgetower.rows import read_columns
+from bridgetower.task import pool_pairs
 
 _OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Result]] = {
     "vqa": question_answering,
@@ -54,17 +52,6 @@ class FinetuneTask(nn.Module):
     def results(self, batch: FinetuneBatch) -> list[Result]:
         """The losses, which are summed with weight 1."""
 
-    def pooled(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
-        """The pooled states of encoded pairs, shape (R, 2 D). Of the last layer nothing else is computed.
-
-        Args:
-            image_R: the image of each text.
-        """
-        num_rows = len(mask_RL)
-        wanted = read_columns(mask_RL, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), images=True)
-        text_RD, image_RD = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
-        return self.model.pool(text_RD, image_RD)
-
 
 class ClassifierTask(FinetuneTask):
     """VQA, SNLI-VE and NLVR2: a class for each text, on its picture or pictures."""
@@ -87,14 +74,14 @@ class ClassifierTask(FinetuneTask):
         text_KBLD = model.encode_text(batch.ids_BL, mask_BL).states_KBND
         pixels_N3SS = model.normalize(batch.pixels_N3SS)
         if self.name != "nlvr2":
-            pooled = self.pooled(text_KBLD, mask_BL, model.encode_image(pixels_N3SS).states_KBND, image_B)
+            pooled = pool_pairs(self.model, text_KBLD, mask_BL, model.encode_image(pixels_N3SS).states_KBND, image_B)
         else:
             sides = pixels_N3SS.chunk(2)
             image_KNPD = torch.cat(
                 [model.encode_image(side, IMAGE_ROW + row).states_KBND for row, side in enumerate(sides)], dim=1
             )
             image_R = torch.cat([image_B, image_B + len(sides[0])])
-            both = self.pooled(text_KBLD.repeat(1, 2, 1, 1), mask_BL.repeat(2, 1), image_KNPD, image_R)
+            both = pool_pairs(self.model, text_KBLD.repeat(1, 2, 1, 1), mask_BL.repeat(2, 1), image_KNPD, image_R)
             pooled = torch.cat(both.chunk(2), dim=1)
         logits_BC: Tensor = model.heads[self.name](pooled)
         return logits_BC
@@ -131,7 +118,7 @@ class RetrievalTask(FinetuneTask):
         own_B = torch.arange(len(mask_BL), device=mask_BL.device)
         text_R = torch.cat([own_B, own_B, wrong.text_B])
         image_R = torch.cat([own_B, wrong.image_B, own_B])
-        pooled = self.pooled(text.states_KBND[:, text_R], mask_BL[text_R], image.states_KBND, image_R)
+        pooled = pool_pairs(self.model, text.states_KBND[:, text_R], mask_BL[text_R], image.states_KBND, image_R)
         # Where all pairs of a group show one picture there is no wrong one: the pair stands there again, as a true one.
         wrong_label_B = (~wrong.has_any_B).long()
         label_R = torch.cat([torch.ones_like(wrong_label_B), wrong_label_B, wrong_label_B])
