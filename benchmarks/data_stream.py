@@ -70,13 +70,14 @@ def main(
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
     count, turns = parse_whole("images", images, 64), parse_whole("rounds", rounds, 1)
     duration, num_batches = parse_whole("seconds", seconds, 1), parse_whole("batches", batches, 100)
-    results: dict[str, Any] = {"rates": {}}
+    results: dict[str, Any] = {"rates": {}, "rounds": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, size in _SIZES.items():
             shards = _build(Path(folder) / name, size, count)
             for workers in _WORKERS:
-                rates = _take_turns(shards, workers, turns, duration)
-                results["rates"][f"{name}, {workers} worker(s)"] = rates
+                case = f"{name}, {workers} worker(s)"
+                results["rounds"][case] = _take_turns(shards, workers, turns, duration)
+                results["rates"][case] = rates = _medians(results["rounds"][case])
                 _print_rates(f"{name} to {SIDE_PX} px, {workers} worker(s)", rates)
         results["memory"] = _memory(_build(Path(folder) / "small", (48, 48), count), num_batches)
         results["far_start"] = _far_start(Path(folder) / "large")
@@ -110,7 +111,8 @@ def _build(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder / "shards"
 
 
-def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> dict[str, dict[str, float]]:
+def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> list[dict[str, dict[str, float]]]:
+    """Rates of each round by side; rate by name."""
     rounds: list[dict[str, dict[str, float]]] = []
     for turn in range(turns):
         rates = {}
@@ -125,6 +127,10 @@ def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> dict[st
         for rate in rates.values():
             rate["this_stream_is"] = rates[OURS]["pairs_per_core_second"] / rate["pairs_per_core_second"]
         rounds.append(rates)
+    return rounds
+
+
+def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     return {
         side: {name: statistics.median(rates[side][name] for rates in rounds if side in rates) for name in figures}
         for side, figures in rounds[0].items()
@@ -165,7 +171,8 @@ def _memory(shards: Path, num_batches: int) -> dict[str, dict[str, float]]:
     own = psutil.Process()
     for number, _ in enumerate(batches, 1):
         if number in (num_batches // 10, num_batches):
-            workers = [p for p in own.children(recursive=True) if p.memory_full_info().uss > 50e6]
+            # A clean process that has imported what they need forks them.
+            workers = [worker for server in own.children() for worker in server.children()]
             found[f"after {number:,} batches"] = {
                 "rank_mb": own.memory_full_info().uss / 1e6,
                 "workers_mb": sum(worker.memory_full_info().uss for worker in workers) / 1e6,

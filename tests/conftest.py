@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,9 @@ from tests import preloaded
 REPO = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+# A shell lets what it starts in the background ignore Ctrl-C, and programs inherit that; tests send it to some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Whose tests take longest: they are begun first, so that at the end both workers have something to do.
@@ -31,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; needs ``--no-loadscope-reorder`` where pytest-xdist hands them out."""
     places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.relative_to(REPO / "tests").parts[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of modules live as long as the process: no collection need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,10 @@ _MODULES = (
     "finetune.evaluation",
     "bridgetower.engine.run",
     "bridgetower.interop.huggingface",
+    # What an engine imports when it is built, torch's compiler among it.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.ops.op_builder.all_ops",
+    "fire",
 )
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -51,7 +51,7 @@ class Real:
         self,
         config: ModelConfig,
         *,
-        pairs: int = 8,
+        pairs: int = 4,
         dtype: torch.dtype = torch.float32,
         compute: ComputeConfig | None = None,
         objectives: ObjectivesConfig = BOTH,
@@ -202,7 +202,7 @@ def test_most_memory_in_use_is_what_is_kept_and_the_workspace(recompute):
 
 @pytest.mark.slow
 def test_base_keeps_what_is_predicted(much_memory):
-    real = Real(sized("base"), dtype=torch.bfloat16, pairs=2, seed=2)
+    real = Real(sized("base"), pairs=2, seed=2)  # in float32, which every CPU computes
     assert real.predicted.kept == pytest.approx(real.kept(), rel=0.005, abs=TABLES)
 
 

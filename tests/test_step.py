@@ -156,7 +156,7 @@ def dropped(task: PretrainTask, compute: ComputeConfig, draws: int) -> Tensor:
 
 @torch.no_grad()
 def test_with_dropout_the_losses_have_the_same_distribution():
-    task, draws = small_task(ObjectivesConfig(), dropout=0.3), 250
+    task, draws = small_task(ObjectivesConfig(), dropout=0.3), 120
     plain, saving = dropped(task, PLAIN, draws), dropped(task, EVERYTHING, draws)
     spread = plain.std(dim=0)
     # Means within four standard errors; spreads and the correlation of the two losses alike.

@@ -553,8 +553,8 @@ def test_a_build_that_is_killed_at_ten_random_moments_ends_with_identical_bytes(
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     picture = tmp_path / "picture.png"
     picture.write_bytes(file_of(draw(1)))
-    peaks = [peak_of_planning(tmp_path, picture, count) for count in (20_000, 200_000)]
-    # The caches of SQLite fill up to 32 MB each; 180,000 more images would be 200 MB as objects.
+    peaks = [peak_of_planning(tmp_path, picture, count) for count in (20_000, 120_000)]
+    # The caches of SQLite fill up to 32 MB each; 100,000 more images would be 110 MB as objects.
     assert peaks[1] - peaks[0] < 65e6 and peaks[1] < 200e6
 
 
