@@ -39,13 +39,12 @@ demo: $(INSTALLED)
 	    pretrain/train.py tiny --name=$(notdir $(DEMO)) --run_root=$(dir $(DEMO)); \
 	$(BIN)/python pretrain/report.py $(DEMO)
 
-# Three files at a time on two cores: a test waits for ranks, stores and disks a quarter of its time. A file's tests share what
-# they have built.
+# Two files at a time: most of a test's time is one core's work. A file's tests share what they have built.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 # A real Slurm of two nodes on this machine, as root: installs Debian's packages if they are not there.
 test-slurm: $(INSTALLED)
