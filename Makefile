@@ -23,7 +23,7 @@ help:
 $(INSTALLED): setup.py requirements-demo.txt bridgetower/__init__.py
 	@set -e; \
 	python=$$(sh .ci/check_machine.sh); \
-	echo "Installing into $(VENV) (one to three minutes) ..."; \
+	echo "Installing into $(VENV) (one to four minutes) ..."; \
 	"$$python" -m venv $(VENV); \
 	$(BIN)/pip install -qq --require-hashes --no-deps -r requirements-demo.txt; \
 	$(BIN)/pip install -qq -e '.[demo,dev]'; \
