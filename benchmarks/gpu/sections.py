@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from benchmarks import step_sides
 from benchmarks.gpu import pipeline
@@ -46,6 +47,7 @@ from bridgetower.task import PretrainTask
 _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 _PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "transformers", "timm", "open_clip_torch", "webdataset")
 _ROUNDS, _ROUND_SECONDS = 3, 0.5
+_KERNELS = 40  # of a profile
 # Relative differences of all gradients: more than this in float32, or more than so many times the plain step's own
 # rounding in bfloat16, is a wrong kernel.
 _FP32_LIMIT, _BF16_LIMIT = 1e-3, 1.5
@@ -231,6 +233,8 @@ def measure_engine(request: Request, note: Note) -> None:
     with device:
         torch.manual_seed(0)
         task = PretrainTask(BridgeTower(config, step_sides.OBJECTIVES.heads), step_sides.OBJECTIVES).train()
+    if request.runs[0].compiled:
+        _compile(task.model, device)
     said, start = "", time.perf_counter()
     try:
         engine = build_engine(task, optim, settings, device)
@@ -242,7 +246,7 @@ def measure_engine(request: Request, note: Note) -> None:
         optim = dataclasses.replace(optim, implementation="torch")
         engine = build_engine(task, optim, settings, device)
     row: Row = {
-        "what": f"ZeRO-2, {'bf16' if is_bf16(memory) else 'fp32'}",
+        "what": f"ZeRO-2, {'bf16' if is_bf16(memory) else 'fp32'}, {request.runs[0].describe()}",
         "model": request.model,
         "micro_batch": pairs,
         "optimizer": chosen_implementation(optim, device),
@@ -265,8 +269,27 @@ def measure_engine(request: Request, note: Note) -> None:
         rate = _rate(_clock(step, device, request), pairs, device)
         return rate | _work(config, ComputeConfig(), batch, rate, device)
 
-    note({**row, **or_out_of_memory(measure)})
+    measured = or_out_of_memory(measure)
+    note({**row, **measured, "profile": [] if "error" in measured else _profile(step, device)})
     launch.finish()
+
+
+def _profile(step: Callable[[], Tensor], device: torch.device) -> list[Row]:
+    """Where the time of a step goes: all work of the device, then the kernels (on a CPU operators) with most of it."""
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        _timed(step, 1, device)
+    work = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+        if (event.device_type.name == "CUDA") == on_gpu and not event.is_user_annotation
+    ]
+    work.sort(reverse=True)
+    everything = (sum(microseconds for microseconds, _, _ in work), sum(calls for _, calls, _ in work), "all work")
+    return [
+        {"kernel": name[:200], "ms": microseconds / 1e3, "calls": calls}
+        for microseconds, calls, name in (everything, *work[:_KERNELS])
+    ]
 
 
 def measure_pipeline(request: Request, note: Note) -> None:

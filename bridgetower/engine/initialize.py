@@ -10,6 +10,7 @@ from torch import nn
 
 from bridgetower.config.schema import OptimConfig
 from bridgetower.engine.optim import build_optimizer, parameter_groups, schedule
+from bridgetower.engine.zero import look_at_partitions
 
 
 def build_engine(task: nn.Module, optim: OptimConfig, deepspeed_config: dict[str, Any], device: torch.device) -> Any:
@@ -28,4 +29,5 @@ def build_engine(task: nn.Module, optim: OptimConfig, deepspeed_config: dict[str
         config=dict(deepspeed_config),
         dist_init_required=False,
     )
+    look_at_partitions(engine.optimizer)
     return engine

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model.dropout import attend, drop
+from bridgetower.model.flash import Spans, attend_spans, even_spans, fits
 from bridgetower.model.packing import Layout
 
 
@@ -50,27 +51,37 @@ class Attention(nn.Module):
             state_rows: the row of dense states that each row of the result reads, so that what is the same for some
                 of them is projected once; None: each its own.
             context_rows: those of a dense context.
-            absorb: move the projections of a dense context to the packed queries.
+            absorb: move the projections of a dense context to the packed queries, where there is no kernel for these.
             sees_padding: attend to padding too.
 
         Returns: the states' shape, or as many rows as ``state_rows``.
         """
-        if absorb and layout is not None:
+        spans = None
+        layouts = [part for part in (layout, context_layout) if part is not None]
+        if layouts and all(part.spans for part in layouts) and fits(states, self.num_heads):
+            spans = _spans(states, layout, state_rows), _spans(context, context_layout, context_rows)
+        if absorb and layout is not None and not spans:
             query = self.query(states)
             attended = self._absorbed(query, _pick(context, context_rows), layout)
+            return self.finish(attended, _pick(states, state_rows))
+        if states is context:
+            query, key, value = self.project(states, self.query, self.key, self.value)
         else:
-            if states is context:
-                query, key, value = self.project(states, self.query, self.key, self.value)
-            else:
-                query = self.query(states)
-                key, value = self.project(context, self.key, self.value)
+            query = self.query(states)
+            key, value = self.project(context, self.key, self.value)
+        dropout = self.dropout if self.training else 0.0
+        if spans:
+            query, key, value = _pick(query, state_rows), _pick(key, context_rows), _pick(value, context_rows)
+            query_THd, key_SHd, value_SHd = (self._tokens(part) for part in (query, key, value))
+            attended = attend_spans(query_THd, key_SHd, value_SHd, *spans, dropout).view(query.shape)
+        else:
             mask = None if context_layout is None or sees_padding else context_layout.whole.mask_RL
             attended_RHND = attend(
                 self._heads(query, layout, state_rows),
                 self._heads(key, context_layout, context_rows),
                 self._heads(value, context_layout, context_rows),
                 mask,
-                self.dropout if self.training else 0.0,
+                dropout,
             )
             attended = attended_RHND.transpose(1, 2).flatten(2)
             if layout is not None:
@@ -105,6 +116,12 @@ class Attention(nn.Module):
         states_RND = _pick(states, rows) if layout is None else layout.whole.spread(states)
         heads_RHNd: Tensor = states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return heads_RHNd
+
+    def _tokens(self, states: Tensor) -> Tensor:
+        """Of all rows one after the other, shape (T, H, d)."""
+        tokens_TD = states if states.dim() == 2 else states.flatten(0, 1)
+        tokens_THd: Tensor = tokens_TD.unflatten(-1, (self.num_heads, -1))
+        return tokens_THd
 
     def _absorbed(self, query_TD: Tensor, context_RPD: Tensor, layout: Layout) -> Tensor:
         """Attention that never projects the context: q (W_k x) = (q W_k) x, and sum p (W_v x) = W_v (sum p x).
@@ -156,6 +173,13 @@ class FeedForward(nn.Module):
 
 def _pick(states: Tensor, rows: Tensor | None) -> Tensor:
     return states if rows is None else states.index_select(0, rows)
+
+
+def _spans(states: Tensor, layout: Layout | None, rows: Tensor | None) -> Spans:
+    if layout is not None:
+        assert layout.spans is not None
+        return layout.spans
+    return even_spans(len(states) if rows is None else len(rows), states.shape[1], states.device)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bridgetower.model.flash import Spans
+
 I64 = npt.NDArray[np.int64]
 
 
@@ -51,6 +53,8 @@ class Layout(NamedTuple):
     """All rows."""
     buckets: tuple[Grid, ...]
     """The same in parts whose rows are of similar length, for what costs much by token."""
+    spans: Spans | None
+    """Where each row's tokens stand; None where they are padded."""
 
 
 def padded(mask_RL: Tensor) -> Layout:
@@ -61,7 +65,7 @@ def padded(mask_RL: Tensor) -> Layout:
     """
     rows, width = mask_RL.shape
     grid = Grid(slice(0, rows), slice(0, rows * width), rows, width, None, mask_RL)
-    return Layout(grid, (grid,))
+    return Layout(grid, (grid,), None)
 
 
 class Packing:
@@ -70,7 +74,7 @@ class Packing:
     def __init__(self) -> None:
         """Begin with none."""
         self._tables: list[I64] = []
-        self._layouts: list[list[tuple[slice, slice, int, int, int | None]]] = []
+        self._layouts: list[tuple[list[tuple[slice, slice, int, int, int | None]], int]] = []
 
     def table(self, values: I64) -> int:
         """Take a table along. Returns: its number."""
@@ -96,7 +100,7 @@ class Packing:
                 place = self.table(place_RL[np.arange(width) < part_R[:, None]])
             tokens = slice(int(first_R[start]), int(first_R[end]))
             grids.append((slice(start, end), tokens, end - start, width, place))
-        self._layouts.append(grids)
+        self._layouts.append((grids, self.table(first_R)))
         return len(self._layouts) - 1
 
     def on(self, device: torch.device) -> tuple[list[Tensor], list[Layout]]:
@@ -106,11 +110,14 @@ class Packing:
         if device.type == "cuda":
             joined = joined.pin_memory()  # so that the host does not wait for the copy
         tables = list(joined.to(device, non_blocking=True).split(sizes))
-        return tables, [_on_device(grids, tables, device) for grids in self._layouts]
+        return tables, [_on_device(grids, tables[starts], tables, device) for grids, starts in self._layouts]
 
 
 def _on_device(
-    grids: list[tuple[slice, slice, int, int, int | None]], tables: list[Tensor], device: torch.device
+    grids: list[tuple[slice, slice, int, int, int | None]],
+    start_Z: Tensor,
+    tables: list[Tensor],
+    device: torch.device,
 ) -> Layout:
     found = []
     for rows, tokens, num_rows, width, number in grids:
@@ -120,7 +127,7 @@ def _on_device(
             mask = torch.zeros(num_rows * width, dtype=torch.bool, device=device)
             mask_RL = mask.index_fill_(0, place_T, True).unflatten(0, (num_rows, width))
         found.append(Grid(rows, tokens, num_rows, width, place_T, mask_RL))
-    return Layout(found[0], tuple(found[1:]))
+    return Layout(found[0], tuple(found[1:]), Spans(start_Z.to(torch.int32), found[0].width))
 
 
 def similar(length_R: I64, step: int) -> list[int]:

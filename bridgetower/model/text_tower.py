@@ -27,6 +27,7 @@ from transformers import (
 from bridgetower.config.schema import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.dropout import attend
+from bridgetower.model.flash import attend_spans, fits
 from bridgetower.model.named_sizes import fill_sizes
 from bridgetower.model.packing import Layout, padded
 
@@ -121,13 +122,18 @@ class TextTower(nn.Module):
 
 def _run_layer(layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
     attention, grid = layer.attention.self, layout.whole
-    query_RHLd, key_RHLd, value_RHLd = (
-        grid.spread(part(states_TD)).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        for part in (attention.query, attention.key, attention.value)
-    )
+    heads = (attention.num_attention_heads, -1)
+    parts = (part(states_TD) for part in (attention.query, attention.key, attention.value))
     dropout = attention.dropout.p if layer.training else 0.0
-    attended_RHLd = attend(query_RHLd, key_RHLd, value_RHLd, grid.mask_RL, dropout)
-    attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
+    if layout.spans is not None and fits(states_TD, attention.num_attention_heads):
+        query_THd, key_THd, value_THd = (part_TD.unflatten(-1, heads) for part_TD in parts)
+        attended_TD = attend_spans(query_THd, key_THd, value_THd, layout.spans, layout.spans, dropout).flatten(1)
+    else:
+        query_RHLd, key_RHLd, value_RHLd = (
+            grid.spread(part_TD).unflatten(-1, heads).transpose(1, 2) for part_TD in parts
+        )
+        attended_RHLd = attend(query_RHLd, key_RHLd, value_RHLd, grid.mask_RL, dropout)
+        attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
     states_TD = layer.attention.output(attended_TD, states_TD)
     result: Tensor = layer.output(layer.intermediate(states_TD), states_TD)
     return result
