@@ -65,7 +65,7 @@ def _headline(run: dict[str, Any], cluster: dict[str, Any]) -> str:
 
 def _assumptions(plan: dict[str, Any]) -> Iterable[str]:
     assumed, cluster = plan["assumptions"], plan["cluster"]
-    origin = "as given" if assumed["mfu_is_given"] else "a goal that no GPU has measured, --mfu sets it"
+    origin = "as given" if assumed["mfu_is_given"] else "an assumption, --mfu sets it"
     yield f"{assumed['mfu']:.0%} of {cluster['peak_tflops']:,.0f} TFLOP/s ({origin})"
     yield (
         f"captions of {assumed['text_tokens']:g} tokens (--text_tokens), pictures of {assumed['image_kb']:g} kB "

@@ -72,6 +72,15 @@ def test_steps_have_a_rate_their_operations_and_what_they_keep(measured):
         assert row["what"] != "eager" or row["kept_mb_per_pair"] > 0
 
 
+def test_engines_step_is_profiled(measured):
+    (row,) = rows_of(measured[1], "engine_base")
+    everything, *parts = row["profile"]
+    assert everything["kernel"] == "all work" and len(parts) == 40
+    assert [part["ms"] for part in parts] == sorted((part["ms"] for part in parts), reverse=True)
+    assert 0.5 * everything["ms"] < sum(part["ms"] for part in parts) < everything["ms"]
+    assert any("mm" in part["kernel"] for part in parts)
+
+
 def test_sides_have_the_same_loss_but_not_the_same_work(measured):
     ours, two_passes, plain, transformers = rows_of(measured[1], "sides")
     assert ours["gflop_per_pair"] < two_passes["gflop_per_pair"]
@@ -216,7 +225,7 @@ def test_rates_through_the_loader_stand_beside_what_is_asked_for(capsys):
 
 def test_sections_fit_into_eight_minutes_and_time_to_spare_goes_to_those_that_take_longer():
     sections = plan(small=False)
-    assert sum(section.seconds for section in sections) <= 450
+    assert sum(section.seconds for section in sections) <= 470
     left = 480.0
     for number, section in enumerate(sections):  # each takes what it is thought to
         given = seconds_for(section, sections[number:], left)
@@ -245,7 +254,7 @@ def test_every_kind_of_measurement_is_planned_and_what_matters_most_comes_first(
     runs = {name: option.get("runs", ()) for name, option in options.items()}
     for size in ("base", "large"):
         eager = [run for run in runs[f"steps_{size}"] if not run.recompute]
-        assert len({run.micro_batch for run in eager}) == 4
+        assert len({run.micro_batch for run in eager}) >= 2
         assert {run.recompute for run in runs[f"steps_{size}"]} == {(), EVERYTHING, ("fusion",)}
         assert runs[f"compiled_{size}"][0].compiled and runs[f"engine_{size}"]
     assert options["pipeline"]["preset"] == "base_4m" and options["pipeline_large"]["preset"] == "large_4m"
