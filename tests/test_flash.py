@@ -76,8 +76,10 @@ def test_kernel_agrees_with_row_by_row():
     start = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32)
     queries = Spans(start, 5)
     generator = torch.Generator(device).manual_seed(0)
-    parts = [torch.randn(n, 12, 64, device=device, generator=generator, dtype=torch.bfloat16) for n in (9, 1300, 1300)]
-    assert fits(parts[0].flatten(1), 12)
-    expected = attend_row_by_row(*(part.double() for part in parts), queries, keys, 0.0)
-    found = attend_spans(*parts, queries, keys, 0.0)
+    query_THd, key_SHd, value_SHd = (
+        torch.randn(n, 12, 64, device=device, generator=generator, dtype=torch.bfloat16) for n in (9, 1300, 1300)
+    )
+    assert fits(query_THd.flatten(1), 12)
+    expected = attend_row_by_row(query_THd.double(), key_SHd.double(), value_SHd.double(), queries, keys, 0.0)
+    found = attend_spans(query_THd, key_SHd, value_SHd, queries, keys, 0.0)
     assert float((found.double() - expected).norm() / expected.norm()) < 5e-3
