@@ -1,16 +1,20 @@
 """The training stream beside webdataset's plain pipeline and open_clip's, on the same shards, in one run.
 
-python benchmarks/data_stream.py [--images=256] [--rounds=7] [--seconds=6] [--batches=20000] [--out=FILE.json]
+python benchmarks/data_stream.py [--images=256] [--rounds=24] [--seconds=1] [--batches=20000] [--out=FILE.json]
 
 The photographs are scikit-image's, cut to the sizes of the corpora and stored as they are, so that each pair costs a
-decoding and a resize to 288 px; captions have the 12 tokens of the four corpora's mean. Sides take turns, in one order
-and then in the other; what counts is the median of the rounds, and of their ratios. All files are in the page cache.
+decoding and a resize to 288 px; captions have the 12 tokens of the four corpora's mean. Sides live side by side and
+take short turns, in one order and then in the other, so that what else the machine does meets all of them; what counts
+is the median of the rounds, and of their ratios. All files are in the page cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,8 +44,8 @@ from bridgetower.errors import ConfigError
 
 _FLAGS = {
     "images": "photographs of each size (default 256)",
-    "rounds": "turns of this stream and of decoding alone; the others have a third (default 7)",
-    "seconds": "of each turn (default 6)",
+    "rounds": "turns of this stream and of decoding alone; the others have a fourth (default 24)",
+    "seconds": "of each turn (default 1)",
     "batches": "of the memory measurement (default 20000)",
     "out": "JSON file for the results",
 }
@@ -51,7 +55,7 @@ _USAGE = "Usage: python benchmarks/data_stream.py [flags]\n\nFlags:\n" + "\n".jo
 _SIZES = {"500x375": (500, 375), "640x480": (640, 480)}
 _WORKERS = (1, 2)
 # Rounds in which pipelines that are several times slower take part; between the first two sides percents count.
-_OTHERS_EVERY = 3
+_OTHERS_EVERY = 4
 _REPO = Path(__file__).resolve().parent.parent
 # The shape of the four corpora: 9 million pairs in 400 shards.
 _SHARDS, _PAIRS_PER_SHARD, _GLOBAL_BATCH = 400, 22_500, 4_096
@@ -60,8 +64,8 @@ _SHARDS, _PAIRS_PER_SHARD, _GLOBAL_BATCH = 400, 22_500, 4_096
 def main(
     *unexpected: str,
     images: str = "256",
-    rounds: str = "7",
-    seconds: str = "6",
+    rounds: str = "24",
+    seconds: str = "1",
     batches: str = "20000",
     out: str = "",
     **unknown: str,
@@ -111,22 +115,72 @@ def _build(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder / "shards"
 
 
+class _Side:
+    """A side that waits for its turns, in one process or in some at a time."""
+
+    def __init__(self, name: str, shards: Path, workers: int) -> None:
+        # The limit is of one process; as many at a time as the others have workers share the machine's memory.
+        self._name = name
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stream_sides", name, str(shards), str(workers)]
+        self._processes = [
+            subprocess.Popen(
+                command,
+                cwd=_REPO,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            for _ in range(workers if name == LIMIT else 1)
+        ]
+        for process in self._processes:
+            self._line(process)  # it is ready
+
+    def turn(self, seconds: int) -> dict[str, float]:
+        """Let it work for a while. Returns: its rates."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+        found = [json.loads(self._line(process)) for process in self._processes]
+        return {
+            "pairs_per_second": sum(one["pairs"] / one["seconds"] for one in found),
+            "pairs_per_core_second": statistics.mean(one["pairs"] / one["busy_seconds"] for one in found),
+        }
+
+    def _line(self, process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        if not line:
+            raise ConfigError(f"The side {self._name!r} does not run:\n{process.stderr.read()[-2000:]}")
+        return line
+
+    def close(self) -> None:
+        """End it, with its workers."""
+        for process in self._processes:
+            try:
+                process.communicate(timeout=20)  # it ends with its input
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
 def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> list[dict[str, dict[str, float]]]:
     """Rates of each round by side; rate by name."""
     rounds: list[dict[str, dict[str, float]]] = []
-    for turn in range(turns):
-        rates = {}
-        sides = [side for side in SIDES if side in (LIMIT, OURS) or turn % _OTHERS_EVERY == 0]
-        for side in sides[:: -1 if turn % 2 else 1]:
-            # The limit is of one process; as many at a time as the others have workers share the machine's memory.
-            found = _run(side, shards, workers, seconds, processes=workers if side == LIMIT else 1)
-            rates[side] = {
-                "pairs_per_second": sum(one["pairs_per_second"] for one in found),
-                "pairs_per_core_second": statistics.mean(one["pairs_per_core_second"] for one in found),
-            }
-        for rate in rates.values():
-            rate["this_stream_is"] = rates[OURS]["pairs_per_core_second"] / rate["pairs_per_core_second"]
-        rounds.append(rates)
+    with contextlib.ExitStack() as living:
+        sides = {}
+        for name in SIDES:
+            sides[name] = _Side(name, shards, workers)
+            living.callback(sides[name].close)
+        for turn in range(turns):
+            names = [name for name in SIDES if name in (LIMIT, OURS) or turn % _OTHERS_EVERY == 0]
+            rates = {name: sides[name].turn(seconds) for name in names[:: -1 if turn % 2 else 1]}
+            for rate in rates.values():
+                rate["this_stream_is"] = rates[OURS]["pairs_per_core_second"] / rate["pairs_per_core_second"]
+            rounds.append(rates)
     return rounds
 
 
@@ -135,23 +189,6 @@ def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
         side: {name: statistics.median(rates[side][name] for rates in rounds if side in rates) for name in figures}
         for side, figures in rounds[0].items()
     }
-
-
-def _run(side: str, shards: Path, workers: int, seconds: int, *, processes: int) -> list[dict[str, float]]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stream_sides", side, str(shards)]
-    running = [
-        subprocess.Popen(
-            [*command, str(workers), str(seconds)], cwd=_REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(processes)
-    ]
-    found = []
-    for process in running:
-        output, errors = process.communicate()
-        if process.returncode:
-            raise ConfigError(f"The side {side!r} does not run:\n{errors[-2000:]}")
-        found.append(json.loads(output.splitlines()[-1]))
-    return found
 
 
 def _print_rates(title: str, rates: dict[str, dict[str, float]]) -> None:

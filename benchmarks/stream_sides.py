@@ -1,6 +1,8 @@
-"""One side of benchmarks/data_stream.py: python -m benchmarks.stream_sides SIDE SHARDS WORKERS SECONDS.
+"""One side of benchmarks/data_stream.py: python -m benchmarks.stream_sides SIDE SHARDS WORKERS.
 
-Prints a line of JSON: pairs per second, and per second of processor time of this process and its workers together.
+Each line that it reads is a number of seconds. For so long it takes batches, waits until its workers have filled their
+buffers again and rest, and prints a line of JSON: pairs, and seconds until then, of the clock and of processor time of
+this process and its workers together. So sides can take turns while all of them live.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ BATCH = 32
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Workers start and buffers fill before the clock runs.
 _WARM_UP_BATCHES = 12
+# Less than a fifth of so much processor time in so many seconds is rest; clocks tick in 0.01 s.
+_REST_SECONDS = 0.1
 
 
 def our_stream(folder: Path, workers: int, *, batch: int = BATCH, side_px: int = SIDE_PX) -> PretrainStream:
@@ -124,8 +128,8 @@ SIDES: dict[str, Callable[[Path, int], Iterator[Any]]] = {
 }
 
 
-def measure(side: str, folder: Path, workers: int, seconds: float) -> dict[str, float]:
-    """Take batches for a while.
+def serve(side: str, folder: Path, workers: int) -> None:
+    """Take batches as long as each line of the standard input says.
 
     Args:
         workers: 0 for the limit, which is of one process.
@@ -135,12 +139,26 @@ def measure(side: str, folder: Path, workers: int, seconds: float) -> dict[str, 
     batches = SIDES[side](folder, workers)
     for _ in range(_WARM_UP_BATCHES):
         next(batches)
-    start, busy_before, taken = time.perf_counter(), _busy_seconds(), 0
-    while time.perf_counter() - start < seconds:
-        next(batches)
-        taken += BATCH
-    passed, busy = time.perf_counter() - start, _busy_seconds() - busy_before
-    return {"pairs_per_second": taken / passed, "pairs_per_core_second": taken / busy}
+    _, busy = _resting()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seconds, start, taken = float(line), time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            next(batches)
+            taken += BATCH
+        before, (end, busy) = busy, _resting()
+        print(json.dumps({"pairs": taken, "seconds": end - start, "busy_seconds": busy - before}), flush=True)
+
+
+def _resting() -> tuple[float, float]:
+    """Wait until the workers have no more to do. Returns: when that was, and the processor time until then."""
+    busy = _busy_seconds()
+    while True:
+        now, before = time.perf_counter(), busy
+        time.sleep(_REST_SECONDS)
+        busy = _busy_seconds()
+        if busy - before < 0.2 * _REST_SECONDS:
+            return now, busy
 
 
 def _busy_seconds() -> float:
@@ -154,5 +172,5 @@ if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = (
         "false"  # as training has it: a thread for each caption costs more than it saves
     )
-    name, shards, processes, duration = sys.argv[1:]
-    print(json.dumps(measure(name, Path(shards), int(processes), float(duration))))
+    name, shards, processes = sys.argv[1:]
+    serve(name, Path(shards), int(processes))

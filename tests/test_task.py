@@ -114,7 +114,7 @@ def test_shared_vision_pass_gives_the_losses_and_gradients_of_two_separate_passe
 def test_each_image_runs_through_the_vision_tower_once_whatever_the_objectives(objectives):
     task = small_task(objectives)
     rows: list[int] = []
-    task.model.vision_tower.vit.conv1.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    task.model.vision_tower.vit.ln_pre.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     task(random_batch(pairs=6))
     assert rows == [6]
 

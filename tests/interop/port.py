@@ -6,6 +6,7 @@ Shapes: B pairs, L text tokens.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,22 @@ def port_config(
     )
 
 
+_MANY = 1_000_003
+
+
 def fill(module: nn.Module, std: float, seed: int = 0) -> None:
     """Random weights in place: matrices from N(0, std), vectors with values of their own, norms near 1."""
     rng = torch.Generator().manual_seed(seed)
+    # To draw 900 million numbers takes ten seconds: large tensors have the same ones over and over, each from another
+    # place on. It is a prime number of them, so that they fall differently in every row and every part of a tensor.
+    numbers = torch.randn(_MANY, generator=rng)
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(generator=rng)
+        for place, (name, parameter) in enumerate(module.named_parameters()):
+            if parameter.numel() < _MANY:
+                parameter.normal_(generator=rng)
+            else:
+                repeated = numbers.roll(1_009 * place).repeat(-(-parameter.numel() // _MANY))
+                parameter.copy_(repeated[: parameter.numel()].view_as(parameter))
             is_norm_scale = parameter.ndim == 1 and name.endswith("weight")
             if is_norm_scale:
                 parameter.mul_(0.1).add_(1.0)
@@ -94,7 +105,8 @@ class Port(NamedTuple):
 
 def build_port(config: BridgeTowerConfig, std: float = 0.05) -> Port:
     """Float32, evaluation mode."""
-    masked_lm = BridgeTowerForMaskedLM(config).eval()
+    with mock.patch.multiple(torch.Tensor, normal_=_as_it_is, uniform_=_as_it_is):  # all are filled below
+        masked_lm = BridgeTowerForMaskedLM(config).eval()
     retrieval = BridgeTowerForImageAndTextRetrieval.__new__(BridgeTowerForImageAndTextRetrieval)
     # A second backbone of a large model is 3.5 GB that nobody reads.
     retrieval.__dict__.update(BridgeTowerForImageAndTextRetrieval(_smallest(config)).__dict__)
@@ -104,6 +116,10 @@ def build_port(config: BridgeTowerConfig, std: float = 0.05) -> Port:
     fill(masked_lm, std)
     fill(retrieval.itm_score, std, seed=1)
     return Port(masked_lm, retrieval.eval())
+
+
+def _as_it_is(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+    return tensor
 
 
 def _smallest(config: BridgeTowerConfig) -> BridgeTowerConfig:
