@@ -145,7 +145,9 @@ def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, dict[s
     """
     # One heap for the threads of forward and backward: each would keep what it freed for itself.
     os.environ["MALLOC_ARENA_MAX"] = "1"
-    context = multiprocessing.get_context("spawn")
+    # The libraries are loaded once, in a process that never touches a device.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.step_sides"])
     sides: dict[str, tuple[Any, Connection]] = {}
     try:
         for name in names:

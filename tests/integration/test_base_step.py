@@ -56,6 +56,7 @@ def test_one_step_of_base_with_fused_adam_stays_below_12_gb(tmp_path):
         "--optim.implementation=fused",
         # bf16 where the processor computes it; elsewhere a step of emulated products takes ten minutes.
         "--engine.deepspeed=auto",
+        "--tracker.wandb=off",
         f"--run_root={tmp_path}",
     ]
     environment = {"OMP_NUM_THREADS": "2", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
