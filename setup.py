@@ -56,6 +56,8 @@ setup(
             "psutil>=7,<8",
             "moto[server]>=5.2,<6",
             "s3fs>=2026.2",
+            "gcsfs>=2026.2",
+            "gcp-storage-emulator>=2026.7",
             "pyarrow>=20",
             "pandas>=2.2,<4",  # of open_clip's training data pipeline
             "hypothesis>=6.150,<7",

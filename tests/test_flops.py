@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,6 +155,11 @@ COMPUTES = {
 )
 def test_closed_form_is_what_is_counted_whatever_is_saved(name, kinds, dropout):
     config = with_dropout(complete_model_config(MODELS[name]()), dropout)
+    if name == "tiny":  # layers below the bridges cost the same each
+        layers = config.fusion.num_layers
+        config = replace(
+            config, vision=replace(config.vision, num_layers=layers), text=replace(config.text, num_layers=layers)
+        )
     # Some captions without a masked token, and a part of similar captions that has none at all.
     masked = [0, 0, 1, 2, 1, 2, 3, 0]
     tokens = sorted(LENGTHS)[::4]

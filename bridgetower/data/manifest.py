@@ -86,18 +86,10 @@ def load_manifest(folder: str | Path) -> Manifest:
     """
     folder = place(folder)
     path = folder / MANIFEST_NAME
-    with reading(folder):
-        # A web server has no folders that could be asked for.
-        is_there = _is_of_web_server(folder) or folder.is_dir()
-    if not is_there:
-        raise DataError(
-            f"The shard folder {folder} does not exist. Build it with "
-            f"`python data_prep/build_shards.py SOURCE --raw=DIR --out={folder}`, or correct data.train_shards "
-            "or data.eval_shards."
-        )
     try:
         content = json.loads(read_whole(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        _check_there(folder)
         inner = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST_NAME}"))
         hint = (
             f"Its splits are folders of their own: {', '.join(str(folder / name) for name in inner)}."
@@ -139,6 +131,19 @@ def load_manifest(folder: str | Path) -> Manifest:
         for shard in manifest.shards:
             _check_files(folder / shard.name, shard.bytes, sizes)
     return manifest
+
+
+def _check_there(folder: Path) -> None:
+    """Only asked once the manifest is not there: clients of stores take one that does not answer for no folder."""
+    with reading(folder):
+        # A web server has no folders that could be asked for.
+        if _is_of_web_server(folder) or folder.is_dir():
+            return
+    raise DataError(
+        f"The shard folder {folder} does not exist. Build it with "
+        f"`python data_prep/build_shards.py SOURCE --raw=DIR --out={folder}`, or correct data.train_shards "
+        "or data.eval_shards."
+    )
 
 
 def _is_of_web_server(folder: Path) -> bool:

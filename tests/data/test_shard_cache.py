@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gcp_storage_emulator.server import create_server
 
 import bridgetower.data.shard_cache as shard_cache_module
 import bridgetower.storage as storage_module
@@ -464,6 +466,26 @@ def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, 
         size = max(entry.bytes for entry in load_manifest(corpus).shards)
         remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
         assert all(fault.times == 0 for fault in proxy.faults)
+    assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
+
+
+def test_a_stream_over_google_cloud_storage_is_that_of_the_folder(corpus, tmp_path, monkeypatch):
+    """Google's client, against an emulator of the service."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_DEFAULT_TOKEN", "anon")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "tests")
+    with create_server("127.0.0.1", port, in_memory=True, default_bucket="corpora"):
+        url = "gs://corpora/corpus"
+        for file in sorted(corpus.iterdir()):
+            if file.is_file():
+                (place(url) / file.name).write_bytes(file.read_bytes())
+        size = max(entry.bytes for entry in load_manifest(url).shards)
+        remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
+        with pytest.raises(DataError, match=r"gs://corpora/nowhere does not exist"):
+            load_manifest("gs://corpora/nowhere")
     assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
 
 
