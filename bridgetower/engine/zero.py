@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """DeepSpeed's ZeRO 1 and 2, with the same results."""
+    """DeepSpeed's ZeRO 2 (and 1, but for bfloat16, which has an optimiser of its own there), with the same results."""
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Nothing: the norm, which ``step`` looks at too, is not finite if a number of the gradient is not."""
