@@ -117,7 +117,7 @@ def joined_projections(pairs: int, dtype: torch.dtype) -> Ways:
     config = base().fusion
     attention, apart = (Attention(config).to(dtype).eval() for _ in range(2))
     apart.load_state_dict(attention.state_dict())
-    apart.project = lambda states, *parts: tuple(part(states) for part in parts)  # type: ignore[method-assign]
+    apart.project = lambda states, *parts: (states, *(part(states) for part in parts))  # type: ignore[method-assign]
     states = _states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
     leaves = [states, *attention.parameters(), *apart.parameters()]
     return lambda: attention(states, states).sum(), lambda: apart(states, states).sum(), leaves

@@ -440,6 +440,8 @@ class ComputeConfig:
     """Texts attend to images without projecting these to keys and values, where captions are short."""
     joint_pass: bool = True
     """MLM and ITM go through the cross-modal encoder together; off: one after the other."""
+    fuse_kernels: bool = True
+    """On a GPU, sums, dropout and norms in one kernel, activations with their biases in one; off: torch's operators."""
     recompute: tuple[str, ...] = ()
     """Parts whose layers are computed again in the backward pass instead of kept: some of vision, text, fusion."""
     compile: bool = False
@@ -459,6 +461,7 @@ PLAIN = ComputeConfig(
     share_first_layer=False,
     absorb_projections=False,
     joint_pass=False,
+    fuse_kernels=False,
 )
 """The step without any of it."""
 

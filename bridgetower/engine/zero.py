@@ -1,8 +1,11 @@
-"""ZeRO's step over whole partitions.
+"""ZeRO's step over whole partitions and buckets.
 
 DeepSpeed 0.19.8 looks at the gradient tensor by tensor: for numbers that are not finite, and for its norm. On a GPU
 that is a dozen kernels for each of 700 tensors, most of a few hundred numbers, and took longer than a step's forward
 pass. A rank's share of a parameter group is one piece of memory, and so is looked at as one.
+
+It also copies each gradient into its bucket as it comes, which kept the host busy for 60 ms of a step whose kernels take
+200. Here a bucket is filled at once, when it is full.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
 
@@ -43,6 +46,82 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         mask_nan_or_inf_with_val_inplace(total, device=total.device)
         return total
 
+    def should_refresh_expected_hook_count(self) -> bool:
+        """No, where torch says when the backward pass is over: counting the gradients to come takes 10 ms."""
+        return self._backward_active_depth == 0 and bool(super().should_refresh_expected_hook_count())
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor, i: int) -> None:
+        """Note a gradient for its bucket, which is reduced before it has more than it can hold."""
+        size = param.numel()
+        if not self._fills_at_once(i) or not 0 < size <= self.reduce_bucket_size:
+            super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+            return
+        dtype = self.get_param_comm_dtype(param)
+        bucket = self.ipg_buckets[dtype]
+        if bucket.elements + size > self.reduce_bucket_size:
+            self.reduce_ipg_grads(comm_dtype=dtype)
+            if self.overlap_comm:
+                bucket.index = 1 - bucket.index
+        bucket.elements += size
+        bucket.grads.append(param.grad)
+        bucket.params.append((i, param.param_idx_in_group, self.get_param_id(param)))
+        if param.is_cuda:
+            bucket.copy_streams.add(torch.cuda.current_stream())
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Fill the buckets, and reduce them."""
+        for dtype, bucket in self.ipg_buckets.items():
+            is_reduced = comm_dtype in (None, dtype) and dtype not in self.extra_large_param_to_reduce
+            if is_reduced and bucket.params and all(self._fills_at_once(group) for group, _, _ in bucket.params):
+                self._fill(bucket)
+        super().reduce_ipg_grads(comm_dtype)
+
+    def _fills_at_once(self, group_index: int) -> bool:
+        """Whether a group's gradients are added to the partition, so that nobody reads them in the bucket later."""
+        known: dict[int, bool] = self.__dict__.setdefault("_groups_at_once", {})
+        if group_index not in known:
+            known[group_index] = (
+                self.contiguous_gradients
+                and self.partition_gradients
+                and not self.cpu_offload
+                and not self.zenflow
+                and not self.use_grad_accum_attribute
+                and self._use_compact_grad_partition_buffer(group_index)
+            )
+        return known[group_index]
+
+    def _build_compact_grad_partition_buffer(self, group_idx: int) -> GradPartitionBufferGroup:
+        """A group's partition of zeros, and its tensors in it, which are where they were the last time."""
+        known: dict[int, list[tuple[torch.Size, bool]]] = self.__dict__.setdefault("_partition_shapes", {})
+        if group_idx not in known:
+            first = super()._build_compact_grad_partition_buffer(group_idx)
+            known[group_idx] = [(part.shape, hasattr(part, "_zero_padding")) for part in first]
+            return first
+        shapes = known[group_idx]
+        weights = self.bit16_groups[group_idx][0]
+        flat = torch.zeros(
+            int(self.partition_size[group_idx]), dtype=self.gradient_accumulation_dtype, device=weights.device
+        )
+        parts = []
+        for part, (shape, is_padding) in zip(flat.split([shape.numel() for shape, _ in shapes]), shapes, strict=True):
+            parts.append(part.view(shape))
+            if is_padding:
+                parts[-1]._zero_padding = True
+        return GradPartitionBufferGroup(parts, flat)
+
+    def _fill(self, bucket: Any) -> None:
+        if bucket.copy_streams:
+            here = torch.cuda.current_stream()
+            for stream in bucket.copy_streams - {here}:
+                here.wait_stream(stream)
+            bucket.copy_streams = {here}
+        buffer = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
+        places = buffer.split([gradient.numel() for gradient in bucket.grads])
+        torch._foreach_copy_(places, [gradient.reshape(-1) for gradient in bucket.grads])
+        bucket.grads.clear()
+        for group, number, _ in bucket.params:
+            self.bit16_groups[group][number].grad = None
+
     def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
         """Add the gradients of a bucket to the partition; a single rank has nobody to average with.
 
@@ -61,8 +140,9 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         for stream in bucket.copy_streams:
             torch.cuda.current_stream().wait_stream(stream)
         sizes = [self.bit16_groups[group][number].numel() for group, number, _ in bucket.params]
+        flat = {group: self._get_compact_grad_partition_buffer(group).flat_partition for group in groups}
         shares = [
-            self._get_compact_grad_partition_slice(group, 0, parameter, size)
+            flat[group].narrow(0, int(self.grad_partition_insertion_offset[group][0][parameter]), size)
             for (group, _, parameter), size in zip(bucket.params, sizes, strict=True)
         ]
         torch._foreach_add_(shares, list(tensor.to(shares[0].dtype).split(sizes)))
@@ -77,3 +157,6 @@ def look_at_partitions(optimizer: Any) -> None:
     """Give DeepSpeed's ZeRO optimiser these methods, in place; others stay as they are."""
     if type(optimizer) is DeepSpeedZeroOptimizer:
         optimizer.__class__ = PartitionedZero
+        if torch.distributed.get_world_size(optimizer.dp_process_group) == 1:
+            # There is nothing to overlap with, but DeepSpeed would wait for the device after each backward pass.
+            optimizer.overlap_comm = False

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
+from bridgetower.model import fused
 from bridgetower.model.dropout import attend, drop
 from bridgetower.model.flash import Spans, attend_spans, even_spans, fits
+from bridgetower.model.fused import Shared, expand, project, project_add_norm
 from bridgetower.model.packing import Layout
 
 
 class Attention(nn.Module):
     """Multi-head attention: LN(x + Dropout(W_o attention(x, context)))."""
+
+    uses_kernels = True
 
     def __init__(self, config: FusionConfig) -> None:
         """Build it for self-attention or cross-attention; the two differ only in their context."""
@@ -38,8 +42,8 @@ class Attention(nn.Module):
         layout: Layout | None = None,
         context_layout: Layout | None = None,
         *,
-        state_rows: Tensor | None = None,
-        context_rows: Tensor | None = None,
+        state_rows: Shared | None = None,
+        context_rows: Shared | None = None,
         absorb: bool = False,
         sees_padding: bool = False,
     ) -> Tensor:
@@ -65,10 +69,10 @@ class Attention(nn.Module):
             attended = self._absorbed(query, _pick(context, context_rows), layout)
             return self.finish(attended, _pick(states, state_rows))
         if states is context:
-            query, key, value = self.project(states, self.query, self.key, self.value)
+            states, query, key, value = self.project(states, self.query, self.key, self.value)
         else:
-            query = self.query(states)
-            key, value = self.project(context, self.key, self.value)
+            states, query = self.project(states, self.query)
+            _, key, value = self.project(context, self.key, self.value)
         dropout = self.dropout if self.training else 0.0
         if spans:
             query, key, value = _pick(query, state_rows), _pick(key, context_rows), _pick(value, context_rows)
@@ -88,17 +92,19 @@ class Attention(nn.Module):
                 attended = layout.whole.collect(attended)
         return self.finish(attended, _pick(states, state_rows))
 
-    def project(self, states: Tensor, *parts: nn.Linear) -> tuple[Tensor, ...]:
-        """Some projections of the same states; of dense ones in one product, which reads them once."""
-        if states.dim() == 2:  # a few tokens: not worth the copy of the weights
-            return tuple(part(states) for part in parts)
-        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-        return F.linear(states, weight, bias).chunk(len(parts), dim=-1)
+    def project(self, states: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """The states, and some projections of them; where it is worth the copy of the weights, in one product."""
+        if len(layers) == 1:
+            return project(states, layers[0].weight, layers[0].bias, kernels=self.uses_kernels)
+        if states.dim() == 2 and not (self.uses_kernels and fused.fits(states)):  # a few tokens
+            return states, *(layer(states) for layer in layers)
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        return project(states, weight, bias, len(layers), kernels=self.uses_kernels)
 
     def finish(self, attended: Tensor, states: Tensor) -> Tensor:
         """Project what was attended to, and add it to the states."""
-        result: Tensor = self.norm(states + drop(self.output(attended), self.dropout, self.training))
-        return result
+        dropout = self.dropout if self.training else 0.0
+        return project_add_norm(states, attended, self.output, self.norm, dropout, kernels=self.uses_kernels)[1]
 
     def shares(
         self, states_TD: Tensor, context: Tensor, layout: Layout | None, context_layout: Layout | None
@@ -112,7 +118,7 @@ class Attention(nn.Module):
             scores_RHQN = scores_RHQN.masked_fill(~mask[:, None, None, :], float("-inf"))
         return scores_RHQN.float().softmax(dim=-1)
 
-    def _heads(self, states: Tensor, layout: Layout | None, rows: Tensor | None = None) -> Tensor:
+    def _heads(self, states: Tensor, layout: Layout | None, rows: Shared | None = None) -> Tensor:
         states_RND = _pick(states, rows) if layout is None else layout.whole.spread(states)
         heads_RHNd: Tensor = states_RND.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return heads_RHNd
@@ -156,6 +162,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """LN(x + Dropout(W_2 GELU(W_1 x)))."""
 
+    uses_kernels = True
+
     def __init__(self, config: FusionConfig) -> None:
         """Build it with four times the width inside."""
         super().__init__()
@@ -166,20 +174,20 @@ class FeedForward(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Shape (..., D) to the same."""
-        update = self.contract(F.gelu(self.expand(states)))
-        result: Tensor = self.norm(states + drop(update, self.dropout, self.training))
-        return result
+        dropout = self.dropout if self.training else 0.0
+        states, inner = expand(states, self.expand, kernels=self.uses_kernels)
+        return project_add_norm(states, inner, self.contract, self.norm, dropout, kernels=self.uses_kernels)[1]
 
 
-def _pick(states: Tensor, rows: Tensor | None) -> Tensor:
-    return states if rows is None else states.index_select(0, rows)
+def _pick(states: Tensor, rows: Shared | None) -> Tensor:
+    return states if rows is None else rows.take(states)
 
 
-def _spans(states: Tensor, layout: Layout | None, rows: Tensor | None) -> Spans:
+def _spans(states: Tensor, layout: Layout | None, rows: Shared | None) -> Spans:
     if layout is not None:
         assert layout.spans is not None
         return layout.spans
-    return even_spans(len(states) if rows is None else len(rows), states.shape[1], states.device)
+    return even_spans(len(states) if rows is None else len(rows.index_R), states.shape[1], states.device)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

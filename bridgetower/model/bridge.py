@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model.attention import Attention, FeedForward
+from bridgetower.model.fused import add_norm
 from bridgetower.model.init import ZeroInitLinear
 from bridgetower.model.packing import Layout
 
@@ -61,6 +62,12 @@ class NormedBridge(Bridge):
 
 class AddBridge(NormedBridge):
     """(a) LN(x + y), the published model."""
+
+    uses_kernels = True
+
+    def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
+        """Add and norm."""
+        return add_norm(tower_ND, cross_ND, self.norm, kernels=self.uses_kernels)
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Add."""

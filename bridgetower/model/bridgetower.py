@@ -91,8 +91,6 @@ class BridgeTower(nn.Module):
         super().__init__()
         config = complete_model_config(config)
         self.config = config
-        self.compute = ComputeConfig()
-        """How work is saved; may be set anew at any time."""
         fusion = config.fusion
         self.vision_tower = VisionTower(config.vision, config.image_size_px)
         self.text_tower = TextTower(config.text)
@@ -118,6 +116,19 @@ class BridgeTower(nn.Module):
         self.heads = nn.ModuleDict()
         for name in heads:
             self.add_head(name)
+        self.compute = ComputeConfig()
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """How work is saved; may be set anew at any time."""
+        return self._compute
+
+    @compute.setter
+    def compute(self, compute: ComputeConfig) -> None:
+        self._compute = compute
+        for module in self.modules():
+            if hasattr(module, "uses_kernels"):
+                module.uses_kernels = compute.fuse_kernels
 
     def add_head(self, name: str) -> None:
         """Add a head with its initial weights, as fine-tuning does to a pretrained model.

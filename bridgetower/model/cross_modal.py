@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bridgetower.config.schema import ComputeConfig, FusionConfig
 from bridgetower.model.attention import Attention, FeedForward
 from bridgetower.model.bridge import BRIDGE_EPS, build_bridge
+from bridgetower.model.fused import Shared, norm, share
 from bridgetower.model.packing import Layout
 
 
@@ -59,6 +60,8 @@ class CrossModalEncoder(nn.Module):
     External layers stand after the bridged ones and have no bridge. If all are external (METER), the first has no norm.
     """
 
+    uses_kernels = True
+
     def __init__(self, config: FusionConfig) -> None:
         """Build it."""
         super().__init__()
@@ -100,17 +103,21 @@ class CrossModalEncoder(nn.Module):
         """
         text_TD, image_RPD = text_KTD[0], image_KNPD[0]
         if self.num_bridged:
-            text_TD, image_RPD = self.text_norm(text_TD), self.image_norm(image_RPD)
-        rows = image_R  # of image_RPD; None once each row has its own state
+            text_TD, image_RPD = (
+                norm(states, layer, kernels=self.uses_kernels)[1]
+                for states, layer in ((text_TD, self.text_norm), (image_RPD, self.image_norm))
+            )
+        shared = None if image_R is None else share(image_R, image_KNPD[0], kernels=self.uses_kernels)
+        rows = shared  # of image_RPD; None once each row has its own state
         if rows is not None and not compute.share_first_layer:
-            image_RPD, rows = image_RPD.index_select(0, rows), None
+            image_RPD, rows = rows.take(image_RPD), None
         recompute = "fusion" in compute.recompute and torch.is_grad_enabled()
         last = len(self.text_layers) - 1
         for number in range(last + 1):
             is_bridged = 0 < number < self.num_bridged
             towers = (text_KTD[number], image_KNPD[number]) if is_bridged else None
             read = wanted if number == last and compute.prune_last_layer else None
-            arguments = (number, towers, text_TD, image_RPD, layout, image_R, rows, read, compute, maps)
+            arguments = (number, towers, text_TD, image_RPD, layout, shared, rows, read, compute, maps)
             # Recomputing keeps only what enters a layer, and computes it again for its gradient.
             text_TD, image_RPD = (
                 checkpoint(self._layer, *arguments, use_reentrant=False) if recompute else self._layer(*arguments)
@@ -127,8 +134,8 @@ class CrossModalEncoder(nn.Module):
         text_TD: Tensor,
         image_RPD: Tensor,
         layout: Layout,
-        image_R: Tensor | None,
-        rows: Tensor | None,
+        shared: Shared | None,
+        rows: Shared | None,
         wanted: Wanted | None,
         compute: ComputeConfig,
         maps: AttentionMaps | None,
@@ -136,8 +143,8 @@ class CrossModalEncoder(nn.Module):
         """Bridges, and one layer of both streams; each reads the other as it entered the layer."""
         if towers is not None:
             tower_TD, tower_RPD = towers
-            if image_R is not None:
-                tower_RPD = tower_RPD.index_select(0, image_R)
+            if shared is not None:
+                tower_RPD = shared.take(tower_RPD)
             text_TD = self.text_bridges[number - 1](tower_TD, text_TD, layout)
             image_RPD = self.image_bridges[number - 1](tower_RPD, image_RPD, None)
         if maps is not None:
@@ -153,7 +160,7 @@ class CrossModalEncoder(nn.Module):
         text_TD: Tensor,
         layout: Layout,
         image_RPD: Tensor,
-        rows: Tensor | None,
+        rows: Shared | None,
         wanted: Wanted | None,
         absorb: bool,
     ) -> Tensor:
@@ -170,7 +177,7 @@ class CrossModalEncoder(nn.Module):
         self,
         number: int,
         image_RPD: Tensor,
-        rows: Tensor | None,
+        rows: Shared | None,
         text_TD: Tensor,
         layout: Layout,
         wanted: Wanted | None,
@@ -181,7 +188,7 @@ class CrossModalEncoder(nn.Module):
             if wanted.image_rows.start == wanted.image_rows.stop:
                 return image_RPD[:0, :1]
             if rows is not None:
-                image_RPD, rows = image_RPD.index_select(0, rows), None
+                image_RPD, rows = rows.take(image_RPD), None
             image_RPD, text_TD, layout = image_RPD[wanted.image_rows], text_TD[wanted.tokens], wanted.layout
             states = layer.self_attention(image_RPD[:, :1], image_RPD)
         elif rows is not None and self.training and self.dropout:

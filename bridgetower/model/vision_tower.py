@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
+from bridgetower.model.fused import expand, norm, project, project_add_norm
 from bridgetower.model.named_sizes import fill_sizes
 
 _TIMM_VITS = (timm.models.VisionTransformer, timm.models.Eva, timm.models.VisionTransformerRelPos)
@@ -33,6 +34,8 @@ class VisionTower(nn.Module):
 
     A tower without a class token (SigLIP's) gets the mean of its patches in that place, at each layer.
     """
+
+    uses_kernels = True
 
     def __init__(self, config: VisionTowerConfig, image_size_px: int) -> None:
         """Build it with random weights.
@@ -80,18 +83,20 @@ class VisionTower(nn.Module):
             for patches_BND, registers_BRD in pairs
         ]
 
-    @staticmethod
-    def _clip_states(vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int, recompute: bool) -> list[Tensor]:
+    def _clip_states(
+        self, vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int, recompute: bool
+    ) -> list[Tensor]:
         patches_BND = _embed_patches(vit.conv1, pixels_B3SS)
         class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
         states_BPD = torch.cat([class_B1D, patches_BND], dim=1) + vit.positional_embedding.to(patches_BND.dtype)
-        states_BPD = vit.ln_pre(states_BPD)
+        states_BPD = norm(states_BPD, vit.ln_pre, kernels=self.uses_kernels)[1]
         blocks = list(vit.transformer.resblocks)
         handed_out = []
         for number, block in enumerate(blocks):
             states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
             if number >= len(blocks) - num_states:
-                handed_out.append(vit.ln_post(states_BPD))
+                states_BPD, normed_BPD = norm(states_BPD, vit.ln_post, kernels=self.uses_kernels)
+                handed_out.append(normed_BPD)
         return handed_out
 
 
@@ -106,18 +111,29 @@ def _embed_patches(conv: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
 class _Block(ResidualAttentionBlock):  # type: ignore[misc]
     """open_clip's, without the copies that nn.MultiheadAttention makes of queries, keys and values."""
 
+    uses_kernels = True
+
     def forward(self, states_BPD: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
         """As open_clip's in a vision tower, where nothing else is attended to and nothing is masked."""
         assert k_x is None and v_x is None and attn_mask is None
-        attention = self.attn
-        joined = F.linear(self.ln_1(states_BPD), attention.in_proj_weight, attention.in_proj_bias)
-        parts = joined.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        attended_BHPd = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
-        states_BPD = states_BPD + self.ls_1(attention.out_proj(attended_BHPd.transpose(1, 2).flatten(2)))
-        inner = self.mlp.c_fc(self.ln_2(states_BPD))
-        # x * sigmoid(1.702 x), keeping one tensor for the backward pass instead of three.
-        inner = F.silu(1.702 * inner) / 1.702 if isinstance(self.mlp.gelu, QuickGELU) else self.mlp.gelu(inner)
-        result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner))
+        attention, mlp, kernels = self.attn, self.mlp, self.uses_kernels
+        states_BPD, normed_BPD = norm(states_BPD, self.ln_1, kernels=kernels)
+        _, *parts = project(normed_BPD, attention.in_proj_weight, attention.in_proj_bias, 3, kernels=kernels)
+        heads_BHPd = (part_BPD.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part_BPD in parts)
+        attended_BHPd = F.scaled_dot_product_attention(*heads_BHPd)
+        attended_BPD = attended_BHPd.transpose(1, 2).flatten(2)
+        if isinstance(self.ls_1, nn.Identity):
+            states_BPD, normed_BPD = project_add_norm(
+                states_BPD, attended_BPD, attention.out_proj, self.ln_2, 0.0, kernels=kernels
+            )
+        else:
+            states_BPD = states_BPD + self.ls_1(attention.out_proj(attended_BPD))
+            states_BPD, normed_BPD = norm(states_BPD, self.ln_2, kernels=kernels)
+        if isinstance(mlp.gelu, QuickGELU) or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none"):
+            _, inner = expand(normed_BPD, mlp.c_fc, quick=isinstance(mlp.gelu, QuickGELU), kernels=kernels)
+        else:
+            inner = mlp.gelu(mlp.c_fc(normed_BPD))
+        result: Tensor = states_BPD + self.ls_2(mlp.c_proj(inner))
         return result
 
 

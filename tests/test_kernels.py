@@ -1,0 +1,224 @@
+"""The Triton kernels beside torch's operators: on a GPU as they are, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridgetower.config.schema import PLAIN, ComputeConfig
+from bridgetower.model import attention, fused, text_tower
+from bridgetower.model.fused import share
+from tests.small_models import EVERY_OBJECTIVE, random_batch, shake, small_config
+from tests.test_step import RECOMPUTED, assert_agree, computed
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.task import PretrainTask
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+kernels = pytest.importorskip("bridgetower.model.kernels", reason="this build of torch has no Triton")
+short_attention = pytest.importorskip("bridgetower.model.short_attention")
+ROWS, WIDTHS = (1, 6, 37), (96, 128)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).requires_grad_()
+
+
+def norm_of(width: int) -> nn.LayerNorm:
+    layer = nn.LayerNorm(width, eps=1e-5).to(DEVICE)
+    shake(layer)
+    return layer
+
+
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Values, and gradients of a random sum of them."""
+    factors = [torch.randn_like(value) for value in expected]
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-5, atol=1e-5)
+    one, other = (
+        torch.autograd.grad(values, leaves, factors, retain_graph=True) for values in (list(found), list(expected))
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm(rows, width):
+    states, layer = drawn(rows, width), norm_of(width)
+    assert_same(kernels.norm(states, layer), (states, layer(states)), [states, *layer.parameters()])
+    alone = kernels.norm(states, layer)[1]
+    assert_same([alone], [layer(states)], [states, *layer.parameters()])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_sum_and_its_norm(rows, has_bias):
+    states, update, layer = drawn(rows, 96), drawn(rows, 96), norm_of(96)
+    bias = drawn(96) if has_bias else None
+    total = states + update + (0.0 if bias is None else bias)
+    leaves = [states, update, *([] if bias is None else [bias]), *layer.parameters()]
+    assert_same(kernels.add_norm(states, update, bias, layer, 0.0), (total, layer(total)), leaves)
+    assert_same(kernels.add_norm(states, update, bias, layer, 0.0)[1:], [layer(total)], leaves)
+
+
+def test_sum_with_dropout_keeps_the_share_that_it_should_and_drops_the_same_in_the_backward_pass():
+    states, update, bias, layer = drawn(100, 96), drawn(100, 96), drawn(96), norm_of(96)
+    found = kernels.add_norm(states, update, bias, layer, 0.3)
+    is_left = (found[0] != states).float()
+    total = states + (update + bias) * is_left / 0.7
+    assert_same(found, (total, layer(total)), [states, update, bias, *layer.parameters()])
+    assert float(is_left.mean()) == pytest.approx(0.7, abs=0.02)  # 9,600 draws: a deviation is 0.0047
+    # No row, column or neighbour has more than chance has it.
+    assert float(is_left.mean(dim=1).std()) == pytest.approx((0.21 / 96) ** 0.5, rel=0.2)
+    assert float(is_left.mean(dim=0).std()) == pytest.approx((0.21 / 100) ** 0.5, rel=0.3)
+    for one, other in ((is_left[1:], is_left[:-1]), (is_left[:, 1:], is_left[:, :-1])):
+        assert float((one * other).mean()) == pytest.approx(0.49, abs=0.02)
+
+
+def test_dropout_is_drawn_anew_by_torchs_generator():
+    states, update, layer = drawn(8, 96), drawn(8, 96), norm_of(96)
+
+    def dropped(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [kernels.add_norm(states, update, None, layer, 0.5)[0] for _ in range(2)]
+
+    first, second = dropped(1)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, dropped(1), (first, second)))
+    assert not torch.equal(dropped(2)[0], first)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_activation(rows, is_quick):
+    inner, bias = drawn(rows, 300), drawn(300)
+    value = inner + bias
+    expected = value * torch.sigmoid(1.702 * value) if is_quick else F.gelu(value)
+    assert_same([kernels.activate(inner, bias, is_quick)], [expected], [inner, bias])
+
+
+@pytest.mark.parametrize(("width", "parts"), [(128, 3), (256, 2), (96, 3), (128, 1)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_projections(width, parts, has_bias):
+    states, weight = drawn(2, 37, width), drawn(parts * width, width)
+    bias = drawn(parts * width) if has_bias else None
+    leaves = [states, weight, *([] if bias is None else [bias])]
+    projected = F.linear(states, weight, bias).chunk(parts, dim=-1)
+    assert_same(kernels.project(states, weight, bias, parts), (states, *projected), leaves)
+    assert_same(kernels.project(states, weight, bias, parts)[1:], projected, leaves)
+
+
+def test_rows_that_are_read_more_than_once_or_never():
+    states, index = drawn(6, 5, 2, 96), torch.tensor([3, 0, 0, 5, 3, 1, 3], device=DEVICE)
+    shared = share(index, states[:, :, 1], kernels=True)
+    if shared.order_R is None:  # not on a GPU
+        order_R = index.argsort(stable=True)
+        shared = shared._replace(
+            order_R=order_R, start_Z=torch.searchsorted(index[order_R], torch.arange(7, device=DEVICE))
+        )
+    taken = kernels.take(states[:, :, 1], *shared)  # rows that do not stand together
+    assert_same([taken], [states[:, :, 1].index_select(0, index)], [states])
+
+
+def starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def attend_row_by_row(query: Tensor, key: Tensor, value: Tensor, lengths, is_left=None, dropout=0.0) -> Tensor:
+    rows = []
+    queries, keys, values = (part.split(n) for part, n in zip((query, key, value), (*lengths, lengths[1]), strict=True))
+    for number, parts in enumerate(zip(queries, keys, values, strict=True)):
+        query_HTd, key_HSd, value_HSd = (part.transpose(0, 1) for part in parts)
+        share_HTS = (query_HTd @ key_HSd.transpose(1, 2) / query_HTd.shape[-1] ** 0.5).softmax(dim=-1)
+        if is_left is not None:
+            share_HTS = share_HTS * is_left[number] / (1 - dropout)
+        rows.append((share_HTS @ value_HSd).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([100, 70], [3, 17]), ([3, 0, 17], [90, 70, 90]), ([5, 1, 12], [5, 1, 12]), ([70, 1], [40, 50])],
+    ids=["images to texts", "texts to images, one without a query", "texts", "longer texts"],
+)
+def test_attention_with_a_short_side(queries, keys):
+    heads, width, dropout = 2, 16, 0.3
+    query, joined = drawn(sum(queries), heads, width), drawn(sum(keys), 2, heads, width)
+    key, value = joined.unbind(1)
+    spans = starts(queries), starts(keys), max(queries), max(keys)
+    leaves, lengths = [query, joined], (queries, keys)
+    assert_same(
+        [short_attention.attend_short(query, key, value, *spans, 0.0)],
+        [attend_row_by_row(query, key, value, lengths)],
+        leaves,
+    )
+
+    def attend(values: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return short_attention.attend_short(query, key, values, *spans, dropout)
+
+    # Which shares are left is seen by values that are one for one key each.
+    is_left = [torch.zeros(heads, *shape, device=DEVICE) for shape in zip(queries, keys, strict=True)]
+    for piece in range(0, max(keys), width):
+        marks = torch.zeros(sum(keys), heads, width, device=DEVICE)
+        for part, count in zip(marks.split(keys), keys, strict=True):
+            ones = torch.eye(width, device=DEVICE)[: max(0, count - piece)]
+            part[piece : piece + len(ones)] = ones[:, None]
+        for found, part in zip(is_left, attend(marks).split(queries), strict=True):
+            place = found[:, :, piece : piece + width]
+            place.copy_((part.transpose(0, 1) > 0)[:, :, : place.shape[2]])
+    share_left = torch.cat([part.flatten() for part in is_left])
+    assert float(share_left.mean()) == pytest.approx(0.7, abs=5 * (0.21 / len(share_left)) ** 0.5)
+    assert_same([attend(value)], [attend_row_by_row(query, key, value, lengths, is_left, dropout)], leaves)
+
+
+def test_what_is_for_these_kernels():
+    assert short_attention.takes(325, 50, 64) and short_attention.takes(50, 325, 64)
+    assert not short_attention.takes(325, 325, 64)  # no side is short
+    assert not short_attention.takes(50, 325, 40)  # tiles are powers of two
+    assert not short_attention.takes(50, 5000, 64)
+
+
+@pytest.fixture
+def kernel_task(monkeypatch) -> PretrainTask:
+    """A model in float32 whose heads the kernels take, and the way that a GPU goes."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(fused, "fits", lambda states: True)
+        for module in (attention, text_tower):
+            monkeypatch.setattr(module, "fits", lambda states, num_heads: True)
+    config = small_config(dropout=0.0)
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_layers=2),
+        text=dataclasses.replace(config.text, num_layers=2),
+        fusion=dataclasses.replace(config.fusion, width=128, num_heads=4, num_layers=2),
+    )
+    model = BridgeTower(config, ("mlm", "itm", "itc"))
+    shake(model)
+    return PretrainTask(model.float().to(DEVICE).train(), EVERY_OBJECTIVE)
+
+
+def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task):
+    batch = random_batch(3)
+    batch = batch._replace(**{k: v.to(DEVICE) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+    assert_agree(kernel_task, batch, ComputeConfig(), RECOMPUTED, ComputeConfig(share_first_layer=False))
+
+
+def test_kernels_can_be_switched_off(kernel_task, monkeypatch):
+    monkeypatch.setattr(fused, "_kernels", lambda: pytest.fail("a kernel"))
+    batch = random_batch(2)
+    batch = batch._replace(**{k: v.to(DEVICE) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+    computed(kernel_task, batch, PLAIN)
+    kernel_task.model.compute = dataclasses.replace(ComputeConfig(), fuse_kernels=False)
+    computed(kernel_task, batch, ComputeConfig(fuse_kernels=False))
+    with pytest.raises(pytest.fail.Exception):
+        computed(kernel_task, batch, ComputeConfig())
