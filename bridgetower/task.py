@@ -87,12 +87,19 @@ class PretrainTask(nn.Module):
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
         model, objectives, compute = self.model, self.objectives, self.model.step_compute
-        rows = plan_rows(batch, objectives, compute)
+        texts: list[tuple[StepRows, Tensor, Tensor]] = []
+
+        def encode_texts() -> None:
+            rows = plan_rows(batch, objectives, compute)
+            texts.append((rows, *model.encode_tokens(rows.ids_T, rows.column_T, rows.layout)))
+
         pixels_N3SS = batch.pixels_N3SS
         if not compute.share_images:
             pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
-        image = model.encode_image(model.normalize(pixels_N3SS))
-        text_KTD, last_TD = model.encode_tokens(rows.ids_T, rows.column_T, rows.layout)
+        # The host takes longer to ask for the many small products of texts than a GPU to compute them. In the middle of
+        # the vision tower, where the GPU has enough to do, both here and in the backward pass, nothing waits for it.
+        image = model.encode_image(model.normalize(pixels_N3SS), meanwhile=encode_texts)
+        ((rows, text_KTD, last_TD),) = texts
         results = []
         for part in rows.passes:
             results += self._fused_objectives(batch, rows, part, text_KTD, image.states_KBND)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import PLAIN, ComputeConfig
+from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
 from bridgetower.model import attention, fused, text_tower
 from bridgetower.model.fused import share
-from tests.small_models import EVERY_OBJECTIVE, random_batch, shake, small_config
+from tests.small_models import random_batch, shake, small_config
 from tests.test_step import RECOMPUTED, assert_agree, computed
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.task import PretrainTask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-kernels = pytest.importorskip("bridgetower.model.kernels", reason="this build of torch has no Triton")
+functions = pytest.importorskip("bridgetower.model.kernel_functions", reason="this build of torch has no Triton")
 short_attention = pytest.importorskip("bridgetower.model.short_attention")
 ROWS, WIDTHS = (1, 6, 37), (96, 128)
 
@@ -50,32 +50,44 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], leaves: Seq
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def linear_of(width: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(width, outputs).to(DEVICE)
+    shake(layer)
+    return layer
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norm(rows, width):
     states, layer = drawn(rows, width), norm_of(width)
-    assert_same(kernels.norm(states, layer), (states, layer(states)), [states, *layer.parameters()])
-    alone = kernels.norm(states, layer)[1]
-    assert_same([alone], [layer(states)], [states, *layer.parameters()])
+    leaves = [states, *layer.parameters()]
+    assert_same(functions.norm(states, layer), (states, layer(states)), leaves)
+    assert_same(functions.norm(states, layer)[1:], [layer(states)], leaves)
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_sum_and_its_norm(rows, has_bias):
+def test_norm_of_a_sum(rows):
     states, update, layer = drawn(rows, 96), drawn(rows, 96), norm_of(96)
-    bias = drawn(96) if has_bias else None
-    total = states + update + (0.0 if bias is None else bias)
-    leaves = [states, update, *([] if bias is None else [bias]), *layer.parameters()]
-    assert_same(kernels.add_norm(states, update, bias, layer, 0.0), (total, layer(total)), leaves)
-    assert_same(kernels.add_norm(states, update, bias, layer, 0.0)[1:], [layer(total)], leaves)
+    assert_same(
+        [functions.add_norm(states, update, layer)], [layer(states + update)], [states, update, *layer.parameters()]
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_sum_of_a_projection_and_its_norm(rows):
+    states, inner, linear, layer = drawn(rows, 96), drawn(rows, 40), linear_of(40, 96), norm_of(96)
+    leaves = [states, inner, *linear.parameters(), *layer.parameters()]
+    total = states + linear(inner)
+    assert_same(functions.project_add_norm(states, inner, linear, layer, 0.0), (total, layer(total)), leaves)
+    assert_same(functions.project_add_norm(states, inner, linear, layer, 0.0)[1:], [layer(total)], leaves)
 
 
 def test_sum_with_dropout_keeps_the_share_that_it_should_and_drops_the_same_in_the_backward_pass():
-    states, update, bias, layer = drawn(100, 96), drawn(100, 96), drawn(96), norm_of(96)
-    found = kernels.add_norm(states, update, bias, layer, 0.3)
+    states, inner, linear, layer = drawn(100, 96), drawn(100, 40), linear_of(40, 96), norm_of(96)
+    found = functions.project_add_norm(states, inner, linear, layer, 0.3)
     is_left = (found[0] != states).float()
-    total = states + (update + bias) * is_left / 0.7
-    assert_same(found, (total, layer(total)), [states, update, bias, *layer.parameters()])
+    total = states + linear(inner) * is_left / 0.7
+    assert_same(found, (total, layer(total)), [states, inner, *linear.parameters(), *layer.parameters()])
     assert float(is_left.mean()) == pytest.approx(0.7, abs=0.02)  # 9,600 draws: a deviation is 0.0047
     # No row, column or neighbour has more than chance has it.
     assert float(is_left.mean(dim=1).std()) == pytest.approx((0.21 / 96) ** 0.5, rel=0.2)
@@ -85,11 +97,11 @@ def test_sum_with_dropout_keeps_the_share_that_it_should_and_drops_the_same_in_t
 
 
 def test_dropout_is_drawn_anew_by_torchs_generator():
-    states, update, layer = drawn(8, 96), drawn(8, 96), norm_of(96)
+    states, linear, layer = drawn(8, 96), linear_of(96, 96), norm_of(96)
 
     def dropped(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        return [kernels.add_norm(states, update, None, layer, 0.5)[0] for _ in range(2)]
+        return [functions.project_add_norm(states, states, linear, layer, 0.5)[0] for _ in range(2)]
 
     first, second = dropped(1)
     assert not torch.equal(first, second)
@@ -98,23 +110,24 @@ def test_dropout_is_drawn_anew_by_torchs_generator():
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("is_quick", [True, False])
-def test_activation(rows, is_quick):
-    inner, bias = drawn(rows, 300), drawn(300)
-    value = inner + bias
-    expected = value * torch.sigmoid(1.702 * value) if is_quick else F.gelu(value)
-    assert_same([kernels.activate(inner, bias, is_quick)], [expected], [inner, bias])
+@pytest.mark.parametrize("quick", [True, False])
+def test_expansion(rows, quick):
+    states, linear = drawn(rows, 40), linear_of(40, 300)
+    value = linear(states)
+    outer = value * torch.sigmoid(1.702 * value) if quick else F.gelu(value)
+    leaves = [states, *linear.parameters()]
+    assert_same(functions.expand(states, linear, quick=quick), (states, outer), leaves)
+    assert_same(functions.expand(states, linear, quick=quick)[1:], [outer], leaves)
 
 
 @pytest.mark.parametrize(("width", "parts"), [(128, 3), (256, 2), (96, 3), (128, 1)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_projections(width, parts, has_bias):
-    states, weight = drawn(2, 37, width), drawn(parts * width, width)
-    bias = drawn(parts * width) if has_bias else None
-    leaves = [states, weight, *([] if bias is None else [bias])]
-    projected = F.linear(states, weight, bias).chunk(parts, dim=-1)
-    assert_same(kernels.project(states, weight, bias, parts), (states, *projected), leaves)
-    assert_same(kernels.project(states, weight, bias, parts)[1:], projected, leaves)
+def test_projections(width, parts):
+    states, linear = drawn(2, 37, 40), linear_of(40, parts * width)
+    leaves = [states, *linear.parameters()]
+    found = functions.project(states, linear.weight, linear.bias, parts)
+    projected = linear(states).chunk(parts, dim=-1)
+    assert_same(found, (states, *projected), leaves)
+    assert_same(found[1:], projected, leaves)
 
 
 def test_rows_that_are_read_more_than_once_or_never():
@@ -125,7 +138,7 @@ def test_rows_that_are_read_more_than_once_or_never():
         shared = shared._replace(
             order_R=order_R, start_Z=torch.searchsorted(index[order_R], torch.arange(7, device=DEVICE))
         )
-    taken = kernels.take(states[:, :, 1], *shared)  # rows that do not stand together
+    taken = functions.take(states[:, :, 1], *shared)  # rows that do not stand together
     assert_same([taken], [states[:, :, 1].index_select(0, index)], [states])
 
 
@@ -202,15 +215,15 @@ def kernel_task(monkeypatch) -> PretrainTask:
         text=dataclasses.replace(config.text, num_layers=2),
         fusion=dataclasses.replace(config.fusion, width=128, num_heads=4, num_layers=2),
     )
-    model = BridgeTower(config, ("mlm", "itm", "itc"))
+    model = BridgeTower(config, ("mlm", "itm"))
     shake(model)
-    return PretrainTask(model.float().to(DEVICE).train(), EVERY_OBJECTIVE)
+    return PretrainTask(model.to(DEVICE).train(), ObjectivesConfig(mlm=True, itm=True, itc=False))
 
 
 def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task):
     batch = random_batch(3)
     batch = batch._replace(**{k: v.to(DEVICE) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
-    assert_agree(kernel_task, batch, ComputeConfig(), RECOMPUTED, ComputeConfig(share_first_layer=False))
+    assert_agree(kernel_task, batch, ComputeConfig(), RECOMPUTED)
 
 
 def test_kernels_can_be_switched_off(kernel_task, monkeypatch):

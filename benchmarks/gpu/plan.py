@@ -74,8 +74,8 @@ class _Shapes(NamedTuple):
     """Models, and the micro-batches that are tried."""
 
     models: tuple[str, str] = ("base", "large")
-    sweep: tuple[tuple[int, ...], tuple[int, ...]] = ((64, 128, 192), (64, 80))
-    recompute_everything: tuple[int, int] = (256, 128)
+    sweep: tuple[tuple[int, ...], tuple[int, ...]] = ((64, 192, 256), (64, 80))
+    recompute_everything: tuple[int, int] = (384, 128)
     recompute_fusion: tuple[int, int] = (128, 64)
     agreement: int = 8
     sides: int = 32

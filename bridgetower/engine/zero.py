@@ -11,6 +11,7 @@ It also copies each gradient into its bucket as it comes, which kept the host bu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,10 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         mask_nan_or_inf_with_val_inplace(total, device=total.device)
         return total
 
-    def should_refresh_expected_hook_count(self) -> bool:
-        """No, where torch says when the backward pass is over: counting the gradients to come takes 10 ms."""
-        return self._backward_active_depth == 0 and bool(super().should_refresh_expected_hook_count())
-
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor, i: int) -> None:
         """Note a gradient for its bucket, which is reduced before it has more than it can hold."""
         size = param.numel()
-        if not self._fills_at_once(i) or not 0 < size <= self.reduce_bucket_size:
+        if not self._fills_at_once() or not 0 < size <= self.reduce_bucket_size:
             super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
             return
         dtype = self.get_param_comm_dtype(param)
@@ -66,29 +63,30 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         bucket.grads.append(param.grad)
         bucket.params.append((i, param.param_idx_in_group, self.get_param_id(param)))
         if param.is_cuda:
-            bucket.copy_streams.add(torch.cuda.current_stream())
+            # A number, as asking for the stream itself takes longer than all else here.
+            bucket.copy_streams.add(torch._C._cuda_getCurrentRawStream(param.device.index))
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         """Fill the buckets, and reduce them."""
         for dtype, bucket in self.ipg_buckets.items():
             is_reduced = comm_dtype in (None, dtype) and dtype not in self.extra_large_param_to_reduce
-            if is_reduced and bucket.params and all(self._fills_at_once(group) for group, _, _ in bucket.params):
+            if is_reduced and bucket.params and self._fills_at_once():
                 self._fill(bucket)
         super().reduce_ipg_grads(comm_dtype)
 
-    def _fills_at_once(self, group_index: int) -> bool:
-        """Whether a group's gradients are added to the partition, so that nobody reads them in the bucket later."""
-        known: dict[int, bool] = self.__dict__.setdefault("_groups_at_once", {})
-        if group_index not in known:
-            known[group_index] = (
+    def _fills_at_once(self) -> bool:
+        """Whether gradients are added to the partition, so that nobody reads them in the bucket later."""
+        known: dict[str, Any] = self.__dict__
+        if "_at_once" not in known:
+            known["_at_once"] = (
                 self.contiguous_gradients
                 and self.partition_gradients
                 and not self.cpu_offload
                 and not self.zenflow
                 and not self.use_grad_accum_attribute
-                and self._use_compact_grad_partition_buffer(group_index)
+                and all(map(self._use_compact_grad_partition_buffer, range(len(self.bit16_groups))))
             )
-        return known[group_index]
+        return bool(known["_at_once"])
 
     def _build_compact_grad_partition_buffer(self, group_idx: int) -> GradPartitionBufferGroup:
         """A group's partition of zeros, and its tensors in it, which are where they were the last time."""
@@ -112,8 +110,8 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     def _fill(self, bucket: Any) -> None:
         if bucket.copy_streams:
             here = torch.cuda.current_stream()
-            for stream in bucket.copy_streams - {here}:
-                here.wait_stream(stream)
+            for stream in bucket.copy_streams - {here.cuda_stream}:
+                here.wait_stream(torch.cuda.ExternalStream(stream))
             bucket.copy_streams = {here}
         buffer = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
         places = buffer.split([gradient.numel() for gradient in bucket.grads])
@@ -152,11 +150,38 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         if self.bit16_groups[group_index][0].data_ptr() != self.bit16_groups_flat[group_index].data_ptr():
             super()._update_model_bit16_weights(group_index)
 
+    def take_gradient(self, group_index: int, parameter: Tensor) -> None:
+        """What DeepSpeed's hook of a parameter does, without its questions once the backward pass is under way."""
+        state = self._backward_hook_state
+        is_under_way = (
+            state.post_backward_callback_queued
+            and state.backward_active_depth > 0
+            and state.post_backward_callback_graph_task_id == torch._C._current_graph_task_id()
+            and self.ready_for_gradients
+            and not self._coalesce_grad_reduction
+        )
+        if is_under_way and self._fills_at_once():
+            state.hooks_fired_this_backward += 1
+            self.reduce_independent_p_g_buckets_and_remove_grads(parameter, group_index)
+            return
+        self.reenter_backward_if_needed()
+        self.process_gradients(parameter, group_index)
+        # Torch says when the backward pass is over, so that no number of gradients need be expected.
+        self.update_hook_state_and_maybe_run_epilogue(self._max_expected_hooks_seen)
+
 
 def look_at_partitions(optimizer: Any) -> None:
     """Give DeepSpeed's ZeRO optimiser these methods, in place; others stay as they are."""
     if type(optimizer) is DeepSpeedZeroOptimizer:
         optimizer.__class__ = PartitionedZero
+        for handle in optimizer._grad_acc_hooks:
+            handle.remove()
+        optimizer._grad_acc_hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(optimizer.take_gradient, group_index))
+            for group_index, parameters in enumerate(optimizer.bit16_groups)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
         if torch.distributed.get_world_size(optimizer.dp_process_group) == 1:
             # There is nothing to overlap with, but DeepSpeed would wait for the device after each backward pass.
             optimizer.overlap_comm = False

@@ -8,7 +8,7 @@ state is read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -192,12 +192,15 @@ class BridgeTower(nn.Module):
         mean, std = (_on_device(values, pixels_B3SS.device) for values in self.pixel_statistics)
         return ((pixels_B3SS.float() / 255.0 - mean) / std).to(self.text_pooler.weight.dtype)
 
-    def encode_image(self, pixels_B3SS: Tensor, image_row: int = IMAGE_ROW) -> Encoded:
+    def encode_image(
+        self, pixels_B3SS: Tensor, image_row: int = IMAGE_ROW, meanwhile: Callable[[], None] | None = None
+    ) -> Encoded:
         """Run the vision tower.
 
         Args:
             pixels_B3SS: normalised, S = config.image_size_px.
             image_row: of the modality embedding; 2 for NLVR2's second image.
+            meanwhile: called once, when the device has work for a while.
 
         Raises:
             DataError: another shape or type.
@@ -210,7 +213,8 @@ class BridgeTower(nn.Module):
                 "The row of a second image comes with an NLVR2 head: model.add_head('nlvr2')."
             )
         recompute = "vision" in self.compute.recompute
-        states = self.vision_tower(pixels_B3SS, self._num_states(self.config.vision.num_layers), recompute=recompute)
+        num_states = self._num_states(self.config.vision.num_layers)
+        states = self.vision_tower(pixels_B3SS, num_states, recompute=recompute, meanwhile=meanwhile)
         class_BD = states[-1][:, 0]
         if self.config.fusion.multi_layer_fusion:
             states = [self.image_gate(states)]

@@ -61,6 +61,28 @@ def draw_dropped(shape: Sequence[int], dropout: float) -> Tensor:
     return is_dropped
 
 
+def draw_key(device: torch.device) -> int:
+    """A key for a kernel that draws its own random bits, from torch's generator of the device: 62 bits above 2^62.
+
+    The host draws it from the generator's seed and place, without a kernel; recomputing, which takes the generator
+    back, gets the same. It never fits into 32 bits, for which Triton would compile a kernel anew.
+    """
+    if device.type != "cuda":
+        return 2**62 | int(torch.empty(1, dtype=torch.int64).random_(2**62))
+    generator = torch.cuda.default_generators[device.index]
+    place = generator.get_offset()
+    generator.set_offset(place + 4)
+    # Two rounds of SplitMix64 keep seeds and places apart.
+    return 2**62 | _mix(_mix(generator.initial_seed()) + place) >> 2
+
+
+def _mix(word: int) -> int:
+    word = (word + 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
 def _without(states: Tensor, is_dropped: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.where(is_dropped, states.new_zeros(()), states, out=out)
 

@@ -1,6 +1,6 @@
 """What stands between the products of a layer: residual sums with dropout and norm, and activations.
 
-On an NVIDIA GPU each is one kernel, in Triton (``bridgetower.model.kernels``): it reads its inputs once, and gives the
+On an NVIDIA GPU each is one kernel, in Triton (``bridgetower.model.kernel_functions``): it reads its inputs once, and gives the
 gradients of biases and of the norm's weights on the way, for which torch's operators read everything again. Elsewhere
 they are torch's operators.
 
@@ -42,19 +42,21 @@ def _has_triton() -> bool:
 
 def _kernels() -> Any:
     """Imported where there is Triton alone, which not every build of torch brings along."""
-    return importlib.import_module("bridgetower.model.kernels")
+    return importlib.import_module("bridgetower.model.kernel_functions")
 
 
 def norm(states: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> tuple[Tensor, Tensor]:
     """x and LN(x), shape (..., D): who reads both reads them from here, and their gradients are added on the way."""
-    found: tuple[Tensor, Tensor] = _kernels().norm(states, layer) if kernels and fits(states) else (states, layer(states))
+    found: tuple[Tensor, Tensor] = (
+        _kernels().norm(states, layer) if kernels and fits(states) else (states, layer(states))
+    )
     return found
 
 
 def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> Tensor:
     """LN(x + u), shape (..., D)."""
     if kernels and fits(states):
-        return _kernels().add_norm(states, update, None, layer, 0.0)[1]  # type: ignore[no-any-return]
+        return _kernels().add_norm(states, update, layer)  # type: ignore[no-any-return]
     result: Tensor = layer(states + update)
     return result
 
@@ -70,25 +72,20 @@ def project_add_norm(
         dropout: 0 when not training.
     """
     if kernels and fits(states):
-        update = F.linear(inner, linear.weight)
-        found: tuple[Tensor, Tensor] = _kernels().add_norm(states, update, linear.bias, layer, dropout)
+        found: tuple[Tensor, Tensor] = _kernels().project_add_norm(states, inner, linear, layer, dropout)
         return found
     total = states + drop(linear(inner), dropout, training=True)
     return total, layer(total)
 
 
-def project(
-    states: Tensor, weight: Tensor, bias: Tensor | None, parts: int = 1, *, kernels: bool
-) -> tuple[Tensor, ...]:
+def project(states: Tensor, weight: Tensor, bias: Tensor, num_parts: int = 1, *, kernels: bool) -> tuple[Tensor, ...]:
     """x, for who goes on reading it, and W x + b in equal parts."""
     if kernels and fits(states):
-        return _kernels().project(states, weight, bias, parts)  # type: ignore[no-any-return]
-    return states, *F.linear(states, weight, bias).chunk(parts, dim=-1)
+        return _kernels().project(states, weight, bias, num_parts)  # type: ignore[no-any-return]
+    return states, *F.linear(states, weight, bias).chunk(num_parts, dim=-1)
 
 
-def expand(
-    states: Tensor, linear: nn.Linear, *, quick: bool = False, kernels: bool
-) -> tuple[Tensor, Tensor]:
+def expand(states: Tensor, linear: nn.Linear, *, quick: bool = False, kernels: bool) -> tuple[Tensor, Tensor]:
     """x, for who goes on reading it, and GELU(W x + b).
 
     Args:
@@ -98,8 +95,7 @@ def expand(
     Returns: shapes (..., D) and (..., E).
     """
     if kernels and fits(states):
-        states, inner = project(states, linear.weight, None, kernels=kernels)
-        return states, _kernels().activate(inner, linear.bias, quick)
+        return _kernels().expand(states, linear, quick=quick)  # type: ignore[no-any-return]
     inner = linear(states)
     # Keeping one tensor for the backward pass instead of three.
     return states, F.silu(1.702 * inner) / 1.702 if quick else F.gelu(inner)

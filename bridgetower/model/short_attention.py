@@ -5,7 +5,7 @@ them padding here, and meet in memory. Here a program has a head of a row to its
 the long one goes by, and each gradient is written once.
 
 The scores of a row are computed again in the backward pass, and so are the dropped shares: 32 random bits each, by
-Philox from a seed that torch's own generator of the device draws.
+Philox from a key.
 
 Shapes: T queries and S keys of all rows, R rows, H heads, d width of a head (WIDTH); a tile has QUERIES by KEYS scores.
 """
@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bridgetower.model.dropout import draw_key
+
 LONGEST = 64
 """Of the short side."""
 _LONGEST_OTHER = 4 * 512  # positions that have random words of their own
@@ -30,18 +32,20 @@ _ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def _draw_kept(seed, query, key_block, head, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr):
+def _draw_kept(
+    draw_key, query, key_block, head, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr
+):
     """Which shares of a tile are left. Philox gives four words at a time, for four keys."""
     four = key_block * (KEYS // 4) + tl.arange(0, KEYS // 4)
     place = ((query * HEADS + head) * 512)[:, None] + four[None, :]
-    a, b, c, d = tl.randint4x(seed, place, n_rounds=_ROUNDS)
+    a, b, c, d = tl.randint4x(draw_key, place, n_rounds=_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (QUERIES, KEYS))
     return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
 def _few_keys_forward(
-    query, key, value, query_start, key_start, seed, attended, scale, threshold, left,
+    query, key, value, query_start, key_start, draw_key, attended, scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
@@ -53,8 +57,6 @@ def _few_keys_forward(
     is_key = at_key < end_key
     keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
     values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
-    if DROPS:
-        drawn = tl.load(seed)
     for start in range(first, end, QUERIES):
         at = start + tl.arange(0, QUERIES)
         inside = (at < end)[:, None]
@@ -63,15 +65,15 @@ def _few_keys_forward(
         share = tl.exp(score - tl.max(score, axis=1)[:, None])
         share /= tl.sum(share, axis=1)[:, None]
         if DROPS:
-            share = tl.where(_draw_kept(drawn, at, 0, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+            share = tl.where(_draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
         result = tl.dot(share.to(values.dtype), values)
         to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
         tl.store(to, result.to(attended.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
 def _few_keys_backward(
-    query, key, value, query_start, key_start, seed, gradient, query_grad, key_grad, value_grad, scale, threshold, left,
+    query, key, value, query_start, key_start, draw_key, gradient, query_grad, key_grad, value_grad, scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +85,6 @@ def _few_keys_backward(
     is_key = at_key < end_key
     keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
     values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
-    if DROPS:
-        drawn = tl.load(seed)
     key_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     value_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     for start in range(first, end, QUERIES):
@@ -99,7 +99,7 @@ def _few_keys_backward(
         share_grad = tl.dot(gradients, tl.trans(values))
         left_share = share
         if DROPS:
-            is_left = _draw_kept(drawn, at, 0, head, threshold, QUERIES, KEYS, HEADS)
+            is_left = _draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS)
             left_share = tl.where(is_left, share * left, 0.0)
             share_grad = tl.where(is_left, share_grad * left, 0.0)
         value_sum += tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
@@ -112,9 +112,9 @@ def _few_keys_backward(
     tl.store(value_grad + packed, value_sum.to(value_grad.dtype.element_ty), mask=is_key[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
 def _few_queries_forward(
-    query, key, value, query_start, key_start, seed, attended, log_sum, scale, threshold, left,
+    query, key, value, query_start, key_start, draw_key, attended, log_sum, scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
@@ -125,8 +125,6 @@ def _few_queries_forward(
     at = first + tl.arange(0, QUERIES)
     inside = (at < end)[:, None]
     queries = tl.load(query + at[:, None] * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
-    if DROPS:
-        drawn = tl.load(seed)
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, WIDTH), tl.float32)
@@ -148,7 +146,7 @@ def _few_queries_forward(
         highest = new_highest
         if DROPS:
             block = (start - first_key) // KEYS
-            share = tl.where(_draw_kept(drawn, at, block, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+            share = tl.where(_draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
         result = result * before[:, None] + tl.dot(share.to(values.dtype), values)
     result /= total[:, None]
     to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
@@ -156,9 +154,9 @@ def _few_queries_forward(
     tl.store(log_sum + at * HEADS + head, highest + tl.log(total), mask=at < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
 def _few_queries_backward(
-    query, key, value, query_start, key_start, seed, attended, log_sum, gradient, query_grad, key_grad, value_grad,
+    query, key, value, query_start, key_start, draw_key, attended, log_sum, gradient, query_grad, key_grad, value_grad,
     scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
@@ -175,8 +173,6 @@ def _few_queries_backward(
     along = tl.load(attended + packed, mask=inside, other=0.0).to(tl.float32) * gradients.to(tl.float32)
     along = tl.sum(along, axis=1)
     logs = tl.load(log_sum + at * HEADS + head, mask=at < end, other=float("inf"))
-    if DROPS:
-        drawn = tl.load(seed)
     query_sum = tl.zeros((QUERIES, WIDTH), tl.float32)
     for start in range(first_key, end_key, KEYS):
         at_key = start + tl.arange(0, KEYS)
@@ -191,7 +187,7 @@ def _few_queries_backward(
         left_share = share
         if DROPS:
             block = (start - first_key) // KEYS
-            is_left = _draw_kept(drawn, at, block, head, threshold, QUERIES, KEYS, HEADS)
+            is_left = _draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS)
             left_share = tl.where(is_left, share * left, 0.0)
             share_grad = tl.where(is_left, share_grad * left, 0.0)
         value_sum = tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
@@ -220,9 +216,6 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         parts = [_with_heads_together(part) for part in (query_THd, key_SHd, value_SHd)]
         num_queries, heads, width = query_THd.shape
-        seed = torch.empty(1, dtype=torch.int64, device=query_THd.device)
-        if dropout:
-            seed.random_()
         attended_THd = torch.empty(num_queries, heads, width, dtype=query_THd.dtype, device=query_THd.device)
         few_keys = longest_key <= LONGEST
         queries, keys = (_tile(longest) for longest in (longest_query, longest_key))
@@ -235,14 +228,15 @@ class _Attention(torch.autograd.Function):
             "num_warps": _WARPS,
             **{f"{name}_STRIDE": part.stride(0) for name, part in zip(("QUERY", "KEY", "VALUE"), parts, strict=True)},
         }
+        ctx.draw_key = draw_key(query_THd.device) if dropout else 0
         ctx.numbers = width**-0.5, round(dropout * 2**32), 1.0 / (1.0 - dropout)
-        read = [*parts, query_start_Z, key_start_Z, seed]
+        read = [*parts, query_start_Z, key_start_Z]
         grid = len(query_start_Z) - 1, heads
         if few_keys:
-            _few_keys_forward[grid](*read, attended_THd, *ctx.numbers, **ctx.sizes)
+            _few_keys_forward[grid](*read, ctx.draw_key, attended_THd, *ctx.numbers, **ctx.sizes)
         else:
             log_sum_TH = torch.empty(num_queries, heads, dtype=torch.float32, device=query_THd.device)
-            _few_queries_forward[grid](*read, attended_THd, log_sum_TH, *ctx.numbers, **ctx.sizes)
+            _few_queries_forward[grid](*read, ctx.draw_key, attended_THd, log_sum_TH, *ctx.numbers, **ctx.sizes)
             read += [attended_THd, log_sum_TH]
         ctx.save_for_backward(*read)
         ctx.few_keys = few_keys
@@ -251,11 +245,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_THd: Tensor) -> tuple[Tensor | None, ...]:
-        read = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: recomputing gives them only once
+        read, results = saved[:5], saved[5:]
         grads = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in read[:3]]
         kernel = _few_keys_backward if ctx.few_keys else _few_queries_backward
         grid = len(read[3]) - 1, grads[0].shape[1]
-        kernel[grid](*read, gradient_THd.contiguous(), *grads, *ctx.numbers, **ctx.sizes)
+        kernel[grid](*read, ctx.draw_key, *results, gradient_THd.contiguous(), *grads, *ctx.numbers, **ctx.sizes)
         return *grads, None, None, None, None, None
 
 

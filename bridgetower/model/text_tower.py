@@ -26,8 +26,10 @@ from transformers import (
 
 from bridgetower.config.schema import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
+from bridgetower.model import fused
 from bridgetower.model.dropout import attend
 from bridgetower.model.flash import attend_spans, fits
+from bridgetower.model.fused import expand, project, project_add_norm
 from bridgetower.model.named_sizes import fill_sizes
 from bridgetower.model.packing import Layout, padded
 
@@ -56,6 +58,8 @@ _OWNERS = ("FacebookAI/", "distilbert/", "google-bert/")
 
 class TextTower(nn.Module):
     """A transformers encoder without its pooler, which BridgeTower never uses."""
+
+    uses_kernels = True
 
     def __init__(self, config: TextTowerConfig) -> None:
         """Build it with random weights.
@@ -111,19 +115,27 @@ class TextTower(nn.Module):
         """The parts are transformers'; the way through them is ours, as theirs computes padding."""
         states_TD = self.encoder.embeddings(input_ids=ids_T[None], position_ids=position_T[None])[0]
         handed_out = [states_TD]
+        # Compiled layers are theirs.
+        kernels = self.uses_kernels and self.encoder.config.hidden_act == "gelu" and fused.fits(states_TD)
         for layer in self.encoder.encoder.layer:
+            fuses = kernels and layer.output._compiled_call_impl is None
             if recompute and torch.is_grad_enabled():
-                states_TD = checkpoint(_run_layer, layer, states_TD, layout, use_reentrant=False)
+                states_TD = checkpoint(_run_layer, layer, states_TD, layout, fuses, use_reentrant=False)
             else:
-                states_TD = _run_layer(layer, states_TD, layout)
+                states_TD = _run_layer(layer, states_TD, layout, fuses)
             handed_out.append(states_TD)
         return handed_out[-num_states:]
 
 
-def _run_layer(layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
+def _run_layer(layer: Any, states_TD: Tensor, layout: Layout, fuses: bool) -> Tensor:
     attention, grid = layer.attention.self, layout.whole
     heads = (attention.num_attention_heads, -1)
-    parts = (part(states_TD) for part in (attention.query, attention.key, attention.value))
+    layers = (attention.query, attention.key, attention.value)
+    if fuses:
+        weight, bias = torch.cat([part.weight for part in layers]), torch.cat([part.bias for part in layers])
+        states_TD, *parts = project(states_TD, weight, bias, 3, kernels=True)
+    else:
+        parts = [part(states_TD) for part in layers]
     dropout = attention.dropout.p if layer.training else 0.0
     if layout.spans is not None and fits(states_TD, attention.num_attention_heads):
         query_THd, key_THd, value_THd = (part_TD.unflatten(-1, heads) for part_TD in parts)
@@ -134,9 +146,19 @@ def _run_layer(layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
         )
         attended_RHLd = attend(query_RHLd, key_RHLd, value_RHLd, grid.mask_RL, dropout)
         attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
+    if fuses:
+        states_TD = _finish(layer.attention.output, states_TD, attended_TD)
+        states_TD, inner_TE = expand(states_TD, layer.intermediate.dense, kernels=True)
+        return _finish(layer.output, states_TD, inner_TE)
     states_TD = layer.attention.output(attended_TD, states_TD)
     result: Tensor = layer.output(layer.intermediate(states_TD), states_TD)
     return result
+
+
+def _finish(part: Any, states_TD: Tensor, inner: Tensor) -> Tensor:
+    """What a part of transformers' does that ends in a sum and its norm."""
+    dropout = part.dropout.p if part.training else 0.0
+    return project_add_norm(states_TD, inner, part.dense, part.LayerNorm, dropout, kernels=True)[1]
 
 
 def build_encoder(config: PretrainedConfig) -> Any:

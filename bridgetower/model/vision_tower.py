@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +51,14 @@ class VisionTower(nn.Module):
         for block in blocks:
             efficient_block(block)
 
-    def forward(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> list[Tensor]:
+    def forward(
+        self,
+        pixels_B3SS: Tensor,
+        num_states: int,
+        *,
+        recompute: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
         """Run all layers once.
 
         The final norm is applied to a copy of each state handed out; the stream that feeds the next layer stays
@@ -60,11 +68,15 @@ class VisionTower(nn.Module):
             pixels_B3SS: normalised.
             num_states: how many of the last layers to hand out.
             recompute: keep only what enters a block.
+            meanwhile: called once, after a third of the blocks where these are open_clip's.
 
         Returns: their states, first bridged layer first, each of shape (B, P, D).
         """
         if isinstance(self.vit, VisionTransformer):
-            return self._clip_states(self.vit, pixels_B3SS, num_states, recompute and torch.is_grad_enabled())
+            recompute = recompute and torch.is_grad_enabled()
+            return self._clip_states(self.vit, pixels_B3SS, num_states, recompute, meanwhile)
+        if meanwhile is not None:
+            meanwhile()
         self.vit.set_grad_checkpointing(recompute)
         states = self.vit.forward_intermediates(
             pixels_B3SS,
@@ -84,7 +96,12 @@ class VisionTower(nn.Module):
         ]
 
     def _clip_states(
-        self, vit: VisionTransformer, pixels_B3SS: Tensor, num_states: int, recompute: bool
+        self,
+        vit: VisionTransformer,
+        pixels_B3SS: Tensor,
+        num_states: int,
+        recompute: bool,
+        meanwhile: Callable[[], None] | None,
     ) -> list[Tensor]:
         patches_BND = _embed_patches(vit.conv1, pixels_B3SS)
         class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
@@ -93,6 +110,8 @@ class VisionTower(nn.Module):
         blocks = list(vit.transformer.resblocks)
         handed_out = []
         for number, block in enumerate(blocks):
+            if meanwhile is not None and number == len(blocks) // 3:
+                meanwhile()
             states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
             if number >= len(blocks) - num_states:
                 states_BPD, normed_BPD = norm(states_BPD, vit.ln_post, kernels=self.uses_kernels)
