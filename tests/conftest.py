@@ -22,6 +22,9 @@ from tests import preloaded
 REPO = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Before Triton is imported: its kernels are then computed by numpy, operator by operator.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell lets what it starts in the background ignore Ctrl-C, and programs inherit that; tests send it to some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

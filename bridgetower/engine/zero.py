@@ -4,8 +4,8 @@ DeepSpeed 0.19.8 looks at the gradient tensor by tensor: for numbers that are no
 that is a dozen kernels for each of 700 tensors, most of a few hundred numbers, and took longer than a step's forward
 pass. A rank's share of a parameter group is one piece of memory, and so is looked at as one.
 
-It also copies each gradient into its bucket as it comes, which kept the host busy for 60 ms of a step whose kernels take
-200. Here a bucket is filled at once, when it is full.
+It also copies each gradient into its bucket as it comes, which keeps the host busy for 60 ms of a step whose kernels
+take 200. Here a bucket is filled at once, when it is full.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         mask_nan_or_inf_with_val_inplace(total, device=total.device)
         return total
 
-    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor, i: int) -> None:
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
         """Note a gradient for its bucket, which is reduced before it has more than it can hold."""
         size = param.numel()
         if not self._fills_at_once() or not 0 < size <= self.reduce_bucket_size:

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model import fused

@@ -128,7 +128,7 @@ class BridgeTower(nn.Module):
         self._compute = compute
         for module in self.modules():
             if hasattr(module, "uses_kernels"):
-                module.uses_kernels = compute.fuse_kernels
+                setattr(module, "uses_kernels", compute.fuse_kernels)  # noqa: B010 (a module has no such type)
 
     def add_head(self, name: str) -> None:
         """Add a head with its initial weights, as fine-tuning does to a pretrained model.

@@ -1,6 +1,6 @@
 """What stands between the products of a layer: residual sums with dropout and norm, and activations.
 
-On an NVIDIA GPU each is one kernel, in Triton (``bridgetower.model.kernel_functions``): it reads its inputs once, and gives the
+On an NVIDIA GPU each is one kernel (``bridgetower.model.kernel_functions``): it reads its inputs once, and gives the
 gradients of biases and of the norm's weights on the way, for which torch's operators read everything again. Elsewhere
 they are torch's operators.
 
@@ -46,7 +46,7 @@ def _kernels() -> Any:
 
 
 def norm(states: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> tuple[Tensor, Tensor]:
-    """x and LN(x), shape (..., D): who reads both reads them from here, and their gradients are added on the way."""
+    """X and LN(x), shape (..., D): who reads both reads them from here, and their gradients are added on the way."""
     found: tuple[Tensor, Tensor] = (
         _kernels().norm(states, layer) if kernels and fits(states) else (states, layer(states))
     )
@@ -64,7 +64,7 @@ def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm, *, kernels: bo
 def project_add_norm(
     states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.LayerNorm, dropout: float, *, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """x + Dropout(W h + b), and LN of that.
+    """X + Dropout(W h + b), and LN of that.
 
     Args:
         states: x, shape (..., D).

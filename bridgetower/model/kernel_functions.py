@@ -181,7 +181,7 @@ class _Take(torch.autograd.Function):
 
 
 def norm(states: Tensor, layer: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x as it is, so that both gradients are added where they are at hand, and LN(x)."""
+    """X as it is, so that both gradients are added where they are at hand, and LN(x)."""
     found: tuple[Tensor, Tensor] = _Norm.apply(states, layer.weight, layer.bias, layer.eps)
     return found
 
@@ -195,7 +195,7 @@ def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm) -> Tensor:
 def project_add_norm(
     states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.LayerNorm, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """x + Dropout(W h + b), and LN of that."""
+    """X + Dropout(W h + b), and LN of that."""
     found: tuple[Tensor, Tensor] = _ProjectAddNorm.apply(
         states, inner, linear.weight, linear.bias, layer.weight, layer.bias, layer.eps, dropout
     )
@@ -203,13 +203,13 @@ def project_add_norm(
 
 
 def expand(states: Tensor, linear: nn.Linear, *, quick: bool) -> tuple[Tensor, Tensor]:
-    """x as it is, so that its gradients are added in the product that gives one of them, and GELU(W x + b)."""
+    """X as it is, so that its gradients are added in the product that gives one of them, and GELU(W x + b)."""
     found: tuple[Tensor, Tensor] = _Expand.apply(states, linear.weight, linear.bias, quick)
     return found
 
 
 def project(states: Tensor, weight: Tensor, bias: Tensor, num_parts: int) -> tuple[Tensor, ...]:
-    """x as it is, so that its gradients are added in the product that gives one of them, and W x + b in parts."""
+    """X as it is, so that its gradients are added in the product that gives one of them, and W x + b in parts."""
     found: tuple[Tensor, ...] = _Project.apply(states, weight, bias, num_parts)
     return found
 
@@ -255,7 +255,7 @@ def _norm_gradients(
     key: int = 0,
     shifts: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Gradients of the states, of the update, of the norm's gain and shift, and, where it shifts, of the update's bias."""
+    """Gradients of states and update, and of the norm's gain and shift, and, where it shifts, of the update's bias."""
     width, num_rows = total.shape[-1], mean.numel()
     normed_grad = normed_grad.contiguous()
     states_grad = torch.empty_like(total)

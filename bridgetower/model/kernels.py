@@ -36,6 +36,7 @@ def norm_forward(
     states, update, update_bias, weight, bias, key, total, normed, mean, inverse, num_rows, epsilon, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
+    """Sums with dropout, and their norms."""
     group = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -75,6 +76,7 @@ def norm_backward(
     num_rows, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of what is summed, and sums over rows for those of gain, shift and bias."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -121,13 +123,14 @@ def activation_forward(
     inner, bias, outer, num_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_QUICK: tl.constexpr,
 ):  # fmt: skip
+    """GELU of products with their bias."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     value = tl.load(inner + at, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    if IS_QUICK:
+    if IS_QUICK:  # noqa: SIM108
         result = value * tl.sigmoid(value * _QUICK)
     else:
         result = 0.5 * value * (1.0 + tl.erf(value * _ROOT_HALF))
@@ -139,6 +142,7 @@ def activation_backward(
     outer_grad, inner, bias, inner_grad, partial, num_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_QUICK: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of the products, and sums over rows for that of the bias."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < WIDTH
@@ -166,6 +170,7 @@ def join(
     first, second, third, joined, partial, num_rows,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Rows of parts beside each other, and their sums."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     part = tl.program_id(1) // (WIDTH // COLUMNS)
     column = (tl.program_id(1) % (WIDTH // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
@@ -189,6 +194,7 @@ def take_forward(
     states, index, taken, row_stride, position_stride, num_positions,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
+    """Rows of states."""
     row = tl.program_id(0).to(tl.int64)
     position, column = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, BLOCK)
     inside = (position < num_positions)[:, None] & (column < WIDTH)[None, :]
@@ -202,6 +208,7 @@ def take_backward(
     gradient, order, start, states_grad, num_positions,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
+    """The sum of the gradients of each row's readers."""
     shared = tl.program_id(0).to(tl.int64)
     position, column = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, BLOCK)
     inside = (position < num_positions)[:, None] & (column < WIDTH)[None, :]

@@ -1,0 +1,188 @@
+"""Kernels in Triton for attention between rows of which one side is short; imported only where there is Triton.
+
+A program has a head of a row to itself: the short side stands in one tile, the long one goes by, and each gradient is
+written once. Sums are in float32. The backward pass computes scores again, and draws again what was dropped: 32 random
+bits a share, by Philox from a key.
+
+A tile has QUERIES by KEYS scores; WIDTH is that of a head. ``start`` tables say where each row begins among all tokens.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ROUNDS = tl.constexpr(7)  # of Philox, as in bridgetower.model.kernels
+
+
+@triton.jit
+def _draw_kept(
+    draw_key, query, key_block, head, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr
+):
+    """Which shares of a tile are left. Philox gives four words at a time, for four keys."""
+    four = key_block * (KEYS // 4) + tl.arange(0, KEYS // 4)
+    place = ((query * HEADS + head) * 512)[:, None] + four[None, :]
+    a, b, c, d = tl.randint4x(draw_key, place, n_rounds=_ROUNDS)
+    words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (QUERIES, KEYS))
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
+def few_keys_forward(
+    query, key, value, query_start, key_start, draw_key, attended, scale, threshold, left,
+    QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """A row's keys stand in one tile, and its queries go by."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    channel = head * WIDTH + tl.arange(0, WIDTH)
+    first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
+    first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
+    at_key = first_key + tl.arange(0, KEYS)
+    is_key = at_key < end_key
+    keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    for start in range(first, end, QUERIES):
+        at = start + tl.arange(0, QUERIES)
+        inside = (at < end)[:, None]
+        queries = tl.load(query + at[:, None].to(tl.int64) * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+        score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
+        share = tl.exp(score - tl.max(score, axis=1)[:, None])
+        share /= tl.sum(share, axis=1)[:, None]
+        if DROPS:
+            share = tl.where(_draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+        result = tl.dot(share.to(values.dtype), values)
+        to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+        tl.store(to, result.to(attended.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
+def few_keys_backward(
+    query, key, value, query_start, key_start, draw_key, gradient, query_grad, key_grad, value_grad,
+    scale, threshold, left,
+    QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """The same; each program adds up the gradients of its keys and values."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    channel = head * WIDTH + tl.arange(0, WIDTH)
+    first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
+    first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
+    at_key = first_key + tl.arange(0, KEYS)
+    is_key = at_key < end_key
+    keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    key_sum = tl.zeros((KEYS, WIDTH), tl.float32)
+    value_sum = tl.zeros((KEYS, WIDTH), tl.float32)
+    for start in range(first, end, QUERIES):
+        at = start + tl.arange(0, QUERIES)
+        inside = (at < end)[:, None]
+        packed = at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+        queries = tl.load(query + at[:, None].to(tl.int64) * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+        gradients = tl.load(gradient + packed, mask=inside, other=0.0)
+        score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
+        share = tl.exp(score - tl.max(score, axis=1)[:, None])
+        share /= tl.sum(share, axis=1)[:, None]
+        share_grad = tl.dot(gradients, tl.trans(values))
+        left_share = share
+        if DROPS:
+            is_left = _draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS)
+            left_share = tl.where(is_left, share * left, 0.0)
+            share_grad = tl.where(is_left, share_grad * left, 0.0)
+        value_sum += tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
+        score_grad = share * (share_grad - tl.sum(share * share_grad, axis=1)[:, None]) * scale
+        score_grad = score_grad.to(keys.dtype)
+        tl.store(query_grad + packed, tl.dot(score_grad, keys).to(query_grad.dtype.element_ty), mask=inside)
+        key_sum += tl.dot(tl.trans(score_grad), queries)
+    packed = at_key[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+    tl.store(key_grad + packed, key_sum.to(key_grad.dtype.element_ty), mask=is_key[:, None])
+    tl.store(value_grad + packed, value_sum.to(value_grad.dtype.element_ty), mask=is_key[:, None])
+
+
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
+def few_queries_forward(
+    query, key, value, query_start, key_start, draw_key, attended, log_sum, scale, threshold, left,
+    QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """A row's queries stand in one tile, and its keys go by."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    channel = head * WIDTH + tl.arange(0, WIDTH)
+    first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
+    first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
+    at = first + tl.arange(0, QUERIES)
+    inside = (at < end)[:, None]
+    queries = tl.load(query + at[:, None] * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+    highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    # A row without a query, as in the last layer, reads no key.
+    for start in range(first_key, tl.where(first < end, end_key, first_key), KEYS):
+        at_key = start + tl.arange(0, KEYS)
+        is_key = at_key < end_key
+        keys = tl.load(
+            key + at_key[:, None].to(tl.int64) * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0
+        )
+        values = tl.load(
+            value + at_key[:, None].to(tl.int64) * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0
+        )
+        score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, axis=1))
+        share = tl.exp(score - new_highest[:, None])
+        before = tl.exp(highest - new_highest)
+        total = total * before + tl.sum(share, axis=1)
+        highest = new_highest
+        if DROPS:
+            block = (start - first_key) // KEYS
+            share = tl.where(_draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+        result = result * before[:, None] + tl.dot(share.to(values.dtype), values)
+    result /= total[:, None]
+    to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+    tl.store(to, result.to(attended.dtype.element_ty), mask=inside)
+    tl.store(log_sum + at * HEADS + head, highest + tl.log(total), mask=at < end)
+
+
+@triton.jit(do_not_specialize=["draw_key", "threshold"])
+def few_queries_backward(
+    query, key, value, query_start, key_start, draw_key, attended, log_sum, gradient, query_grad, key_grad, value_grad,
+    scale, threshold, left,
+    QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """The same; each program adds up the gradients of its queries."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    channel = head * WIDTH + tl.arange(0, WIDTH)
+    first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
+    first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
+    at = first + tl.arange(0, QUERIES)
+    inside = (at < end)[:, None]
+    packed = at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+    queries = tl.load(query + at[:, None] * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+    gradients = tl.load(gradient + packed, mask=inside, other=0.0)
+    along = tl.load(attended + packed, mask=inside, other=0.0).to(tl.float32) * gradients.to(tl.float32)
+    along = tl.sum(along, axis=1)
+    logs = tl.load(log_sum + at * HEADS + head, mask=at < end, other=float("inf"))
+    query_sum = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for start in range(first_key, end_key, KEYS):
+        at_key = start + tl.arange(0, KEYS)
+        is_key = (at_key < end_key)[:, None]
+        packed_key = at_key[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
+        keys = tl.load(key + at_key[:, None].to(tl.int64) * KEY_STRIDE + channel[None, :], mask=is_key, other=0.0)
+        values = tl.load(value + at_key[:, None].to(tl.int64) * VALUE_STRIDE + channel[None, :], mask=is_key, other=0.0)
+        # Of a key or query that is not there the products below are zero, as it and its gradient are.
+        share = tl.exp(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
+        share = tl.where((at_key < end_key)[None, :], share, 0.0)
+        share_grad = tl.dot(gradients, tl.trans(values))
+        left_share = share
+        if DROPS:
+            block = (start - first_key) // KEYS
+            is_left = _draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS)
+            left_share = tl.where(is_left, share * left, 0.0)
+            share_grad = tl.where(is_left, share_grad * left, 0.0)
+        value_sum = tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
+        score_grad = (share * (share_grad - along[:, None]) * scale).to(keys.dtype)
+        key_sum = tl.dot(tl.trans(score_grad), queries)
+        query_sum += tl.dot(score_grad, keys)
+        tl.store(key_grad + packed_key, key_sum.to(key_grad.dtype.element_ty), mask=is_key)
+        tl.store(value_grad + packed_key, value_sum.to(value_grad.dtype.element_ty), mask=is_key)
+    tl.store(query_grad + packed, query_sum.to(query_grad.dtype.element_ty), mask=inside)

@@ -1,0 +1,72 @@
+"""Compile every Triton kernel of the model for GPUs of compute capability 9.0 (H100), for which no GPU is needed.
+
+python -m tests.compile_kernels
+
+Prints, as JSON, the bytes of local memory that a thread of each kernel spills registers to, base's shapes in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bridgetower.model import attention_kernels, kernels
+
+WIDTH, HEADS = 768, 12
+NORM = {"WIDTH": WIDTH, "BLOCK": 1024, "SHIFTS": True, "DROPS": True}
+TILE = {"ROWS": 16, "COLUMNS": 128}
+TAKEN = {"WIDTH": WIDTH, "BLOCK": 1024, "POSITIONS": 4}
+ATTENTION = {"QUERY_STRIDE": 3 * WIDTH, "KEY_STRIDE": 3 * WIDTH, "VALUE_STRIDE": 3 * WIDTH}
+ATTENTION |= {"HEADS": HEADS, "WIDTH": WIDTH // HEADS, "DROPS": True}
+CONSTANTS: dict[Any, dict[str, Any]] = {
+    kernels.norm_forward: {**NORM, "ADDS": True},
+    kernels.norm_backward: {**NORM, "HAS_TOTAL_GRAD": True},
+    kernels.activation_forward: {"WIDTH": 4 * WIDTH, **TILE, "IS_QUICK": False},
+    kernels.activation_backward: {"WIDTH": 4 * WIDTH, **TILE, "IS_QUICK": False},
+    kernels.join: {"WIDTH": WIDTH, **TILE, "PARTS": 3},
+    kernels.take_forward: TAKEN,
+    kernels.take_backward: TAKEN,
+    attention_kernels.few_keys_forward: {**ATTENTION, "QUERIES": 64, "KEYS": 32},
+    attention_kernels.few_keys_backward: {**ATTENTION, "QUERIES": 64, "KEYS": 32},
+    attention_kernels.few_queries_forward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
+    attention_kernels.few_queries_backward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
+}
+TYPES = {
+    **dict.fromkeys(("mean", "inverse", "partial", "log_sum"), "*fp32"),
+    **dict.fromkeys(("query_start", "key_start"), "*i32"),
+    **dict.fromkeys(("index", "order", "start"), "*i64"),
+    **dict.fromkeys(("num_rows", "num_positions", "row_stride", "position_stride", "threshold"), "i32"),
+    **dict.fromkeys(("epsilon", "left", "scale"), "fp32"),
+    **dict.fromkeys(("draw_key",), "i64"),
+}
+
+
+def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
+    """Compile a kernel. Returns: bytes that it stores and loads again for want of registers."""
+    types = {"key": "i64"} if "draw_key" not in kernel.arg_names else {}  # of attention, keys are states
+    signature = {
+        name: "constexpr" if name in constants else (TYPES | types).get(name, "*bf16") for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [str(ptxas), "--gpu-name=sm_90a", "-v", str(ptx), "-o", f"{folder}/kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert found is not None, said
+    return int(found[1]) + int(found[2])
+
+
+if __name__ == "__main__":
+    print(json.dumps({kernel.__name__: spilled_bytes(kernel, constants) for kernel, constants in CONSTANTS.items()}))
