@@ -230,7 +230,8 @@ class ShardCache:
                 raise _Stopped
 
     def _used_bytes(self) -> int:
-        return sum(_size(path) for pattern in ("*.tar", "*.tmp") for path in self._folder.glob(pattern))
+        # A shard that gets its name meanwhile is counted twice at worst; the other way round it would not be counted.
+        return sum(_size(path) for pattern in ("*.tmp", "*.tar") for path in self._folder.glob(pattern))
 
     def _oldest_first(self) -> list[Path]:
         """Shards, after what processes that were killed have left."""
