@@ -2,8 +2,8 @@
 
 To import torch, DeepSpeed and transformers takes a process 5 to 15 seconds of a core, and the tests start over a
 hundred. ``python preloaded.py ADDRESS SCRIPT ...`` is ``python SCRIPT ...`` by the server at that address: the program
-gets the caller's environment, folder, files and signals, and the caller its exit status. One thing is shared that
-processes of their own would not share: the seed of Python's hashes.
+gets the caller's environment, folder, files, signals and limit of a file's size, and the caller its exit status. One
+thing is shared that processes of their own would not share: the seed of Python's hashes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import atexit
 import gc
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -141,6 +142,7 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
     os.environ.update(request["environment"])
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, request["file_limit"])
     os.chdir(request["folder"])
     return list(request["arguments"])
 
@@ -151,6 +153,7 @@ def ask(address: str, *arguments: str) -> int:
         "arguments": arguments,
         "environment": dict(os.environ),
         "folder": str(Path.cwd()),
+        "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE),
         "ignored": [number for number in _PASSED_ON if signal.getsignal(number) is signal.SIG_IGN],
     }
     with socket.socket(socket.AF_UNIX) as server:

@@ -7,8 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -25,7 +23,7 @@ from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
 from bridgetower.errors import EXIT_FAILED, ConfigError
 from pretrain.presets import PRESETS
-from tests.conftest import REPO, run_script, script_environment
+from tests.conftest import run_script
 
 SCRIPT = "benchmarks/gpu/measure.py"
 NAMES = [section.name for section in plan(small=True)]
@@ -141,9 +139,8 @@ def test_engine_goes_on_with_torchs_adamw_where_fusedadam_cannot_be_built(tmp_pa
     asked, found = tmp_path / "request.json", tmp_path / "result.json"
     Request("engine", "cpu", True, 60.0, "small", (Run(2),), optimizer="fused").write(asked)
     # A compiler that always fails.
-    env = script_environment({"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
-    command = [sys.executable, "-m", "benchmarks.gpu.sections", str(asked), str(found)]
-    subprocess.run(command, cwd=REPO, env=env, check=True, capture_output=True, timeout=300)
+    env = {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    run_script("benchmarks/gpu/sections.py", str(asked), str(found), env=env, launcher="preloaded")
     result = json.loads(found.read_text())
     (row,) = result["rows"]
     assert result["error"] == "" and row["optimizer"] == "torch" and row["pairs_per_second"] > 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from bridgetower.config.models import MODELS
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import complete_model_config
-from tests.conftest import REPO
+from tests.conftest import run_script
 
 
 def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
@@ -31,9 +29,7 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
         f"--out={out}",
         "--threads=1",
     ]
-    command = [sys.executable, "benchmarks/step.py", *flags]
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    result = run_script("benchmarks/step.py", *flags, launcher="preloaded")
     assert "GFLOP a pair" in result.stdout and "plain" in result.stdout
     content = json.loads(out.read_text())
     ours, plain = content["sides"]["ours"], content["sides"]["plain"]

@@ -27,7 +27,7 @@ def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(root, emoji_shards
     before = {file.name: file.read_bytes() for file in (checkpoints / "step0000002").iterdir()}
     # No file may grow beyond 100 kB: what a full disk does, without filling one.
     process = subprocess.run(
-        command_line("pretrain/train.py", settings(root, emoji_shards, "full", 4, *every), launcher="plain"),
+        command_line("pretrain/train.py", settings(root, emoji_shards, "full", 4, *every)),
         cwd=REPO,
         env=script_environment({}),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, free_port, run_script, script_environment
+from tests.conftest import REPO, command_line, free_port, run_script, script_environment
 from tests.integration.runs import metrics, settings, train
 
 EVALUATED = ["--evaluation.every_steps=4", "--evaluation.num_samples=6"]
@@ -162,7 +162,7 @@ def test_sigint_saves_and_exits_75(root, emoji_shards):
     import time
 
     arguments = settings(root, emoji_shards, "interrupted", 500)
-    command = [sys.executable, str(REPO / "pretrain/train.py"), *arguments]
+    command = command_line("pretrain/train.py", arguments)
     process = subprocess.Popen(command, cwd=REPO, env=script_environment({}), stderr=subprocess.PIPE, text=True)
     lines = root / "interrupted/metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -7,8 +7,6 @@ import gc
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from pretrain import plan
 from pretrain.plan_memory import count_parameters, count_states, read_splitting
 from pretrain.plan_time import Cluster, Planner
 from pretrain.presets import base_4m, tiny
-from tests.conftest import REPO
+from tests.conftest import REPO, run_script
 from tests.ranks import run_on_ranks
 
 BUCKET = 500_000
@@ -171,26 +169,13 @@ def test_choice_recomputes_only_where_it_has_to(base):
     assert base.best(cluster(), [64]).recompute == ()
 
 
-def run_plan(*flags: str, columns: int | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    return subprocess.run(
-        [sys.executable, "pretrain/plan.py", *flags],
-        cwd=REPO,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_plan_of_tiny_is_printed_and_written(tmp_path):
-    shown = run_plan("tiny", "--gpus=2", "--gpu=l40s", "--price_per_gpu_hour=1.5")
-    assert shown.returncode == 0, shown.stderr
-    assert "2 x l40s" in shown.stdout and "25% of 362 TFLOP/s" in shown.stdout and "cost" in shown.stdout
-    assert max(map(len, shown.stdout.splitlines())) <= 120
     path = tmp_path / "plan.json"
-    assert run_plan("tiny", "--gpus=2", "--gpu=l40s", f"--json={path}").returncode == 0
+    flags = ["tiny", "--gpus=2", "--gpu=l40s"]
+    shown = run_script("pretrain/plan.py", *flags, "--price_per_gpu_hour=1.5").stdout
+    assert "2 x l40s" in shown and "25% of 362 TFLOP/s" in shown and "cost" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    run_script("pretrain/plan.py", *flags, f"--json={path}")
     content = json.loads(path.read_text())
     assert [row["gpus"] for row in content["scaling"]] == [2**n for n in range(11)]
     best = content["best"]
@@ -234,5 +219,5 @@ def test_what_does_not_fit_says_what_would():
 
 
 def test_wrong_usage_has_the_exit_code_of_it():
-    result = run_plan("base_4m", "--gpu=v100")
-    assert result.returncode == 2 and result.stderr.startswith("error: Unknown GPU v100")
+    refused = run_script("pretrain/plan.py", "base_4m", "--gpu=v100", code=2)
+    assert refused.stderr.startswith("error: Unknown GPU v100")
