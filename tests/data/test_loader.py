@@ -6,14 +6,13 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import bridgetower.data.loader as loader_module
 from bridgetower.batch import PretrainBatch
@@ -25,7 +24,7 @@ from bridgetower.data.order import Order, cut_global_batch
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import EXIT_FAILED, DataError, TrainingError
-from tests.conftest import REPO, script_environment
+from tests.conftest import REPO, run_script
 from tests.small_corpora import write_corpus
 
 GROUP = 4
@@ -211,6 +210,13 @@ def test_a_damaged_shard_is_the_same_error_with_and_without_workers(tmp_path, wo
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def workers_are_looked_for_often(monkeypatch):
+    """DataLoader looks every 5 s whether its workers live."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.mark.usefixtures("workers_are_looked_for_often")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
     # pytest's own time limit is the hang; DataLoader with a timeout would have waited for all of it.
@@ -226,6 +232,7 @@ def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
     assert error.value.exit_code == EXIT_FAILED
 
 
+@pytest.mark.usefixtures("workers_are_looked_for_often")
 def test_a_worker_that_is_stuck_in_a_read_ends_in_an_error_and_not_in_a_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_module, "_WORKER_TIMEOUT_SECONDS", 3)
     folder = write_corpus(tmp_path, [1] * 16)
@@ -252,6 +259,5 @@ if __name__ == "__main__":
 def test_workers_share_what_they_import(tmp_path):
     (tmp_path / "program.py").write_text(SERVER_OF_A_WORKER)
     # A program of its own: this one may have a server already.
-    command = [sys.executable, str(tmp_path / "program.py")]
-    found = subprocess.run(command, cwd=REPO, env=script_environment({"PYTHONPATH": str(REPO)}), capture_output=True)
-    assert found.stdout == b"True\n", found.stderr
+    found = run_script(str(tmp_path / "program.py"), env={"PYTHONPATH": str(REPO)}, launcher="preloaded")
+    assert found.stdout == "True\n", found.stderr
