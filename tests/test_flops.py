@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -142,6 +143,24 @@ COMPUTES = {
 }
 
 
+# Some captions without a masked token, and a part of similar captions that has none at all.
+SHORT_BATCH = (tuple(sorted(LENGTHS)[::4]), (0, 0, 1, 2, 1, 2, 3, 0))
+
+
+def without_layers_below_the_bridges(config):
+    """A model as small as it can be: those layers cost the same each."""
+    layers = config.fusion.num_layers
+    vision, text = (replace(tower, num_layers=layers) for tower in (config.vision, config.text))
+    return replace(config, vision=vision, text=text)
+
+
+@functools.cache
+def counted_of_tiny(kind, dropout):
+    """Operations of a pair of SHORT_BATCH, which two tests read."""
+    config = without_layers_below_the_bridges(with_dropout(complete_model_config(MODELS["tiny"]()), dropout))
+    return count_step(config, ObjectivesConfig(), COMPUTES[kind], *SHORT_BATCH)
+
+
 @pytest.mark.parametrize(
     ("name", "kinds", "dropout"),
     [
@@ -155,19 +174,16 @@ COMPUTES = {
 )
 def test_closed_form_is_what_is_counted_whatever_is_saved(name, kinds, dropout):
     config = with_dropout(complete_model_config(MODELS[name]()), dropout)
-    if name == "tiny":  # layers below the bridges cost the same each
-        layers = config.fusion.num_layers
-        config = replace(
-            config, vision=replace(config.vision, num_layers=layers), text=replace(config.text, num_layers=layers)
-        )
-    # Some captions without a masked token, and a part of similar captions that has none at all.
-    masked = [0, 0, 1, 2, 1, 2, 3, 0]
-    tokens = sorted(LENGTHS)[::4]
+    if name == "tiny":
+        config = without_layers_below_the_bridges(config)
     for kind in kinds:
-        counted = count_step(config, ObjectivesConfig(), COMPUTES[kind], tokens, masked)
-        texts = Texts(tuple(tokens), tuple(masked))
-        formula = count_micro_batch(config, ObjectivesConfig(), COMPUTES[kind], texts, element_bytes=2)
-        assert formula.work / len(tokens) == pytest.approx(counted, rel=1e-9), kind
+        counted = (
+            counted_of_tiny(kind, dropout)
+            if name == "tiny"
+            else count_step(config, ObjectivesConfig(), COMPUTES[kind], *SHORT_BATCH)
+        )
+        formula = count_micro_batch(config, ObjectivesConfig(), COMPUTES[kind], Texts(*SHORT_BATCH), element_bytes=2)
+        assert formula.work / len(SHORT_BATCH[0]) == pytest.approx(counted, rel=1e-9), kind
 
 
 @pytest.mark.parametrize(
@@ -190,12 +206,7 @@ def test_work_of_each_part_is_what_docs_performance_md_says(compute, published, 
     "field", sorted({name for name, value in vars(PLAIN).items() if value is False} - {"joint_pass", "compile"})
 )
 def test_each_setting_saves_operations(field):
-    without = ComputeConfig(**{**vars(ComputeConfig()), field: False})
-    counts = [
-        count_step(MODELS["tiny"](), ObjectivesConfig(), compute, LENGTHS, MASKED)
-        for compute in (ComputeConfig(), without)
-    ]
-    assert counts[0] < counts[1]
+    assert counted_of_tiny("all", 0.1) < counted_of_tiny(f"without {field}", 0.1)
 
 
 def test_recomputing_every_layer_costs_at_most_29_percent_more():
