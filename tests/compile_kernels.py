@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,4 +70,5 @@ def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({kernel.__name__: spilled_bytes(kernel, constants) for kernel, constants in CONSTANTS.items()}))
+    found = {kernel.__name__: spilled_bytes(kernel, constants) for kernel, constants in CONSTANTS.items()}
+    sys.stdout.write(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -29,6 +30,7 @@ _REPO = Path(__file__).resolve().parent.parent.parent
 _NUM_PHOTOS = {False: 512, True: 16}
 _PHOTO_SIZE = (640, 480)
 _CAPTIONS_PER_PHOTO = 8
+_REPORTS = 8  # of a training run
 _WORDS = ("a", "photograph", "of", "some", "thing", "that", "stands", "in", "the", "light", "beside", "another", "one")
 
 
@@ -40,7 +42,7 @@ def measure(request: Request, note: Callable[[dict[str, Any]], None]) -> None:
         photographs = _build_shards(folder, _NUM_PHOTOS[request.small])
         for run in request.runs:
             # A little before this process is killed, so that what the run has reported by then is kept.
-            seconds = request.seconds - (time.perf_counter() - begin) - 3
+            seconds = request.seconds - (time.perf_counter() - begin) - 5
             found = _train(request, run, folder, max(1, cores - 2), seconds)
             note({"what": f"train.py, {run.describe()}", "model": request.preset, "photographs": photographs, **found})
 
@@ -90,22 +92,27 @@ def synthetic_photos(size: tuple[int, int], count: int, *, seed: int = 0) -> lis
 
 
 def _train(request: Request, run: Run, folder: Path, workers: int, seconds: float) -> dict[str, Any]:
-    """Run pretrain/train.py and read its metrics.
+    """Run pretrain/train.py and read its metrics; it is ended after its last report, before it saves gigabytes.
 
     Raises:
         RuntimeError: it ended before its second report.
     """
     settings = training_settings(request, run, folder, workers)
     command = ["pretrain/train.py", request.preset, *(f"--{name}={value}" for name, value in settings.items())]
-    said = _run(command, folder / "train.log", seconds)
     file = folder / "runs" / settings["name"] / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    shutil.rmtree(file.parent, ignore_errors=True)  # its checkpoint is gigabytes
+
+    def reports() -> list[dict[str, Any]]:
+        # A line that is being written is not one yet.
+        lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+        return [line for line in map(json.loads, lines) if "speed/pairs_per_second" in line]
+
+    said = _run(command, folder / "train.log", seconds, lambda: len(reports()) >= _REPORTS)
     # The first report has the workers' start in it, and compiling.
-    reports = [line for line in lines if "speed/pairs_per_second" in line][1:]
-    if not reports:
+    found = reports()[1:]
+    shutil.rmtree(file.parent, ignore_errors=True)
+    if not found:
         raise RuntimeError(f"{' '.join(command)} ended before its second report: {said}")
-    rates, waits = ([line[key] for line in reports] for key in ("speed/pairs_per_second", "data/wait_fraction"))
+    rates, waits = ([line[key] for line in found] for key in ("speed/pairs_per_second", "data/wait_fraction"))
     wait = statistics.median(waits)
     return {
         "micro_batch": run.micro_batch,
@@ -137,23 +144,26 @@ def training_settings(request: Request, run: Run, folder: Path, workers: int) ->
         "compute.compile": str(run.compiled).lower(),
         "evaluation.every_steps": 0,
         "checkpoint.every_steps": 10**9,  # the last step is always saved
-        "tracker.every_steps": max(1, request.num_steps // 8),
+        "tracker.every_steps": max(1, request.num_steps // _REPORTS),
         "tracker.wandb": "off",
     }
     return {name: str(value) for name, value in settings.items()}
 
 
-def _run(command: list[str], log: Path, seconds: float) -> str:
-    """Run a script of this repository. Returns: why it did not come to its end; empty if it did."""
+def _run(command: list[str], log: Path, seconds: float, is_enough: Callable[[], bool] = lambda: False) -> str:
+    """Run a script of this repository, to its end or until it is enough.
+
+    Returns: why it did not come to either; empty if it did.
+    """
+    end, code = time.monotonic() + max(1.0, seconds), None
     with log.open("w") as file:  # not a pipe, which the workers of a killed run would keep open
-        try:
-            code = subprocess.run(
-                [sys.executable, *command],
-                cwd=_REPO,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=max(1.0, seconds),
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s, before its end"
+        process = subprocess.Popen([sys.executable, *command], cwd=_REPO, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        while code is None and time.monotonic() < end and not (enough := is_enough()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=0.5)
+    finally:
+        process.kill()  # its workers see that they are alone
+    if code is None:
+        return "" if enough else f"stopped after {seconds:.0f} s, before its end"
     return f"exit code {code}: {log.read_text().strip()[-1000:]}" if code else ""

@@ -66,6 +66,7 @@ OWNERS = {
     "wandb": ("bridgetower.engine.wandb_mirror", "pretrain.dashboard"),
     "wandb_workspaces": ("pretrain.dashboard", "pretrain.dashboard_panels"),
     "webdataset": ("bridgetower.data", "data_prep", "benchmarks"),
+    "triton": ("bridgetower.model",),
     "fire": ("script",),
 }
 # transformers imports these where they are installed, as other tools do.

@@ -93,4 +93,5 @@ def test_each_library_that_the_code_imports_is_a_requirement():
     needed = {name.split(".")[0] for path in modules().values() for name in imported_modules(path.read_text())}
     libraries = {library for name in needed if name in owners for library in owners[name]} - {"bridgetower"}
     assert len(libraries) > 10
-    assert {re.sub(r"[-_.]+", "-", library).lower() for library in libraries} - requirements() == set()
+    # Torch brings along the Triton that it was built with, where there is one for it.
+    assert {re.sub(r"[-_.]+", "-", library).lower() for library in libraries} - requirements() == {"triton"}
