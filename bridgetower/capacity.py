@@ -43,12 +43,14 @@ class Kernels(NamedTuple):
     """The same in the text tower, whose layers are transformers'; None: as the states."""
     drops_inside: bool
     """Attention draws its dropout in the kernel; else it keeps all shares, and a byte for each."""
+    draws_again: bool
+    """With compute.fuse_kernels no mask of states is kept: the backward pass draws it again."""
     generator_bytes: int
     """State of the random numbers, which a layer that is computed again begins with."""
 
 
-CUDA = Kernels(statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, generator_bytes=16)
-CPU = Kernels(statistic_bytes=None, mask_bytes=1, text_mask_bytes=None, drops_inside=False, generator_bytes=5056)
+CUDA = Kernels(statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, draws_again=True, generator_bytes=16)
+CPU = Kernels(statistic_bytes=None, mask_bytes=1, text_mask_bytes=None, drops_inside=False, draws_again=False, generator_bytes=5056)
 
 
 class Work(NamedTuple):
@@ -318,9 +320,12 @@ class _MicroBatch:
         self.num_frozen, self.num_contrasted = num_frozen, num_contrasted
         fusion, vision = config.fusion, config.vision
         self.element, self.width = element, fusion.width
+        text_mask, mask = kernels.text_mask_bytes or element, kernels.mask_bytes
+        if kernels.draws_again and compute.fuse_kernels:
+            text_mask = mask = 0
         self.of_vision = _Layers(element, kernels, 0.0)
-        self.of_text = _Layers(element, kernels, config.text.dropout, kernels.text_mask_bytes or element)
-        self.of_fusion = _Layers(element, kernels, fusion.dropout, kernels.mask_bytes)
+        self.of_text = _Layers(element, kernels, config.text.dropout, text_mask)
+        self.of_fusion = _Layers(element, kernels, fusion.dropout, mask)
         self.pairs = len(texts.num_tokens)
         self.images = num_images + (0 if compute.share_images or not objectives.itm else self.pairs)
         self.positions = (config.image_size_px // vision.patch_size_px) ** 2 + 1
