@@ -59,7 +59,7 @@ def test_features_of_the_cpu_hold_what_torch_uses():
 
 def test_sides_that_leave_out_one_saving_are_all_of_them():
     left_out = {name: compute for name, compute in step.SIDES.items() if name.startswith("no_")}
-    assert len(left_out) == 7 and len(set(map(str, left_out.values()))) == 7
+    assert len(left_out) == 8 and len(set(map(str, left_out.values()))) == 8
     assert not left_out["no_joint_pass"].joint_pass and left_out["no_joint_pass"].share_images
 
 
