@@ -49,8 +49,17 @@ class Kernels(NamedTuple):
     """State of the random numbers, which a layer that is computed again begins with."""
 
 
-CUDA = Kernels(statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, draws_again=True, generator_bytes=16)
-CPU = Kernels(statistic_bytes=None, mask_bytes=1, text_mask_bytes=None, drops_inside=False, draws_again=False, generator_bytes=5056)
+CUDA = Kernels(
+    statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, draws_again=True, generator_bytes=16
+)
+CPU = Kernels(
+    statistic_bytes=None,
+    mask_bytes=1,
+    text_mask_bytes=None,
+    drops_inside=False,
+    draws_again=False,
+    generator_bytes=5056,
+)
 
 
 class Work(NamedTuple):

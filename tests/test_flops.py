@@ -203,7 +203,8 @@ def test_work_of_each_part_is_what_docs_performance_md_says(compute, published, 
 
 # joint_pass, fuse_kernels and compile save time.
 @pytest.mark.parametrize(
-    "field", sorted({name for name, value in vars(PLAIN).items() if value is False} - {"joint_pass", "fuse_kernels", "compile"})
+    "field",
+    sorted({name for name, value in vars(PLAIN).items() if value is False} - {"joint_pass", "fuse_kernels", "compile"}),
 )
 def test_each_setting_saves_operations(field):
     assert counted_of_tiny("all", 0.1) < counted_of_tiny(f"without {field}", 0.1)

@@ -164,6 +164,7 @@ def _run(command: list[str], log: Path, seconds: float, is_enough: Callable[[], 
                 code = process.wait(timeout=0.5)
     finally:
         process.kill()  # its workers see that they are alone
+        process.wait()  # what it held of the GPU is free then
     if code is None:
         return "" if enough else f"stopped after {seconds:.0f} s, before its end"
     return f"exit code {code}: {log.read_text().strip()[-1000:]}" if code else ""

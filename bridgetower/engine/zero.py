@@ -110,8 +110,12 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     def _fill(self, bucket: Any) -> None:
         if bucket.copy_streams:
             here = torch.cuda.current_stream()
-            for stream in bucket.copy_streams - {here.cuda_stream}:
-                here.wait_stream(torch.cuda.ExternalStream(stream))
+            for number in bucket.copy_streams - {here.cuda_stream}:
+                # 0 is the default stream's, of which a new one must not be made.
+                stream = torch.cuda.ExternalStream(number) if number else torch.cuda.default_stream()
+                here.wait_stream(stream)
+                for gradient in bucket.grads:
+                    gradient.record_stream(here)
             bucket.copy_streams = {here}
         buffer = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements)
         places = buffer.split([gradient.numel() for gradient in bucket.grads])
@@ -126,6 +130,8 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         DeepSpeed would copy each of them there and back, and wait for the device before.
         """
         bucket = self.ipg_buckets[communication_data_type]
+        if not bucket.params:
+            return
         groups = {group_index for group_index, _, _ in bucket.params}
         if (
             torch.distributed.get_world_size(self.dp_process_group) > 1

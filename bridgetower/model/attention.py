@@ -76,7 +76,9 @@ class Attention(nn.Module):
         if spans:
             query, key, value = _pick(query, state_rows), _pick(key, context_rows), _pick(value, context_rows)
             query_THd, key_SHd, value_SHd = (self._tokens(part) for part in (query, key, value))
-            attended = attend_spans(query_THd, key_SHd, value_SHd, *spans, dropout).view(query.shape)
+            kernels = self.uses_kernels
+            attended_THd = attend_spans(query_THd, key_SHd, value_SHd, *spans, dropout, kernels=kernels)
+            attended = attended_THd.view(query.shape)
         else:
             mask = None if context_layout is None or sees_padding else context_layout.whole.mask_RL
             attended_RHND = attend(

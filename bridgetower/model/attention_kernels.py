@@ -16,15 +16,22 @@ _ROUNDS = tl.constexpr(7)  # of Philox, as in bridgetower.model.kernels
 
 
 @triton.jit
-def _draw_kept(
-    draw_key, query, key_block, head, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr
-):
-    """Which shares of a tile are left. Philox gives four words at a time, for four keys."""
+def _draw_kept(row_key, query, key_block, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Which shares of a tile are left. Philox gives four words at a time, for four keys.
+
+    ``query`` counts from the row's first, so that its numbers and the keys' fit into 32 bits whatever the batch.
+    """
     four = key_block * (KEYS // 4) + tl.arange(0, KEYS // 4)
-    place = ((query * HEADS + head) * 512)[:, None] + four[None, :]
-    a, b, c, d = tl.randint4x(draw_key, place, n_rounds=_ROUNDS)
+    place = (query * 512)[:, None] + four[None, :]
+    a, b, c, d = tl.randint4x(row_key, place, n_rounds=_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (QUERIES, KEYS))
     return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit
+def _key_of_row(draw_key, row, head, HEADS: tl.constexpr):
+    """Each head of a row draws with a key of its own, a Weyl sequence from the first."""
+    return draw_key + (row * HEADS + head).to(tl.int64) * 0x1E3779B97F4A7C15
 
 
 @triton.jit(do_not_specialize=["draw_key", "threshold"])
@@ -35,6 +42,8 @@ def few_keys_forward(
 ):  # fmt: skip
     """A row's keys stand in one tile, and its queries go by."""
     row, head = tl.program_id(0), tl.program_id(1)
+    if DROPS:
+        row_key = _key_of_row(draw_key, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -50,7 +59,7 @@ def few_keys_forward(
         share = tl.exp(score - tl.max(score, axis=1)[:, None])
         share /= tl.sum(share, axis=1)[:, None]
         if DROPS:
-            share = tl.where(_draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+            share = tl.where(_draw_kept(row_key, at - first, 0, threshold, QUERIES, KEYS), share * left, 0.0)
         result = tl.dot(share.to(values.dtype), values)
         to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
         tl.store(to, result.to(attended.dtype.element_ty), mask=inside)
@@ -65,6 +74,8 @@ def few_keys_backward(
 ):  # fmt: skip
     """The same; each program adds up the gradients of its keys and values."""
     row, head = tl.program_id(0), tl.program_id(1)
+    if DROPS:
+        row_key = _key_of_row(draw_key, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -86,7 +97,7 @@ def few_keys_backward(
         share_grad = tl.dot(gradients, tl.trans(values))
         left_share = share
         if DROPS:
-            is_left = _draw_kept(draw_key, at, 0, head, threshold, QUERIES, KEYS, HEADS)
+            is_left = _draw_kept(row_key, at - first, 0, threshold, QUERIES, KEYS)
             left_share = tl.where(is_left, share * left, 0.0)
             share_grad = tl.where(is_left, share_grad * left, 0.0)
         value_sum += tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
@@ -107,6 +118,8 @@ def few_queries_forward(
 ):  # fmt: skip
     """A row's queries stand in one tile, and its keys go by."""
     row, head = tl.program_id(0), tl.program_id(1)
+    if DROPS:
+        row_key = _key_of_row(draw_key, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -134,7 +147,7 @@ def few_queries_forward(
         highest = new_highest
         if DROPS:
             block = (start - first_key) // KEYS
-            share = tl.where(_draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS), share * left, 0.0)
+            share = tl.where(_draw_kept(row_key, at - first, block, threshold, QUERIES, KEYS), share * left, 0.0)
         result = result * before[:, None] + tl.dot(share.to(values.dtype), values)
     result /= total[:, None]
     to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
@@ -151,6 +164,8 @@ def few_queries_backward(
 ):  # fmt: skip
     """The same; each program adds up the gradients of its queries."""
     row, head = tl.program_id(0), tl.program_id(1)
+    if DROPS:
+        row_key = _key_of_row(draw_key, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -176,7 +191,7 @@ def few_queries_backward(
         left_share = share
         if DROPS:
             block = (start - first_key) // KEYS
-            is_left = _draw_kept(draw_key, at, block, head, threshold, QUERIES, KEYS, HEADS)
+            is_left = _draw_kept(row_key, at - first, block, threshold, QUERIES, KEYS)
             left_share = tl.where(is_left, share * left, 0.0)
             share_grad = tl.where(is_left, share_grad * left, 0.0)
         value_sum = tl.dot(tl.trans(left_share.to(values.dtype)), gradients)

@@ -9,12 +9,13 @@ Shapes: T queries and S keys of all rows, R rows, H heads, d width of a head.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bridgetower.model import fused
 
 
 class Spans(NamedTuple):
@@ -53,37 +54,29 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@lru_cache
-def _short_attention() -> Any:
-    """Of texts; None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("bridgetower.model.short_attention")
-
-
 def attend_spans(
-    query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, query_spans: Spans, key_spans: Spans, dropout: float
+    query_THd: Tensor,
+    key_SHd: Tensor,
+    value_SHd: Tensor,
+    query_spans: Spans,
+    key_spans: Spans,
+    dropout: float,
+    *,
+    kernels: bool,
 ) -> Tensor:
     """Scaled dot-product attention, each row's queries to its own keys, of which it has one; it may have no query.
 
     Args:
         dropout: of the shares; 0 when not training.
+        kernels: whether rows of which one side is short may have kernels of their own.
 
     Returns: shape (T, H, d).
     """
-    kernel = _short_attention()
-    if kernel is not None and kernel.takes(query_spans.longest, key_spans.longest, query_THd.shape[-1]):
-        found: Tensor = kernel.attend_short(
-            query_THd,
-            key_SHd,
-            value_SHd,
-            query_spans.start_Z,
-            key_spans.start_Z,
-            query_spans.longest,
-            key_spans.longest,
-            dropout,
-        )
-        return found
+    if kernels and fused.fits(query_THd):
+        short = importlib.import_module("bridgetower.model.short_attention")
+        if short.takes(query_spans.longest, key_spans.longest, query_THd.shape[-1]):
+            found: Tensor = short.attend_short(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
+            return found
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         query_THd,
         key_SHd,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,19 +26,43 @@ _WIDEST = 4096
 
 
 def fits(states: Tensor) -> bool:
-    """Whether the kernels take such states; compiled code has its own."""
+    """Whether the kernels take such states; compiled code has its own.
+
+    They are launched on the current device, and do not know autocast, under which products have another type.
+    """
     return (
         states.is_cuda
         and states.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and states.shape[-1] <= _WIDEST
         and not torch.compiler.is_compiling()
-        and _has_triton()
+        and not torch.is_autocast_enabled("cuda")
+        and states.device.index == torch.cuda.current_device()
+        and _has_kernels(states.device)
     )
 
 
 @lru_cache
-def _has_triton() -> bool:
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+def _has_kernels(device: torch.device) -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        _kernels().norm(torch.zeros(1, 16, device=device), nn.LayerNorm(16, device=device))
+    except Exception as error:  # Triton has many, e.g. where there is no C compiler for what starts its kernels
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        warnings.warn(
+            f"Kernels cannot be built, and torch's operators, which are slower, are used instead: "
+            f"{type(error).__name__}: {said}. Triton needs a C compiler (Debian: gcc and python3-dev).",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _takes(layer: nn.Module) -> bool:
+    """Whether a norm is one: some towers have nothing in its place."""
+    return isinstance(layer, nn.LayerNorm) and layer.elementwise_affine and layer.bias is not None
 
 
 def _kernels() -> Any:
@@ -45,12 +70,11 @@ def _kernels() -> Any:
     return importlib.import_module("bridgetower.model.kernel_functions")
 
 
-def norm(states: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> tuple[Tensor, Tensor]:
+def norm(states: Tensor, layer: nn.Module, *, kernels: bool) -> tuple[Tensor, Tensor]:
     """X and LN(x), shape (..., D): who reads both reads them from here, and their gradients are added on the way."""
-    found: tuple[Tensor, Tensor] = (
-        _kernels().norm(states, layer) if kernels and fits(states) else (states, layer(states))
-    )
-    return found
+    if kernels and _takes(layer) and fits(states):
+        return _kernels().norm(states, layer)  # type: ignore[no-any-return]
+    return states, layer(states)
 
 
 def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> Tensor:
@@ -71,7 +95,7 @@ def project_add_norm(
         inner: h.
         dropout: 0 when not training.
     """
-    if kernels and fits(states):
+    if kernels and _takes(layer) and fits(states):
         found: tuple[Tensor, Tensor] = _kernels().project_add_norm(states, inner, linear, layer, dropout)
         return found
     total = states + drop(linear(inner), dropout, training=True)

@@ -140,13 +140,16 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, num_parts: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(states, weight)
+        ctx.set_materialize_grads(False)
         return states.view_as(states), *F.linear(states, weight, bias).chunk(num_parts, dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, states_grad: Tensor, *part_grads: Tensor) -> Gradients:
+    def backward(ctx: Any, states_grad: Tensor | None, *part_grads: Tensor | None) -> Gradients:
         states, weight = ctx.saved_tensors
-        joined_NE, bias_grad = _joined([part.flatten(0, -2) for part in part_grads])
+        shape = *states.shape[:-1], len(weight) // len(part_grads)
+        parts = [states.new_zeros(shape) if part is None else part for part in part_grads]
+        joined_NE, bias_grad = _joined([part.flatten(0, -2) for part in parts])
         states_grad, weight_grad = _product_gradients(joined_NE, states, weight, states_grad)
         return states_grad, weight_grad, bias_grad, None
 
@@ -283,7 +286,7 @@ def _product_gradients(
 def _joined(parts_ND: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Parts of equal width beside each other, and the sum of their rows."""
     num_rows, width = parts_ND[0].shape
-    if len(parts_ND) == 1 or width % _TILE_COLUMNS or not num_rows:
+    if len(parts_ND) not in (2, 3) or width % _TILE_COLUMNS or not num_rows:
         joined = parts_ND[0] if len(parts_ND) == 1 else torch.cat(parts_ND, dim=-1)
         return joined, joined.sum(dim=0)
     parts_ND = [part.contiguous() for part in parts_ND]

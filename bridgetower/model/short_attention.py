@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from bridgetower.model import attention_kernels as kernels
 from bridgetower.model.dropout import draw_key
+from bridgetower.model.flash import Spans
 
 LONGEST = 64
 """Of the short side."""
@@ -35,17 +36,15 @@ class _Attention(torch.autograd.Function):
         query_THd: Tensor,
         key_SHd: Tensor,
         value_SHd: Tensor,
-        query_start_Z: Tensor,
-        key_start_Z: Tensor,
-        longest_query: int,
-        longest_key: int,
+        query_spans: Spans,
+        key_spans: Spans,
         dropout: float,
     ) -> Tensor:
         parts = [_with_heads_together(part) for part in (query_THd, key_SHd, value_SHd)]
         num_queries, heads, width = query_THd.shape
         attended_THd = torch.empty(num_queries, heads, width, dtype=query_THd.dtype, device=query_THd.device)
-        few_keys = longest_key <= LONGEST
-        queries, keys = (_tile(longest) for longest in (longest_query, longest_key))
+        few_keys = key_spans.longest <= LONGEST
+        queries, keys = (_tile(longest) for longest in (query_spans.longest, key_spans.longest))
         ctx.sizes = {
             "HEADS": heads,
             "WIDTH": width,
@@ -57,8 +56,8 @@ class _Attention(torch.autograd.Function):
         }
         ctx.draw_key = draw_key(query_THd.device) if dropout else 0
         ctx.numbers = width**-0.5, round(dropout * 2**32), 1.0 / (1.0 - dropout)
-        read = [*parts, query_start_Z, key_start_Z]
-        grid = len(query_start_Z) - 1, heads
+        read = [*parts, query_spans.start_Z, key_spans.start_Z]
+        grid = len(query_spans.start_Z) - 1, heads
         if few_keys:
             kernels.few_keys_forward[grid](*read, ctx.draw_key, attended_THd, *ctx.numbers, **ctx.sizes)
         else:
@@ -78,36 +77,32 @@ class _Attention(torch.autograd.Function):
         kernel = kernels.few_keys_backward if ctx.few_keys else kernels.few_queries_backward
         grid = len(read[3]) - 1, grads[0].shape[1]
         kernel[grid](*read, ctx.draw_key, *results, gradient_THd.contiguous(), *grads, *ctx.numbers, **ctx.sizes)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None
 
 
 def takes(longest_query: int, longest_key: int, width: int) -> bool:
     """Whether rows of such lengths are for these kernels."""
     is_short = min(longest_query, longest_key) <= LONGEST and max(longest_query, longest_key) <= _LONGEST_OTHER
-    return is_short and width >= _SMALLEST and width == triton.next_power_of_2(width)
+    # Wider heads would not fit into the memory that a program has.
+    return is_short and width in (16, 32, 64)
 
 
 def attend_short(
     query_THd: Tensor,
     key_SHd: Tensor,
     value_SHd: Tensor,
-    query_start_Z: Tensor,
-    key_start_Z: Tensor,
-    longest_query: int,
-    longest_key: int,
+    query_spans: Spans,
+    key_spans: Spans,
     dropout: float,
 ) -> Tensor:
     """Scaled dot-product attention of each row's queries to its own keys, of one of which there are at most LONGEST.
 
     Args:
-        query_start_Z: int32, R + 1 numbers: the first query of each row, and the end of the last.
-        key_start_Z: that of the keys, of which each row has one.
+        key_spans: each row has a key.
 
     Returns: shape (T, H, d).
     """
-    found: Tensor = _Attention.apply(
-        query_THd, key_SHd, value_SHd, query_start_Z, key_start_Z, longest_query, longest_key, dropout
-    )
+    found: Tensor = _Attention.apply(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
     return found
 
 

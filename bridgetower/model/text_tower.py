@@ -139,7 +139,8 @@ def _run_layer(layer: Any, states_TD: Tensor, layout: Layout, fuses: bool) -> Te
     dropout = attention.dropout.p if layer.training else 0.0
     if layout.spans is not None and fits(states_TD, attention.num_attention_heads):
         query_THd, key_THd, value_THd = (part_TD.unflatten(-1, heads) for part_TD in parts)
-        attended_TD = attend_spans(query_THd, key_THd, value_THd, layout.spans, layout.spans, dropout).flatten(1)
+        spans = layout.spans
+        attended_TD = attend_spans(query_THd, key_THd, value_THd, spans, spans, dropout, kernels=fuses).flatten(1)
     else:
         query_RHLd, key_RHLd, value_RHLd = (
             grid.spread(part_TD).unflatten(-1, heads).transpose(1, 2) for part_TD in parts
