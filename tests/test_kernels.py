@@ -217,8 +217,8 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     # Every function of both files that is one.
     sources = [(REPO / f"bridgetower/model/{name}.py").read_text() for name in ("kernels", "attention_kernels")]
     assert compiled.keys() == {name for source in sources for name in re.findall(r"^def ([a-z]\w+)\(", source, re.M)}
-    # What has no place in registers goes to slow memory: a few numbers of two kernels.
-    assert {name for name, spilled in compiled.items() if spilled} <= {"few_keys_backward", "few_queries_backward"}
+    # What has no place in registers goes to slow memory: a few numbers of one kernel.
+    assert {name for name, spilled in compiled.items() if spilled} <= {"few_queries_backward"}
     assert max(compiled.values()) < 300
 
 

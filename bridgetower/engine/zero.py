@@ -132,18 +132,14 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         bucket = self.ipg_buckets[communication_data_type]
         if not bucket.params:
             return
-        groups = {group_index for group_index, _, _ in bucket.params}
-        if (
-            torch.distributed.get_world_size(self.dp_process_group) > 1
-            or self.cpu_offload
-            or bucket.has_moe_params
-            or not all(map(self._use_compact_grad_partition_buffer, groups))
-        ):
+        is_alone = torch.distributed.get_world_size(self.dp_process_group) == 1
+        if not is_alone or bucket.has_moe_params or not self._fills_at_once():
             super().average_tensor(tensor, communication_data_type)
             return
         for stream in bucket.copy_streams:
             torch.cuda.current_stream().wait_stream(stream)
         sizes = [self.bit16_groups[group][number].numel() for group, number, _ in bucket.params]
+        groups = {group for group, _, _ in bucket.params}
         flat = {group: self._get_compact_grad_partition_buffer(group).flat_partition for group in groups}
         shares = [
             flat[group].narrow(0, int(self.grad_partition_insertion_offset[group][0][parameter]), size)

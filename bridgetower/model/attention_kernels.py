@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROUNDS = tl.constexpr(7)  # of Philox, as in bridgetower.model.kernels
+from bridgetower.model.kernels import PHILOX_ROUNDS
 
 
 @triton.jit
@@ -23,9 +23,24 @@ def _draw_kept(row_key, query, key_block, threshold, QUERIES: tl.constexpr, KEYS
     """
     four = key_block * (KEYS // 4) + tl.arange(0, KEYS // 4)
     place = (query * 512)[:, None] + four[None, :]
-    a, b, c, d = tl.randint4x(row_key, place, n_rounds=_ROUNDS)
+    a, b, c, d = tl.randint4x(row_key, place, n_rounds=PHILOX_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (QUERIES, KEYS))
     return words.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit
+def _load_tile(pointer, at, end, channel, STRIDE: tl.constexpr):
+    """Tokens of a row in the channels of a head; zero from its end on."""
+    place = at.to(tl.int64)[:, None] * STRIDE + channel[None, :]
+    return tl.load(pointer + place, mask=(at < end)[:, None], other=0.0)
+
+
+@triton.jit
+def _shares(queries, keys, is_key, scale):
+    """Softmax of a tile that has all keys of its row."""
+    score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
+    share = tl.exp(score - tl.max(score, axis=1)[:, None])
+    return share / tl.sum(share, axis=1)[:, None]
 
 
 @triton.jit
@@ -49,15 +64,13 @@ def few_keys_forward(
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
     at_key = first_key + tl.arange(0, KEYS)
     is_key = at_key < end_key
-    keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
-    values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    keys = _load_tile(key, at_key, end_key, channel, KEY_STRIDE)
+    values = _load_tile(value, at_key, end_key, channel, VALUE_STRIDE)
     for start in range(first, end, QUERIES):
         at = start + tl.arange(0, QUERIES)
         inside = (at < end)[:, None]
-        queries = tl.load(query + at[:, None].to(tl.int64) * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
-        score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
-        share = tl.exp(score - tl.max(score, axis=1)[:, None])
-        share /= tl.sum(share, axis=1)[:, None]
+        queries = _load_tile(query, at, end, channel, QUERY_STRIDE)
+        share = _shares(queries, keys, is_key, scale)
         if DROPS:
             share = tl.where(_draw_kept(row_key, at - first, 0, threshold, QUERIES, KEYS), share * left, 0.0)
         result = tl.dot(share.to(values.dtype), values)
@@ -81,19 +94,17 @@ def few_keys_backward(
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
     at_key = first_key + tl.arange(0, KEYS)
     is_key = at_key < end_key
-    keys = tl.load(key + at_key[:, None] * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
-    values = tl.load(value + at_key[:, None] * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0)
+    keys = _load_tile(key, at_key, end_key, channel, KEY_STRIDE)
+    values = _load_tile(value, at_key, end_key, channel, VALUE_STRIDE)
     key_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     value_sum = tl.zeros((KEYS, WIDTH), tl.float32)
     for start in range(first, end, QUERIES):
         at = start + tl.arange(0, QUERIES)
         inside = (at < end)[:, None]
         packed = at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
-        queries = tl.load(query + at[:, None].to(tl.int64) * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+        queries = _load_tile(query, at, end, channel, QUERY_STRIDE)
         gradients = tl.load(gradient + packed, mask=inside, other=0.0)
-        score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
-        share = tl.exp(score - tl.max(score, axis=1)[:, None])
-        share /= tl.sum(share, axis=1)[:, None]
+        share = _shares(queries, keys, is_key, scale)
         share_grad = tl.dot(gradients, tl.trans(values))
         left_share = share
         if DROPS:
@@ -125,7 +136,7 @@ def few_queries_forward(
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
     at = first + tl.arange(0, QUERIES)
     inside = (at < end)[:, None]
-    queries = tl.load(query + at[:, None] * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+    queries = _load_tile(query, at, end, channel, QUERY_STRIDE)
     highest = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, WIDTH), tl.float32)
@@ -133,12 +144,8 @@ def few_queries_forward(
     for start in range(first_key, tl.where(first < end, end_key, first_key), KEYS):
         at_key = start + tl.arange(0, KEYS)
         is_key = at_key < end_key
-        keys = tl.load(
-            key + at_key[:, None].to(tl.int64) * KEY_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0
-        )
-        values = tl.load(
-            value + at_key[:, None].to(tl.int64) * VALUE_STRIDE + channel[None, :], mask=is_key[:, None], other=0.0
-        )
+        keys = _load_tile(key, at_key, end_key, channel, KEY_STRIDE)
+        values = _load_tile(value, at_key, end_key, channel, VALUE_STRIDE)
         score = tl.where(is_key[None, :], tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, axis=1))
         share = tl.exp(score - new_highest[:, None])
@@ -172,7 +179,7 @@ def few_queries_backward(
     at = first + tl.arange(0, QUERIES)
     inside = (at < end)[:, None]
     packed = at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
-    queries = tl.load(query + at[:, None] * QUERY_STRIDE + channel[None, :], mask=inside, other=0.0)
+    queries = _load_tile(query, at, end, channel, QUERY_STRIDE)
     gradients = tl.load(gradient + packed, mask=inside, other=0.0)
     along = tl.load(attended + packed, mask=inside, other=0.0).to(tl.float32) * gradients.to(tl.float32)
     along = tl.sum(along, axis=1)
@@ -182,8 +189,8 @@ def few_queries_backward(
         at_key = start + tl.arange(0, KEYS)
         is_key = (at_key < end_key)[:, None]
         packed_key = at_key[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
-        keys = tl.load(key + at_key[:, None].to(tl.int64) * KEY_STRIDE + channel[None, :], mask=is_key, other=0.0)
-        values = tl.load(value + at_key[:, None].to(tl.int64) * VALUE_STRIDE + channel[None, :], mask=is_key, other=0.0)
+        keys = _load_tile(key, at_key, end_key, channel, KEY_STRIDE)
+        values = _load_tile(value, at_key, end_key, channel, VALUE_STRIDE)
         # Of a key or query that is not there the products below are zero, as it and its gradient are.
         share = tl.exp(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
         share = tl.where((at_key < end_key)[None, :], share, 0.0)

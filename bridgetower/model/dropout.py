@@ -76,6 +76,11 @@ def draw_key(device: torch.device) -> int:
     return 2**62 | _mix(_mix(generator.initial_seed()) + place) >> 2
 
 
+def odds(dropout: float) -> tuple[int, float]:
+    """Words of 32 random bits below this are dropped, and the others' states are multiplied by that."""
+    return round(dropout * 2**32), 1.0 / (1.0 - dropout)
+
+
 def _mix(word: int) -> int:
     word = (word + 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64

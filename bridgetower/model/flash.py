@@ -45,13 +45,8 @@ def fits(states: Tensor, num_heads: int) -> bool:
         and width % 8 == 0
         and width <= 256
         and torch.backends.cuda.flash_sdp_enabled()
-        and _has_kernel(states.device)
+        and fused.is_ampere_or_later(states.device)
     )
-
-
-@lru_cache
-def _has_kernel(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_spans(

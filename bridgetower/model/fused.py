@@ -42,10 +42,14 @@ def fits(states: Tensor) -> bool:
 
 
 @lru_cache
+def is_ampere_or_later(device: torch.device) -> bool:
+    """Whether a GPU is NVIDIA's and has matrix units for bfloat16."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
 def _has_kernels(device: torch.device) -> bool:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    if importlib.util.find_spec("triton") is None:
+    if not is_ampere_or_later(device) or importlib.util.find_spec("triton") is None:
         return False
     try:
         _kernels().norm(torch.zeros(1, 16, device=device), nn.LayerNorm(16, device=device))

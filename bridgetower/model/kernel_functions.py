@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bridgetower.model import kernels
-from bridgetower.model.dropout import draw_key
+from bridgetower.model.dropout import draw_key, odds
 
 # Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors.
 _PROGRAMS = 16
@@ -240,7 +240,7 @@ def _norm(
     if num_rows:
         kernels.norm_forward[(triton.cdiv(num_rows, kernels.ROWS_OF_GROUP),)](
             states, _or(update, states), _or(update_bias, shift), gain, shift, key,
-            total, normed, mean, inverse, num_rows, epsilon, *_odds(dropout),
+            total, normed, mean, inverse, num_rows, epsilon, *odds(dropout),
             **_blocks(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
         )  # fmt: skip
     return total, normed, mean, inverse
@@ -267,7 +267,7 @@ def _norm_gradients(
     partial = torch.empty(2 + shifts, programs, width, dtype=torch.float32, device=total.device)
     kernels.norm_backward[(programs,)](
         normed_grad, normed_grad if total_grad is None else total_grad.contiguous(),
-        total, mean, inverse, gain, key, states_grad, update_grad, partial, num_rows, *_odds(dropout),
+        total, mean, inverse, gain, key, states_grad, update_grad, partial, num_rows, *odds(dropout),
         **_blocks(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
     )  # fmt: skip
     return states_grad, update_grad, partial.sum(dim=1).to(gain.dtype).unbind()
@@ -302,11 +302,6 @@ def _joined(parts_ND: list[Tensor]) -> tuple[Tensor, Tensor]:
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Another pointer in place of one that the kernel does not read."""
     return other if tensor is None else tensor
-
-
-def _odds(dropout: float) -> tuple[int, float]:
-    """Words below this are dropped, and what the others are multiplied by."""
-    return round(dropout * 2**32), 1.0 / (1.0 - dropout)
 
 
 def _blocks(width: int) -> dict[str, int]:

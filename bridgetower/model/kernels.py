@@ -13,7 +13,7 @@ import triton.language as tl
 
 ROWS_OF_GROUP = 4
 _ROWS_OF_GROUP = tl.constexpr(ROWS_OF_GROUP)
-_ROUNDS = tl.constexpr(7)  # of Philox: as many as its authors found to pass every test of randomness
+PHILOX_ROUNDS = tl.constexpr(7)  # of Philox: as many as its authors found to pass every test of randomness
 _QUICK = tl.constexpr(1.702)
 _ROOT_HALF, _DENSITY = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)  # sqrt(1/2), 1/sqrt(2 pi)
 
@@ -45,7 +45,7 @@ def norm_forward(
     if SHIFTS:
         update_shift = tl.load(update_bias + column, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
-        words = tl.randint4x(key, group * WIDTH + column, n_rounds=_ROUNDS)
+        words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)
     for place in tl.static_range(_ROWS_OF_GROUP):
         row = group * _ROWS_OF_GROUP + place
         is_row = row < num_rows
@@ -86,7 +86,7 @@ def norm_backward(
     update_shift_sum = tl.zeros((BLOCK,), tl.float32)
     for group in range(program, tl.cdiv(num_rows, _ROWS_OF_GROUP), programs):
         if DROPS:
-            words = tl.randint4x(key, group * WIDTH + column, n_rounds=_ROUNDS)
+            words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)
         for place in tl.static_range(_ROWS_OF_GROUP):
             row = group * _ROWS_OF_GROUP + place
             is_row = row < num_rows

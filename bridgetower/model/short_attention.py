@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridgetower.model import attention_kernels as kernels
-from bridgetower.model.dropout import draw_key
+from bridgetower.model.dropout import draw_key, odds
 from bridgetower.model.flash import Spans
 
 LONGEST = 64
@@ -55,7 +55,7 @@ class _Attention(torch.autograd.Function):
             **{f"{name}_STRIDE": part.stride(0) for name, part in zip(("QUERY", "KEY", "VALUE"), parts, strict=True)},
         }
         ctx.draw_key = draw_key(query_THd.device) if dropout else 0
-        ctx.numbers = width**-0.5, round(dropout * 2**32), 1.0 / (1.0 - dropout)
+        ctx.numbers = width**-0.5, *odds(dropout)
         read = [*parts, query_spans.start_Z, key_spans.start_Z]
         grid = len(query_spans.start_Z) - 1, heads
         if few_keys:
