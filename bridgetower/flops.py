@@ -17,8 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bridgetower.batch import PretrainBatch
+from bridgetower.capacity import Texts, count_micro_batch
 from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig, ObjectivesConfig
-from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.init import shapes_alone
+from bridgetower.model.vision_tower import is_clip_tower
 from bridgetower.task import PretrainTask
 
 Result = TypeVar("Result")
@@ -43,7 +46,7 @@ def count_forward(config: ModelConfig, heads: Sequence[str], text_tokens: int) -
     Args:
         text_tokens: length of the caption with its start and end.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         model = BridgeTower(config, heads)
         model.compute = PLAIN
         side = model.config.image_size_px
@@ -73,7 +76,7 @@ def count_step(
     pairs, longest = len(text_tokens), max(text_tokens)
     length_B, masked_B = np.array(text_tokens), np.array(masked_tokens)
     num_masked = int(masked_B.sum())
-    with torch.device("meta"):
+    with shapes_alone():
         task = PretrainTask(BridgeTower(config, objectives.heads), objectives, compute)
         side = task.model.config.image_size_px
         ids = torch.ones(pairs, longest, dtype=torch.long)
@@ -112,15 +115,22 @@ class StepWork(NamedTuple):
         return self.without_text + self.per_token * text_tokens
 
 
-def measure_step_work(config: ModelConfig, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepWork:
-    """Count steps with short and with longer captions, 15 % masked. What is computed anew is not work.
+def step_work(config: ModelConfig, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepWork:
+    """The work of steps with short and with longer captions, 15 % masked. What is computed anew is not work.
 
-    It takes a second or two. To be called before there is a process group.
+    By the closed form; for towers that have none, steps are counted, which takes seconds, and is to be done before
+    there is a process group.
     """
     compute = dataclasses.replace(compute, recompute=(), compile=False)
-    short, longer = (
-        count_step(config, objectives, compute, [tokens] * 2, [masked] * 2) for tokens, masked in ((7, 1), (27, 4))
-    )
+    config = complete_model_config(config)
+
+    def of_pair(tokens: int, masked: int) -> float:
+        texts = Texts((tokens,) * 2, (masked,) * 2)
+        if is_clip_tower(config.vision):
+            return count_micro_batch(config, objectives, compute, texts, element_bytes=2).work / 2
+        return count_step(config, objectives, compute, *texts)
+
+    short, longer = of_pair(7, 1), of_pair(27, 4)
     per_token = (longer - short) / 20
     return StepWork(short - 7 * per_token, per_token)
 

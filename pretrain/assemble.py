@@ -14,7 +14,7 @@ from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
-from bridgetower.flops import measure_step_work
+from bridgetower.flops import step_work
 from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.compiled import compile_parts
@@ -24,11 +24,11 @@ from bridgetower.task import PretrainTask
 
 
 def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:
-    """What speed is compared with: operations of a pair, counted, and of the device in a second, by its name.
+    """What speed is compared with: operations of a pair, and of the device in a second, by its name.
 
     To be called before there is a process group.
     """
-    work = measure_step_work(config.model, config.objectives, config.compute)
+    work = step_work(config.model, config.objectives, config.compute)
     return Yardstick(flops_of_pair=work.of_pair, peak_flops=peak_flops(device.type))
 
 

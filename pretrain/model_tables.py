@@ -13,6 +13,7 @@ from torch import nn
 from bridgetower.config.schema import ComputeConfig, ModelConfig, ObjectivesConfig
 from bridgetower.flops import count_forward, count_step
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.init import shapes_alone
 
 # Enough pairs for shares of a masked token to show.
 _PAIRS = 20
@@ -25,7 +26,7 @@ def print_model(name: str, config: ModelConfig, heads: Sequence[str], *, text_to
         text_tokens: of the caption that shapes and operations are shown for.
         lists_tensors: also every tensor with its shape.
     """
-    with torch.device("meta"):
+    with shapes_alone():
         model = BridgeTower(config, heads)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in (_parameters(name, model), _shapes(model, text_tokens), _operations(config, heads, text_tokens)):
@@ -70,7 +71,7 @@ def _parameters(name: str, model: BridgeTower) -> Table:
 
 def _shapes(model: BridgeTower, text_tokens: int) -> Table:
     side = model.config.image_size_px
-    with torch.device("meta"):
+    with shapes_alone():
         pixels = torch.empty(1, 3, side, side)
         ids, mask = torch.ones(1, text_tokens, dtype=torch.long), torch.ones(1, text_tokens, dtype=torch.bool)
     image, text = model.encode_image(pixels), model.encode_text(ids, mask)

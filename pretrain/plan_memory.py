@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from bridgetower.config.deepspeed import is_bf16
 from bridgetower.config.schema import RunConfig
 from bridgetower.engine.optim import parameter_groups
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
+from bridgetower.model.init import shapes_alone
 from bridgetower.task import PretrainTask
 
 STAGES = (0, 1, 2, 3)
@@ -82,7 +81,7 @@ def read_splitting(memory: Mapping[str, Any]) -> Splitting:
 
 def count_parameters(config: RunConfig) -> Parameters:
     """Count those of a run, on torch's meta device."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = BridgeTower(config.model, config.objectives.heads)
     freeze_layers(model, vision=config.optim.frozen_vision_layers, text=config.optim.frozen_text_layers)
     task = PretrainTask(model, config.objectives, config.compute)

@@ -13,7 +13,7 @@ from benchmarks.step_sides import with_dropout
 from bridgetower.capacity import Texts, count_micro_batch
 from bridgetower.config.models import MODELS
 from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
-from bridgetower.flops import count_forward, count_step, measure_step_work
+from bridgetower.flops import count_forward, count_step, step_work
 from bridgetower.model.bridgetower import complete_model_config
 
 # Reference_spec 2.3, GFLOP a pair with 50 tokens; transforms apart: 2 x positions x width^2 x 6 layers.
@@ -219,7 +219,7 @@ def test_recomputing_every_layer_costs_at_most_29_percent_more():
 
 def test_work_of_a_pair_is_a_line_in_the_length_of_its_caption():
     config, objectives, compute = MODELS["base"](), ObjectivesConfig(), ComputeConfig()
-    work = measure_step_work(config, objectives, ComputeConfig(recompute=("vision", "text", "fusion"), compile=True))
+    work = step_work(config, objectives, ComputeConfig(recompute=("vision", "text", "fusion"), compile=True))
     tokens, masked = [8] * 8 + [10] * 8 + [13] * 8 + [17] * 8, [1] * 16 + [2] * 16
     counted = count_step(config, objectives, compute, tokens, masked)
     assert work.of_pair(float(np.mean(tokens))) == pytest.approx(counted, rel=0.005)

@@ -34,9 +34,10 @@ from bridgetower.errors import CheckpointError
 from bridgetower.interop import names
 from bridgetower.interop.huggingface_config import read_config, why_no_port, write_config
 from bridgetower.interop.published_towers import TOWER_EPS
-from bridgetower.interop.strict import WithoutInitialValues, check_tensors, load_strictly, tensors_of
+from bridgetower.interop.strict import check_tensors, load_strictly, tensors_of
 from bridgetower.interop.weight_files import first_line, own_values, read_safetensors, read_torch_file, write_whole
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.init import WithoutInitialValues
 
 _CLASSES: dict[str, Any] = {
     "mlm": BridgeTowerForMaskedLM,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 
 from bridgetower.config.schema import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.init import shapes_alone
 from bridgetower.model.text_tower import complete_text_config
 from bridgetower.model.vision_tower import VisionTower, blocks_of, complete_vision_config
 
@@ -77,7 +77,7 @@ def why_no_clip(model: BridgeTower) -> list[str]:
     if not isinstance(vit, VisionTransformer):
         return [f"model.vision.name={config.name} is no ViT of CLIP"]
     same_sizes = dataclasses.replace(config, name=CUSTOM, weights="none")
-    with torch.device("meta"):
+    with shapes_alone():
         clip = VisionTower(same_sizes, model.config.image_size_px).state_dict()
     own = model.vision_tower.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in clip.items()}:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bridgetower.config.schema import ModelConfig
 from bridgetower.errors import CheckpointError
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.heads import HEADS
+from bridgetower.model.init import WithoutInitialValues, shapes_alone
 from bridgetower.model.pretrained import fit_positions
 
 _POSITION_TABLES = ("vision_tower.vit.positional_embedding", "vision_tower.vit.pos_embed")
@@ -76,7 +75,7 @@ def tensors_of(config: ModelConfig, heads: Sequence[str], source: str) -> dict[s
         raise CheckpointError(
             f"{source} has the head(s) {', '.join(unknown)}, this program knows {', '.join(HEADS)}. Update the program."
         )
-    with torch.device("meta"):
+    with shapes_alone():
         return BridgeTower(config, heads).state_dict()
 
 
@@ -132,15 +131,3 @@ def _list(fault: str, tensors: Sequence[str]) -> str:
         return ""
     more = f"; and {len(tensors) - _MOST_NAMES} more" if len(tensors) > _MOST_NAMES else ""
     return f"{len(tensors)} {fault}: {'; '.join(tensors[:_MOST_NAMES])}{more}"
-
-
-class WithoutInitialValues(TorchFunctionMode):
-    """Leaves out drawing initial weights, which for a large model takes most of the time of loading it."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return given.get("tensor", args[0] if args else None)
-        return func(*args, **given)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.fused import expand, norm, project, project_add_norm
+from bridgetower.model.init import shapes_alone
 from bridgetower.model.named_sizes import fill_sizes
 
 _TIMM_VITS = (timm.models.VisionTransformer, timm.models.Eva, timm.models.VisionTransformerRelPos)
@@ -195,7 +196,7 @@ def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
 @lru_cache
 def _facts(name: str) -> dict[str, int]:
     """Sizes of a named ViT, read from the model itself, on torch's meta device."""
-    with torch.device("meta"):
+    with shapes_alone():
         vit: Any = _build_named(name, None)
     blocks = blocks_of(vit)
     clip = _is_clip(vit)
