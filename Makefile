@@ -9,7 +9,7 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY := PASSIVE
 # The memory of a tensor is kept for the next one, in huge pages: a step on a CPU takes a tenth less than with pages that
 # the kernel gives and takes back each time.
-export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824:glibc.malloc.hugetlb=1
+export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-fast test-slurm check format clean

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.step_sides import with_dropout
 from bridgetower.capacity import Texts, count_micro_batch
 from bridgetower.config.models import MODELS
-from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
+from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig, VisionTowerConfig
 from bridgetower.flops import count_forward, count_step, step_work
 from bridgetower.model.bridgetower import complete_model_config
 
@@ -223,3 +223,10 @@ def test_work_of_a_pair_is_a_line_in_the_length_of_its_caption():
     tokens, masked = [8] * 8 + [10] * 8 + [13] * 8 + [17] * 8, [1] * 16 + [2] * 16
     counted = count_step(config, objectives, compute, tokens, masked)
     assert work.of_pair(float(np.mean(tokens))) == pytest.approx(counted, rel=0.005)
+
+
+def test_work_with_a_tower_that_has_no_closed_form_is_counted():
+    vision = VisionTowerConfig(name="PE-Core-T-16-384", num_layers=4)
+    config = replace(complete_model_config(MODELS["tiny"]()), image_size_px=64, vision=vision)
+    counted = count_step(config, ObjectivesConfig(), ComputeConfig(), [7, 7], [1, 1])
+    assert step_work(config, ObjectivesConfig(), ComputeConfig()).of_pair(7) == pytest.approx(counted, rel=1e-9)
