@@ -43,7 +43,7 @@ def contact_sheet(folder: Path, manifest: Manifest, seed: int) -> bytes:
         sheet.paste(picture, (left + (_CELL_PX - picture.width) // 2, top + (_CELL_PX - picture.height) // 2))
         draw.text((left, top + _CELL_PX + 4), _caption(sample), fill=_INK, font=_font(), spacing=2)
     stream = io.BytesIO()
-    sheet.save(stream, "PNG", optimize=True)
+    sheet.save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -169,7 +169,8 @@ def _scaled(size: tuple[int, int], short_side_px: int) -> tuple[int, int]:
 def _encoded(pixels: Pixels, images: ImagePolicy) -> tuple[bytes, str]:
     if images.lossless:
         stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "PNG", optimize=True)
+        # zlib's strongest level takes four times as long for 4 % fewer bytes.
+        Image.fromarray(pixels).save(stream, "PNG")
         return stream.getvalue(), "png"
     if max(pixels.shape) > _MAX_JPEG_SIDE_PX:
         raise Rejected(f"image longer than {_MAX_JPEG_SIDE_PX:,} pixels")

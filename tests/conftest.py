@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import gc
@@ -15,19 +16,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import preloaded
 
 REPO = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Before Triton is imported: its kernels are then computed by numpy, operator by operator.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell lets what it starts in the background ignore Ctrl-C, and programs inherit that; tests send it to some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected, and with them torch and Triton imported; not in the process that hands them out."""
+    hands_out = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+    if not hands_out:
+        # A quarter of the time that it takes to import everything.
+        gc.disable()
+        import torch
+
+        torch.set_num_threads(1)
+        if not torch.cuda.is_available():
+            # Before Triton is imported: its kernels are then computed by numpy, operator by operator.
+            os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 # Whose tests take longest: they are begun first, so that at the end both workers have something to do.
@@ -42,9 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """A million objects of modules live as long as the process: no collection need look at them again."""
+    """A million objects of modules live as long as the process: no collection need look at them again.
+
+    And not so often at the others: 700 new ones, Python's own measure, are a layer of a model.
+    """
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +85,9 @@ def much_memory(of_all_workers: Path) -> Iterator[None]:
     """For a test that needs several GB: no two of them run at a time, on any worker of pytest."""
     with one_at_a_time(of_all_workers / "much_memory.lock"):
         yield
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what is kept for the next (Makefile) is too much for two workers
 
 
 @contextmanager

@@ -186,9 +186,12 @@ def _main(arguments: list[str]) -> None:
         _end_as(ask(*arguments))
     # As a program's own folder is first, which this one's must not be.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    gc.disable()  # all of it stays
     for module in _MODULES:
         __import__(module)
-    gc.freeze()  # the memory of what was imported stays shared
+    gc.freeze()  # its memory stays shared
+    gc.enable()
+    gc.set_threshold(10_000, 20, 20)
     sys.argv = serve(socket.socket(fileno=int(arguments[1])))
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     code: Any = 1

@@ -477,11 +477,11 @@ def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
 
 @pytest.fixture(scope="module")
 def emoji_raw(tmp_path_factory) -> list[str]:
-    """Arguments of a build of 1,500 real emoji in 100 shards, which takes seconds."""
-    names = [path.name for path in sorted(EMOJI.glob("*.png"))][:1500]
+    """Arguments of a build of 1,000 real emoji in 100 shards, which takes seconds."""
+    names = [path.name for path in sorted(EMOJI.glob("*.png"))][:1000]
     captions = tmp_path_factory.mktemp("captions") / "emoji.csv"
     captions.write_text("image,caption\n" + "".join(f"{name},emoji {name}\n" for name in names))
-    return ["folder", f"--raw={EMOJI}", f"--captions={captions}", "--samples_per_shard=15", "--workers=2"]
+    return ["folder", f"--raw={EMOJI}", f"--captions={captions}", "--samples_per_shard=10", "--workers=2"]
 
 
 @pytest.fixture(scope="module")

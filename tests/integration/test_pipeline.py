@@ -137,13 +137,18 @@ PROBE = """<script>
 </script></body>"""
 
 
+@pytest.fixture(scope="module", params=[["whole"], ["whole", "plain"]], ids=" and ".join)
+def page(root, request, tmp_path_factory) -> Path:
+    """A report of these runs that says in its title what a browser makes of it."""
+    path: Path = tmp_path_factory.mktemp("page") / "report.html"
+    run_script("pretrain/report.py", *(str(root / run) for run in request.param), f"--out={path}")
+    path.write_text(path.read_text().replace("</body>", PROBE))
+    return path
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which not every machine has")
 @pytest.mark.parametrize("width_px", [1200, 600])
-@pytest.mark.parametrize("runs", [["whole"], ["whole", "plain"]], ids=" and ".join)
-def test_report_draws_every_picture_in_a_browser(root, tmp_path, runs, width_px):
-    page = tmp_path / "report.html"
-    run_script("pretrain/report.py", *(str(root / run) for run in runs), f"--out={page}")
-    page.write_text(page.read_text().replace("</body>", PROBE))
+def test_report_draws_every_picture_in_a_browser(page, width_px):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
     command += [f"--window-size={width_px},900", "--dump-dom", page.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
