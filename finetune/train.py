@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import fire
 from fire.decorators import SetParseFn
 
-from bridgetower.config.cli import config_from_cli, run_command, start_logging
+from bridgetower.config.cli import config_from_cli, importing, run_command, start_logging
 from bridgetower.config.deepspeed import merge_deepspeed_config
 from bridgetower.config.finetune import NO_INIT, FinetuneConfig
 from bridgetower.config.snapshot import Identity, check_resume
@@ -62,18 +62,19 @@ def run(config: FinetuneConfig) -> bool:
     for each in (corpora, *(open_corpora([shards], data) for shards in data.eval_shards)):
         check_labels(each, config.task, classes)
     # What takes seconds to import stays behind the checks that do not need it.
-    from bridgetower.engine import launch as launching
-    from bridgetower.engine.optim import chosen_implementation
-    from bridgetower.engine.preemption import StopRequests
+    with importing():
+        from bridgetower.engine import launch as launching
+        from bridgetower.engine.optim import chosen_implementation
+        from bridgetower.engine.preemption import StopRequests
 
     place = launching.read_launch()
     stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
-    # These import DeepSpeed, which reads what read_launch has completed.
-    from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
-    from bridgetower.data.held_out import check_held_out
-    from bridgetower.engine.run import Job, Work, execute
-    from finetune import assemble, evaluation
+    with importing():  # DeepSpeed reads what read_launch has completed
+        from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
+        from bridgetower.data.held_out import check_held_out
+        from bridgetower.engine.run import Job, Work, execute
+        from finetune import assemble, evaluation
 
     evaluation.check_selection(config, [place_of(shards).name for shards in data.eval_shards])
     is_retrieval = config.task == "retrieval"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import fire
 from fire.decorators import SetParseFn
 
-from bridgetower.config.cli import config_from_cli, run_command, start_logging
+from bridgetower.config.cli import config_from_cli, importing, run_command, start_logging
 from bridgetower.config.deepspeed import merge_deepspeed_config
 from bridgetower.config.schema import RunConfig
 from bridgetower.config.snapshot import Identity, check_resume
@@ -45,18 +45,19 @@ def run(config: RunConfig) -> bool:
     data = config.data
     corpora = open_corpora(data.train_shards, data)
     # What takes seconds to import stays behind the checks that do not need it.
-    from bridgetower.engine import launch as launching
-    from bridgetower.engine.optim import chosen_implementation
-    from bridgetower.engine.preemption import StopRequests
+    with importing():
+        from bridgetower.engine import launch as launching
+        from bridgetower.engine.optim import chosen_implementation
+        from bridgetower.engine.preemption import StopRequests
 
     place = launching.read_launch()
     stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
-    # imports DeepSpeed, which reads what read_launch has completed
-    from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
-    from bridgetower.data.held_out import check_held_out
-    from bridgetower.engine.run import Job, Work, execute
-    from pretrain import assemble, assemble_data
+    with importing():  # DeepSpeed reads what read_launch has completed
+        from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
+        from bridgetower.data.held_out import check_held_out
+        from bridgetower.engine.run import Job, Work, execute
+        from pretrain import assemble, assemble_data
 
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
     config = assemble_data.complete(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import gc
@@ -85,9 +84,6 @@ def much_memory(of_all_workers: Path) -> Iterator[None]:
     """For a test that needs several GB: no two of them run at a time, on any worker of pytest."""
     with one_at_a_time(of_all_workers / "much_memory.lock"):
         yield
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what is kept for the next (Makefile) is too much for two workers
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import inspect
 import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -171,6 +173,16 @@ def start_logging(rank: int) -> None:
     root.handlers = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root.propagate = False
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports of libraries with a million objects, all of which stay: to look for garbage takes a fifth of them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def run_command(command: Callable[[], Any]) -> None:

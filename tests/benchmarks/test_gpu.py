@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 from unittest import mock
 
@@ -23,7 +25,7 @@ from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
 from bridgetower.errors import EXIT_FAILED, ConfigError
 from pretrain.presets import PRESETS
-from tests.conftest import run_script
+from tests.conftest import run_script, script_environment
 
 SCRIPT = "benchmarks/gpu/measure.py"
 NAMES = [section.name for section in plan(small=True)]
@@ -39,10 +41,16 @@ def environment_of_the_tests_stays():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What one call finds: printed text and the file's content."""
+    """What one call finds: printed text and the file's content.
+
+    In this process, so that the server of all tests' sections has to import its libraries once.
+    """
     out = tmp_path_factory.mktemp("gpu") / "results/gpu.json"
-    said = run_script(SCRIPT, "--small", "--device=cpu", f"--out={out}", timeout_s=500).stdout
-    return said, json.loads(out.read_text())
+    handler = signal.getsignal(signal.SIGTERM)
+    with mock.patch.dict(os.environ, script_environment({})), contextlib.redirect_stdout(io.StringIO()) as said:
+        measure.main(out=str(out), small="true", device="cpu")
+    signal.signal(signal.SIGTERM, handler)
+    return said.getvalue(), json.loads(out.read_text())
 
 
 def rows_of(content, *names):
