@@ -177,7 +177,7 @@ def start_logging(rank: int) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports of libraries with a million objects, all of which stay: to look for garbage takes a fifth of them."""
+    """For imports of libraries: they make a million objects, all of which stay, and garbage need not be looked for."""
     gc.disable()
     try:
         yield
