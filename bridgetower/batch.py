@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NO_TOKEN = -100
+"""In place of a masked token's id, where there is none; torch's cross-entropy leaves it out."""
+
 
 class PretrainBatch(NamedTuple):
     """One micro-batch of pairs, with every random choice already made."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bridgetower.batch import PretrainBatch
+from bridgetower.batch import NO_TOKEN, PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.cross_modal import Wanted
 from bridgetower.model.packing import I64, Layout, Packing, padded, similar
@@ -31,14 +32,14 @@ class Pass(NamedTuple):
     image_R: Tensor
     wanted: Wanted
     kinds: tuple[str, ...]
-    """mlm, itm: what each B of its rows are for. ITM reads B text tokens, its class tokens; MLM the others."""
+    """itm, mlm: what each B of its rows are for. ITM reads B text tokens, its class tokens; MLM the others after it."""
 
 
 class StepRows(NamedTuple):
     """A micro-batch as the model works on it, pairs in the order of their captions' lengths."""
 
     ids_T: Tensor
-    """Tokens of the masked captions, then of the clean ones, as the objectives need them."""
+    """Tokens of the clean captions, then of the masked ones, as the objectives need them."""
     column_T: Tensor
     """Column of each in its caption."""
     layout: Layout
@@ -46,18 +47,58 @@ class StepRows(NamedTuple):
     passes: list[Pass]
     order_B: Tensor
     """Pair that stands at each place."""
+    itm_label_B: Tensor
+    image_id_B: Tensor
+    """As the batch has them, in this order."""
+    corpus_B: Tensor
+    """In the batch's."""
     class_B: Tensor
-    """Where the class tokens of the last texts stand: the clean ones, if there are any."""
+    """Where the class tokens of the first texts stand: the clean ones, if there are any."""
     mlm_read_M: Tensor | None
     """Which of the tokens that are read for MLM each loss is of; None: each its own."""
     mlm_label_M: Tensor
+    """NO_TOKEN in places of a room that are empty, here and below."""
     mlm_weight_M: Tensor
     mlm_pair_M: Tensor
-    """The pair that each is of."""
+    """The pair that each is of; B in places that are empty."""
 
 
-def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: ComputeConfig) -> StepRows:
-    """Plan a micro-batch."""
+class Room(NamedTuple):
+    """Places of a step that is recorded: batches that fit into the same have the same shapes."""
+
+    tokens: int
+    """Of one kind of text."""
+    longest: int
+    """Tokens of a caption."""
+    masked: int
+    most_masked: int
+    """Of a caption."""
+
+
+def room_for(batch: PretrainBatch) -> Room:
+    """A room for a micro-batch, which it shares with many others of as many pairs.
+
+    Less than one place a caption is left empty among its dozen tokens, and one among those that are masked.
+    """
+    step = _up(len(batch.num_tokens), 8)
+    return Room(
+        tokens=_up(sum(batch.num_tokens), step),
+        longest=_tile(max(batch.num_tokens)),
+        masked=_up(max(1, sum(batch.num_masked)), step),
+        most_masked=_tile(max(batch.num_masked)),
+    )
+
+
+def plan_rows(
+    batch: PretrainBatch, objectives: ObjectivesConfig, compute: ComputeConfig, room: Room | None = None
+) -> StepRows:
+    """Plan a micro-batch.
+
+    Args:
+        room: gives tensors that other batches share their shapes with, for captions that are packed, masked tokens that
+            alone are read, one pass for both objectives, and attention that needs no grid. The empty places are the
+            last ones.
+    """
     num_pairs, longest = batch.clean_ids_BL.shape
     count_B = np.asarray(batch.num_masked, np.int64)
     if compute.pack_text:
@@ -75,8 +116,8 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
     # Masked tokens in the order of their pairs' places.
     masked_M = np.repeat((np.cumsum(count_B) - count_B)[order_B], count_B[order_B]) + _ranges(count_B[order_B])
 
-    text_kinds = ["mlm"] * objectives.mlm + ["clean"] * (objectives.itm or objectives.itc)
-    kinds = [kind for kind in ("mlm", "itm") if getattr(objectives, kind)]
+    text_kinds = ["clean"] * (objectives.itm or objectives.itc) + ["mlm"] * objectives.mlm
+    kinds = [kind for kind in ("itm", "mlm") if getattr(objectives, kind)]
     passes = [kinds] if compute.joint_pass else [[kind] for kind in kinds]
     read_B = {"mlm": count_B[order_B] if compute.masked_logits_only else length_B, "itm": np.ones(num_pairs, np.int64)}
     read_cuts = {"mlm": cuts, "itm": [num_pairs]}
@@ -84,13 +125,23 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
     packing = Packing()
     numbers = [packing.table(values) for values in (order_B, source_T, column_T, place_S, masked_M)]
     first = packing.table(np.cumsum(length_B) - length_B)
-    texts = {n: packing.layout(np.tile(length_B, n), _repeated([cuts] * n, num_pairs)) for n in (1, 2)}
-    wanted = [
-        packing.layout(
-            np.concatenate([read_B[kind] for kind in part]), _repeated([read_cuts[kind] for kind in part], num_pairs)
-        )
-        for part in passes
-    ]
+
+    def layout_texts(num_kinds: int) -> int:
+        length_R = np.tile(length_B, num_kinds)
+        if room is not None:  # the tokens of one kind are read from among those of all
+            return packing.rows_in(length_R, room.tokens * len(text_kinds), room.longest)
+        return packing.layout(length_R, _repeated([cuts] * num_kinds, num_pairs))
+
+    def layout_read(part: list[str]) -> int:
+        length_R = np.concatenate([read_B[kind] for kind in part])
+        if room is not None:
+            return packing.rows_in(
+                length_R, room.masked * ("mlm" in part) + num_pairs * ("itm" in part), room.most_masked
+            )
+        return packing.layout(length_R, _repeated([read_cuts[kind] for kind in part], num_pairs))
+
+    texts = {n: layout_texts(n) for n in (1, 2)}
+    wanted = [layout_read(part) for part in passes]
     tables, layouts = packing.on(batch.clean_ids_BL.device)
     order, source, column, place, masked = (tables[number] for number in numbers)
 
@@ -106,20 +157,26 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
     # Not shared, ITM's images stand after all others, once more.
     itm_images = batch.itm_image_B[order] if compute.share_images else order + len(batch.pixels_N3SS)
     images = {"mlm": order, "itm": itm_images}
+    text_places = num_tokens * len(text_kinds) if room is None else room.tokens * len(text_kinds)
+    masked_places = len(index_M) if room is None else room.masked
     found = []
     for part, layout in zip(passes, wanted, strict=True):
-        start = num_tokens * (len(text_kinds) - 1 if part == ["itm"] else 0)
-        itm = part.index("itm") if "itm" in part else None
+        # The clean texts come first, and are alone where there is a pass for ITM.
+        start, end = num_tokens * (len(text_kinds) - 1) if part == ["mlm"] else 0, num_tokens * len(text_kinds)
+        if part == ["itm"]:
+            end = num_tokens
+        read = torch.cat([read_tokens[kind] + num_tokens * n for n, kind in enumerate(part)])
+        has_itm = "itm" in part
         found.append(
             Pass(
-                tokens=slice(start, start + num_tokens * len(part)),
+                tokens=slice(start, end if room is None else text_places),
                 layout=layout_of(len(part)),
                 image_R=torch.cat([images[kind] for kind in part]),
                 wanted=Wanted(
-                    token_Q=torch.cat([read_tokens[kind] + num_tokens * n for n, kind in enumerate(part)]),
+                    token_Q=_fill(read, len(read) + masked_places - len(index_M)),
                     token_layout=layouts[layout],
-                    image_rows=slice(0, 0) if itm is None else slice(num_pairs * itm, num_pairs * (itm + 1)),
-                    tokens=slice(0, 0) if itm is None else slice(num_tokens * itm, num_tokens * (itm + 1)),
+                    image_rows=slice(0, num_pairs * has_itm),
+                    tokens=slice(0, has_itm * (num_tokens if room is None else text_places)),
                     layout=layout_of(1),
                 ),
                 kinds=tuple(part),
@@ -127,16 +184,19 @@ def plan_rows(batch: PretrainBatch, objectives: ObjectivesConfig, compute: Compu
         )
     sources = {"mlm": batch.masked_ids_BL, "clean": batch.clean_ids_BL}
     return StepRows(
-        ids_T=torch.cat([sources[kind].flatten()[source] for kind in text_kinds]),
-        column_T=column.repeat(len(text_kinds)),
+        ids_T=_fill(torch.cat([sources[kind].flatten()[source] for kind in text_kinds]), text_places),
+        column_T=_fill(column.repeat(len(text_kinds)), text_places),
         layout=layout_of(len(text_kinds)),
         passes=found,
         order_B=order,
-        class_B=tables[first] + num_tokens * (len(text_kinds) - 1),
+        itm_label_B=batch.itm_label_B[order],
+        image_id_B=batch.image_id_B[order],
+        corpus_B=batch.corpus_B,
+        class_B=tables[first],
         mlm_read_M=None if compute.masked_logits_only else masked_place_M,
-        mlm_label_M=batch.mlm_label_M[masked],
-        mlm_weight_M=batch.mlm_weight_M[masked],
-        mlm_pair_M=index_M // longest,
+        mlm_label_M=_fill(batch.mlm_label_M[masked], masked_places, NO_TOKEN),
+        mlm_weight_M=_fill(batch.mlm_weight_M[masked], masked_places),
+        mlm_pair_M=_fill(index_M // longest, masked_places, num_pairs),
     )
 
 
@@ -161,6 +221,21 @@ def read_columns(mask_RL: Tensor, column_Q: I64, count_R: I64, *, images: bool) 
         tokens=slice(0, rows * width),
         layout=padded(mask_RL),
     )
+
+
+def _fill(values: Tensor, num_places: int, value: int = 0) -> Tensor:
+    """With so many places, the empty ones last."""
+    return F.pad(values, (0, num_places - len(values)), value=value) if num_places > len(values) else values
+
+
+def _up(number: int, step: int) -> int:
+    """The next multiple."""
+    return -(-number // step) * step
+
+
+def _tile(number: int) -> int:
+    """The next power of two from 16 on, as kernels have it."""
+    return max(16, 1 << max(0, number - 1).bit_length())
 
 
 def _repeated(cuts: Sequence[Sequence[int]], num_pairs: int) -> list[int]:

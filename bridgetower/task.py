@@ -6,7 +6,7 @@ M masked tokens, K bridged layers, P image positions, D width, C contrastive wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,19 @@ from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result, mean_metric
-from bridgetower.rows import Pass, StepRows, plan_rows, read_columns
+from bridgetower.recorded import RecordedStep, Stages
+from bridgetower.rows import Pass, StepRows, plan_rows, read_columns, room_for
+
+
+class States(NamedTuple):
+    """What the towers give for a step."""
+
+    text_KTD: Tensor
+    last_TD: Tensor
+    """Of the text tower's last layer as they leave it."""
+    image_KNPD: Tensor
+    class_ND: Tensor
+    """Class tokens of the vision tower's last layer as they leave it."""
 
 
 class Features(NamedTuple):
@@ -68,6 +80,7 @@ class PretrainTask(nn.Module):
         self.model, self.objectives = model, objectives
         self.corpora = tuple(corpora) if len(corpora) > 1 else ()
         model.compute = compute or ComputeConfig()
+        self._recorded = RecordedStep(self, Stages(self._encode_recorded, self._finish_recorded))
         if not objectives.itm:
             self._freeze_what_only_itm_reads()
 
@@ -86,42 +99,92 @@ class PretrainTask(nn.Module):
 
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
-        model, objectives, compute = self.model, self.objectives, self.model.step_compute
+        compute, pixels_N3SS = self.model.step_compute, batch.pixels_N3SS
+        if self._records(batch, compute):
+            rows = plan_rows(batch, self.objectives, compute, room_for(batch))
+            loss, metrics = self._recorded((pixels_N3SS, rows), (compute, len(pixels_N3SS)))
+        else:
+            if not compute.share_images:
+                pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
+            rows, states = self._encode(pixels_N3SS, lambda: plan_rows(batch, self.objectives, compute))
+            loss, metrics = self._finish(rows, states)
+        num_pairs = len(batch.replaced_B)
+        metrics["replaced_fraction"] = mean_metric(batch.replaced_B.sum(), num_pairs)
+        metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
+        return loss, metrics
+
+    def _records(self, batch: PretrainBatch, compute: ComputeConfig) -> bool:
+        """Whether a step of this batch is one that can be recorded.
+
+        Its shapes come up again, and nothing of it waits for the host or for another rank.
+        """
+        return (
+            compute.cuda_graphs
+            and self.training
+            and torch.is_grad_enabled()
+            and self.objectives.mlm
+            and self.objectives.itm
+            and not self.objectives.itc  # gathers from all ranks
+            and len(batch.pixels_N3SS) == len(batch.num_tokens)  # negatives of the corpus are as many as it happens
+            and compute.share_images
+            and compute.pack_text
+            and compute.masked_logits_only
+            and compute.joint_pass
+            and not compute.recompute
+            and not compute.compile
+            and self.model.takes_rooms(max(batch.num_tokens))
+        )
+
+    def _encode_recorded(self, inputs: tuple[Tensor, StepRows]) -> States:
+        pixels_N3SS, rows = inputs
+        return self._encode(pixels_N3SS, lambda: rows)[1]
+
+    def _finish_recorded(
+        self, inputs: tuple[Tensor, StepRows], states: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._finish(inputs[1], States(*states))
+
+    def _encode(self, pixels_N3SS: Tensor, plan: Callable[[], StepRows]) -> tuple[StepRows, States]:
+        """Run both towers.
+
+        Args:
+            plan: called when the device has work for a while.
+        """
+        model = self.model
         texts: list[tuple[StepRows, Tensor, Tensor]] = []
 
         def encode_texts() -> None:
-            rows = plan_rows(batch, objectives, compute)
+            rows = plan()
             texts.append((rows, *model.encode_tokens(rows.ids_T, rows.column_T, rows.layout)))
 
-        pixels_N3SS = batch.pixels_N3SS
-        if not compute.share_images:
-            pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
         # The host takes longer to ask for the many small products of texts than a GPU to compute them. In the middle of
         # the vision tower, where the GPU has enough to do, both here and in the backward pass, nothing waits for it.
         image = model.encode_image(model.normalize(pixels_N3SS), meanwhile=encode_texts)
         ((rows, text_KTD, last_TD),) = texts
-        results = []
+        return rows, States(text_KTD, last_TD, image.states_KBND, image.class_BD)
+
+    def _finish(self, rows: StepRows, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the towers' states to the sum of the losses, and metrics."""
+        model, results = self.model, list[Result]()
         for part in rows.passes:
-            results += self._fused_objectives(batch, rows, part, text_KTD, image.states_KBND)
-        if objectives.itc:
-            head, own_B = model.itc_head, rows.order_B
-            text_BC = head.embed_text(last_TD[rows.class_B])
-            image_BC = head.embed_image(image.class_BD[own_B])
-            results.append(image_text_contrast(text_BC, image_BC, batch.image_id_B[own_B], head.clamped_temperature()))
+            results += self._fused_objectives(rows, part, states.text_KTD, states.image_KNPD)
+        if self.objectives.itc:
+            head = model.itc_head
+            text_BC = head.embed_text(states.last_TD[rows.class_B])
+            image_BC = head.embed_image(states.class_ND[rows.order_B])
+            results.append(image_text_contrast(text_BC, image_BC, rows.image_id_B, head.clamped_temperature()))
         loss = torch.stack([result.loss for result in results]).sum()
         metrics = {name: value for result in results for name, value in result.metrics.items()}
-        num_pairs = len(batch.replaced_B)
-        metrics["replaced_fraction"] = mean_metric(batch.replaced_B.sum(), num_pairs)
-        metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
         if self.corpora:
-            metrics |= self._by_corpus(batch, rows, results)
+            metrics |= self._by_corpus(rows, results)
         return loss, metrics
 
-    def _by_corpus(self, batch: PretrainBatch, rows: StepRows, results: Sequence[Result]) -> dict[str, Tensor]:
+    def _by_corpus(self, rows: StepRows, results: Sequence[Result]) -> dict[str, Tensor]:
         """Every loss and accuracy of each corpus alone, and its share of the pairs."""
-        is_of_BC = F.one_hot(batch.corpus_B, len(self.corpora)).float()
+        is_of_BC = F.one_hot(rows.corpus_B, len(self.corpora)).float()
         # A product has one order of adding up; index_add_ on a GPU has not.
         found = {"share": (is_of_BC.sum(dim=0), torch.full_like(is_of_BC[0], len(is_of_BC)))}
+        is_of_BC = F.pad(is_of_BC, (0, 0, 0, 1))  # empty places are of none
         for result in results:
             for name, value_X in result.values.items():
                 pair_X = rows.mlm_pair_M if name.endswith("/mlm") else rows.order_B
@@ -133,14 +196,7 @@ class PretrainTask(nn.Module):
             for number, corpus in enumerate(self.corpora)
         }
 
-    def _fused_objectives(
-        self,
-        batch: PretrainBatch,
-        rows: StepRows,
-        part: Pass,
-        text_KTD: Tensor,
-        image_KNPD: Tensor,
-    ) -> list[Result]:
+    def _fused_objectives(self, rows: StepRows, part: Pass, text_KTD: Tensor, image_KNPD: Tensor) -> list[Result]:
         """MLM on (masked caption, own image), ITM on (clean caption, own or other image), or both."""
         model, num_pairs = self.model, len(rows.order_B)
         text_QD, image_ID = model.fuse_rows(
@@ -148,14 +204,14 @@ class PretrainTask(nn.Module):
         )
         results = []
         if "mlm" in part.kinds:
-            read_MD = text_QD[: len(text_QD) - num_pairs * ("itm" in part.kinds)]
+            read_MD = text_QD[num_pairs * ("itm" in part.kinds) :]
             logits_MV = model.word_logits(read_MD)
             if rows.mlm_read_M is not None:
                 logits_MV = logits_MV[rows.mlm_read_M]
             results.append(masked_language_modeling(logits_MV, rows.mlm_label_M, rows.mlm_weight_M))
         if "itm" in part.kinds:
-            pooled_B2D = model.pool(text_QD[-num_pairs:], image_ID)
-            results.append(image_text_matching(model.itm_head(pooled_B2D), batch.itm_label_B[rows.order_B]))
+            pooled_B2D = model.pool(text_QD[:num_pairs], image_ID)
+            results.append(image_text_matching(model.itm_head(pooled_B2D), rows.itm_label_B))
         return results
 
     def image_features(self, pixels_N3SS: Tensor) -> Features:

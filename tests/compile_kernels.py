@@ -46,16 +46,13 @@ TYPES = {
     **dict.fromkeys(("index", "order", "start"), "*i64"),
     **dict.fromkeys(("num_rows", "num_positions", "row_stride", "position_stride", "threshold"), "i32"),
     **dict.fromkeys(("epsilon", "left", "scale"), "fp32"),
-    **dict.fromkeys(("draw_key",), "i64"),
+    **{"key_word": "*i64", "key_number": "i64"},
 }
 
 
 def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
     """Compile a kernel. Returns: bytes that it stores and loads again for want of registers."""
-    types = {"key": "i64"} if "draw_key" not in kernel.arg_names else {}  # of attention, keys are states
-    signature = {
-        name: "constexpr" if name in constants else (TYPES | types).get(name, "*bf16") for name in kernel.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"

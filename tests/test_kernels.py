@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
 from bridgetower.engine.loop import to_device
-from bridgetower.model import attention, fused, text_tower
+from bridgetower.model import attention, flash, fused, text_tower
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.flash import Spans
 from bridgetower.model.fused import share
@@ -242,7 +242,7 @@ def kernel_task(monkeypatch) -> PretrainTask:
     """A model in float32 whose heads the kernels take, and the way that a GPU goes."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(fused, "fits", lambda states: True)
-        for module in (attention, text_tower):
+        for module in (attention, flash, text_tower):
             monkeypatch.setattr(module, "fits", lambda states, num_heads: True)
     config = small_config(dropout=0.0)
     config = dataclasses.replace(

@@ -128,7 +128,7 @@ def _train(request: Request, run: Run, folder: Path, workers: int, seconds: floa
 def training_settings(request: Request, run: Run, folder: Path, workers: int) -> dict[str, str]:
     """What the training run's preset is changed by: one step a micro-batch, and nothing but steps."""
     settings: dict[str, object] = {
-        "name": "compiled" if run.compiled else "eager",
+        "name": f"{run.describe()}-{run.micro_batch}",
         "run_root": folder / "runs",
         "model.vision.weights": "none",
         "model.text.weights": "none",
@@ -142,6 +142,7 @@ def training_settings(request: Request, run: Run, folder: Path, workers: int) ->
         "optim.implementation": request.optimizer,
         "engine.threads_per_rank": 1 if request.small else 0,
         "compute.compile": str(run.compiled).lower(),
+        "compute.cuda_graphs": str(run.compute.cuda_graphs).lower(),
         "evaluation.every_steps": 0,
         "checkpoint.every_steps": 10**9,  # the last step is always saved
         "tracker.every_steps": max(1, request.num_steps // _REPORTS),

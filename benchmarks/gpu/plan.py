@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from bridgetower.config.schema import ComputeConfig
+
 EVERYTHING = ("vision", "text", "fusion")
 """Every part that compute.recompute knows."""
 FUSION = ("fusion",)
@@ -18,11 +20,19 @@ class Run(NamedTuple):
     micro_batch: int
     recompute: tuple[str, ...] = ()
     compiled: bool = False
+    recorded: bool = True
+    """As CUDA graphs, where nothing is recomputed or compiled."""
+
+    @property
+    def compute(self) -> ComputeConfig:
+        """The step's settings, but for compiling, which is for good."""
+        return ComputeConfig(recompute=self.recompute, cuda_graphs=self.recorded and not self.compiled)
 
     def describe(self) -> str:
         """For people."""
-        recomputes = f", recomputes {','.join(self.recompute)}" if self.recompute else ""
-        return ("compiled" if self.compiled else "eager") + recomputes
+        if self.recompute:
+            return f"eager, recomputes {','.join(self.recompute)}"
+        return "compiled" if self.compiled else "recorded" if self.recorded else "eager"
 
 
 class Request(NamedTuple):
@@ -97,18 +107,18 @@ _SMALL = _Shapes(
 def plan(small: bool) -> list[Section]:
     """All sections; what matters most comes first, as the last ones are those that time may run out for.
 
-    What they take adds up to 469 s, so that all of them fit into a call of eight minutes.
+    What they take adds up to 476 s, so that all of them fit into a call of eight minutes.
     """
     shapes = _SMALL if small else _Shapes()
     base, large = (_Model(shapes, number) for number in (0, 1))
     sections = [
-        Section("machine", 14, "machine", lambda results: {}),
-        Section("agreement", 28, "agreement", base.agreement(compiled=False)),
-        Section("steps_base", 43, "steps", base.steps),
-        Section("steps_large", 40, "steps", large.steps),
+        Section("machine", 12, "machine", lambda results: {}),
+        Section("agreement", 30, "agreement", base.agreement(compiled=False)),
+        Section("steps_base", 40, "steps", base.steps),
+        Section("steps_large", 42, "steps", large.steps),
         Section("compiled_base", 43, "steps", base.compiled),
         Section("engine_base", 55, "engine", base.engine),
-        Section("pipeline", 58, "pipeline", base.pipeline),
+        Section("pipeline", 66, "pipeline", base.pipeline),
         Section("pipeline_large", 76, "pipeline", large.pipeline),
         Section("sides", 22, "sides", base.sides),
         Section("engine_large", 27, "engine", large.engine),
@@ -135,13 +145,15 @@ class _Model:
         return [row["micro_batch"] for row in found] or sorted(self._shapes.sweep[self._number])
 
     def steps(self, results: Results) -> dict[str, Any]:
-        """Micro-batches, then larger ones whose layers are recomputed: all of them, and the cross-modal ones."""
+        """Micro-batches, the smallest also kernel by kernel; then larger ones with layers recomputed, all or some."""
         shapes, number = self._shapes, self._number
         recomputed = (
             Run(shapes.recompute_everything[number], EVERYTHING),
             Run(shapes.recompute_fusion[number], FUSION),
         )
-        return {"model": self._name, "runs": (*map(Run, shapes.sweep[number]), *recomputed)}
+        smallest = shapes.sweep[number][0]
+        runs = Run(smallest, recorded=False), *map(Run, shapes.sweep[number]), *recomputed
+        return {"model": self._name, "runs": runs}
 
     def compiled(self, results: Results) -> dict[str, Any]:
         """At the micro-batch that was the fastest: images of another would be compiled anew."""
@@ -160,14 +172,18 @@ class _Model:
         return {"model": self._name, "runs": (run,), "optimizer": _optimizer(results)}
 
     def pipeline(self, results: Results) -> dict[str, Any]:
-        """The training run, with the compiled step where that was faster."""
+        """Training runs at the fastest micro-batch, compiled where that was faster; of base also at the smallest.
+
+        That is the share of each of 64 GPUs.
+        """
         run, rate = self._fastest_run(results)
+        smallest = Run(min(self._shapes.sweep[self._number]))
         return {
             "preset": self._shapes.presets[self._number],
-            "runs": (run,),
+            "runs": (run, *[smallest] * (self._size == "base" and run != smallest)),
             "optimizer": _optimizer(results),
-            # Twelve seconds of steps.
-            "num_steps": 8 if self._is_small else min(400, max(40, round(12 * rate / run.micro_batch))),
+            # Fifteen seconds of steps, in the first of which shapes are recorded.
+            "num_steps": 8 if self._is_small else min(400, max(40, round(15 * rate / run.micro_batch))),
         }
 
     @property
@@ -180,7 +196,8 @@ class _Model:
         best = max(found, key=_rate, default={"micro_batch": self._best(results)[0], "pairs_per_second": 100.0})
         # Where small shapes are tried, compiling has a section of its own.
         is_compiled = best.get("what") == "compiled" and not self._is_small
-        return Run(int(best["micro_batch"]), compiled=is_compiled), _rate(best)
+        run = Run(int(best["micro_batch"]), compiled=is_compiled, recorded=best.get("what") != "eager")
+        return run, _rate(best)
 
 
 def fastest(results: Results, section: str) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 _PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "transformers", "timm", "open_clip_torch", "webdataset")
 _ROUNDS, _ROUND_SECONDS = 3, 0.5
 _KERNELS = 40  # of a profile
+_DRAWS = 16  # of dropout
 # Relative differences of all gradients: more than this in float32, or more than so many times the plain step's own
 # rounding in bfloat16, is a wrong kernel.
 _FP32_LIMIT, _BF16_LIMIT = 1e-3, 1.5
@@ -118,12 +119,15 @@ def measure_steps(request: Request, note: Note) -> None:
 
 def _measure_run(model: BridgeTower, run: Run, device: torch.device, request: Request) -> Row:
     model.zero_grad(set_to_none=True)  # of a step before that did not fit
-    compute = ComputeConfig(recompute=run.recompute)
+    _give_memory_back()  # that of recorded steps before
     batch = step_sides.make_batch(model.config, run.micro_batch, device)
-    side = step_sides.our_side("ours", model, batch, compute)
-    row = {} if run.compiled else {"kept_mb_per_pair": step_sides.kept_bytes(side) / run.micro_batch / 1e6}
-    row |= _measure_side(side, run.micro_batch, device, request)
-    return row | _work(model.config, compute, batch, row, device)
+    row = {}
+    if not run.compiled:  # autograd keeps the same for a step that is recorded, but shows it when it is not
+        shown = step_sides.our_side("ours", model, batch, dataclasses.replace(run.compute, cuda_graphs=False))
+        row = {"kept_mb_per_pair": step_sides.kept_bytes(shown) / run.micro_batch / 1e6}
+        _give_memory_back()
+    row |= _measure_side(step_sides.our_side("ours", model, batch, run.compute), run.micro_batch, device, request)
+    return row | _work(model.config, run.compute, batch, row, device)
 
 
 def measure_sides(request: Request, note: Note) -> None:
@@ -132,21 +136,25 @@ def measure_sides(request: Request, note: Note) -> None:
     model = _build(config, device, None)
     padded = min(step_sides.PUBLISHED_TOKENS, config.text.max_tokens)
     own, whole = (step_sides.make_batch(config, pairs, device, pad_to=pad_to) for pad_to in (0, padded))
+    eager = ComputeConfig(cuda_graphs=False)  # as what is recorded cannot be counted
+    two_passes = dataclasses.replace(eager, joint_pass=False)
     sides: dict[str, Callable[[], step_sides.Side]] = {
-        "ours": lambda: step_sides.our_side("ours", model, own, ComputeConfig()),
-        "ours, two passes": lambda: step_sides.our_side("two passes", model, own, ComputeConfig(joint_pass=False)),
+        "ours": lambda: step_sides.our_side("ours", model, own, eager),
+        "ours, recorded": lambda: step_sides.our_side("recorded", model, own, ComputeConfig()),
+        "ours, two passes": lambda: step_sides.our_side("two passes", model, own, two_passes),
         "plain": lambda: step_sides.our_side("plain", model, whole, PLAIN),
         "transformers": lambda: step_sides.transformers_side(model, whole, compiled=False),
     }
 
-    def measure(build: Callable[[], step_sides.Side]) -> Row:
-        side = build()
+    def measure(name: str) -> Row:
+        side = sides[name]()
         row = _measure_side(side, pairs, device, request)
-        gflop = step_sides.flops(side) / pairs / 1e9
+        counted = sides["ours"]() if name == "ours, recorded" else side
+        gflop = step_sides.flops(counted) / pairs / 1e9
         return {**row, "gflop_per_pair": gflop, "mfu": _utilisation(gflop, row, device)}
 
-    for name, build in sides.items():
-        measured = or_out_of_memory(partial(measure, build))
+    for name in sides:
+        measured = or_out_of_memory(partial(measure, name))
         note({"what": name, "model": request.model, "micro_batch": pairs, **measured})
 
 
@@ -160,12 +168,17 @@ def measure_agreement(request: Request, note: Note) -> None:
     device, run = torch.device(request.device), request.runs[0]
     model = _build(_config(request.model), device, 0.0)  # with weights that bfloat16 holds exactly
     batch = step_sides.make_batch(model.config, run.micro_batch, device)
-    ours = {"ours": ComputeConfig(), "ours, all recomputed": ComputeConfig(recompute=EVERYTHING)}
-    sides = {"plain": PLAIN, **({"ours, compiled": ComputeConfig()} if run.compiled else ours)}
+    eager = ComputeConfig(cuda_graphs=False)
+    ours = {
+        "ours": eager,
+        "ours, recorded": ComputeConfig(),
+        "ours, all recomputed": ComputeConfig(recompute=EVERYTHING),
+    }
+    sides = {"plain": PLAIN, **({"ours, compiled": eager} if run.compiled else ours)}
     dtypes = (torch.float32, torch.bfloat16)
-    turns = [(dtype, name) for name in sides for dtype in dtypes]
-    if run.compiled:
-        turns.remove((torch.float32, "ours, compiled"))  # compiling takes long, and bfloat16 is what trains
+    # Compiling takes long, and bfloat16 is what trains and is recorded.
+    halves = ("ours, compiled", "ours, recorded")
+    turns = [(dtype, name) for name in sides for dtype in dtypes if dtype is torch.bfloat16 or name not in halves]
     loss, gradients = _gradients(model.float(), batch, PLAIN)
     rounding, wrong = dict.fromkeys(dtypes, 0.0), list[str]()
     for dtype, name in turns:
@@ -191,8 +204,39 @@ def measure_agreement(request: Request, note: Note) -> None:
         note(row)
         if not agrees:
             wrong.append(f"{row['what']}: {said}, mostly that of {worst}")
+    if not run.compiled:
+        wrong += _look_at_draws(request, note)
     if wrong:
         raise RuntimeError(f"more than rounding away from the plain step (loss {loss:.5f}): {'; '.join(wrong)}")
+
+
+def _look_at_draws(request: Request, note: Note) -> list[str]:
+    """Whether a recorded step draws its dropout anew, from torch's seed alone, and as much. Returns: what is not so."""
+    device, run = torch.device(request.device), request.runs[0]
+    model = _build(_config(request.model), device, 0.1)
+    batch = step_sides.make_batch(model.config, run.micro_batch, device)
+    found = {}
+    for name, compute in (("eager", ComputeConfig(cuda_graphs=False)), ("recorded", ComputeConfig())):
+        task, losses = PretrainTask(model, step_sides.OBJECTIVES, compute), []
+        for seed in (*range(_DRAWS), 0):
+            torch.manual_seed(seed)
+            loss, _ = task(batch)
+            loss.backward()
+            task.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+        found[name] = losses
+    mean, deviation = ([f(losses[:-1]) for losses in found.values()] for f in (statistics.mean, statistics.pstdev))
+    row = {"what": "draws, recorded", "model": request.model, "micro_batch": run.micro_batch, "losses": found}
+    said = f"losses {mean[1]:.4f} +- {deviation[1]:.4f}, eager {mean[0]:.4f} +- {deviation[0]:.4f}"
+    note({**row, "note": said})
+    wrong = []
+    if any(losses[0] != losses[-1] for losses in found.values()):
+        wrong.append("the same seed has another loss")
+    if any(len(set(losses[:-1])) < _DRAWS // 2 for losses in found.values()):
+        wrong.append("other seeds have the same loss")
+    if abs(mean[1] - mean[0]) > 5 * max(deviation) * (2 / _DRAWS) ** 0.5 + 1e-3:
+        wrong.append(f"dropout is not as much: {said}")
+    return wrong
 
 
 def _gradients(model: BridgeTower, batch: PretrainBatch, compute: ComputeConfig) -> tuple[float, dict[str, Tensor]]:
@@ -227,13 +271,15 @@ def measure_engine(request: Request, note: Note) -> None:
 
     device, config, pairs = place.device, _config(request.model), request.runs[0].micro_batch
     memory = read_memory_config(_DS_CONFIGS / f"zero2_{'bf16' if launch.computes_bf16(device) else 'fp32'}.json")
+    run = request.runs[0]
     settings = merge_deepspeed_config(memory, micro_batch_size=pairs, accumulation_steps=1, max_grad_norm=0.0)
     optim = OptimConfig(base_lr=1e-5, total_steps=10_000)
     optim = dataclasses.replace(optim, implementation=request.optimizer)
     with device:
         torch.manual_seed(0)
-        task = PretrainTask(BridgeTower(config, step_sides.OBJECTIVES.heads), step_sides.OBJECTIVES).train()
-    if request.runs[0].compiled:
+        model = BridgeTower(config, step_sides.OBJECTIVES.heads)
+        task = PretrainTask(model, step_sides.OBJECTIVES, run.compute).train()
+    if run.compiled:
         _compile(task.model, device)
     said, start = "", time.perf_counter()
     try:
@@ -246,7 +292,7 @@ def measure_engine(request: Request, note: Note) -> None:
         optim = dataclasses.replace(optim, implementation="torch")
         engine = build_engine(task, optim, settings, device)
     row: Row = {
-        "what": f"ZeRO-2, {'bf16' if is_bf16(memory) else 'fp32'}, {request.runs[0].describe()}",
+        "what": f"ZeRO-2, {'bf16' if is_bf16(memory) else 'fp32'}, {run.describe()}",
         "model": request.model,
         "micro_batch": pairs,
         "optimizer": chosen_implementation(optim, device),
@@ -267,7 +313,7 @@ def measure_engine(request: Request, note: Note) -> None:
 
     def measure() -> Row:
         rate = _rate(_clock(step, device, request), pairs, device)
-        return rate | _work(config, ComputeConfig(), batch, rate, device)
+        return rate | _work(config, run.compute, batch, rate, device)
 
     measured = or_out_of_memory(measure)
     note({**row, **measured, "profile": [] if "error" in measured else _profile(step, device)})
@@ -377,7 +423,8 @@ def _rate(clock: Mapping[str, Any], pairs: int, device: torch.device) -> Row:
         "step_ms": 1e3 * clock["seconds"],
         "step_ms_of_rounds": [1e3 * seconds for seconds in clock["rounds"]],
         "first_step_seconds": clock["first"],
-        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        # Of recorded steps it is not known what is in use, but what was taken for them.
+        "peak_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None,
         "loss": loss,
     }
 
@@ -404,10 +451,13 @@ def or_out_of_memory(measure: Callable[[], Row]) -> Row:
         return measure()
     except torch.OutOfMemoryError as error:
         said = f"does not fit: {first_line(error)}"
-    # Only now, as the error's traceback held what was in memory.
+    _give_memory_back()  # only now, as the error's traceback held what was in memory
+    return {"error": said}
+
+
+def _give_memory_back() -> None:
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without a GPU
-    return {"error": said}
 
 
 def first_line(error: Exception) -> str:

@@ -442,6 +442,8 @@ class ComputeConfig:
     """MLM and ITM go through the cross-modal encoder together; off: one after the other."""
     fuse_kernels: bool = True
     """On a GPU, sums, dropout and norms in one kernel, activations with their biases in one; off: torch's operators."""
+    cuda_graphs: bool = True
+    """On a GPU the step is recorded once for each shape, and the host asks for it at once; off: kernel by kernel."""
     recompute: tuple[str, ...] = ()
     """Parts whose layers are computed again in the backward pass instead of kept: some of vision, text, fusion."""
     compile: bool = False
@@ -462,6 +464,7 @@ PLAIN = ComputeConfig(
     absorb_projections=False,
     joint_pass=False,
     fuse_kernels=False,
+    cuda_graphs=False,
 )
 """The step without any of it."""
 

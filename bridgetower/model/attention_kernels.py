@@ -44,21 +44,21 @@ def _shares(queries, keys, is_key, scale):
 
 
 @triton.jit
-def _key_of_row(draw_key, row, head, HEADS: tl.constexpr):
+def _key_of_row(key_word, key_number, row, head, HEADS: tl.constexpr):
     """Each head of a row draws with a key of its own, a Weyl sequence from the first."""
-    return draw_key + (row * HEADS + head).to(tl.int64) * 0x1E3779B97F4A7C15
+    return tl.load(key_word) + key_number + (row * HEADS + head).to(tl.int64) * 0x1E3779B97F4A7C15
 
 
-@triton.jit(do_not_specialize=["draw_key", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "threshold"])
 def few_keys_forward(
-    query, key, value, query_start, key_start, draw_key, attended, scale, threshold, left,
+    query, key, value, query_start, key_start, key_word, key_number, attended, scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """A row's keys stand in one tile, and its queries go by."""
     row, head = tl.program_id(0), tl.program_id(1)
     if DROPS:
-        row_key = _key_of_row(draw_key, row, head, HEADS)
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -78,9 +78,9 @@ def few_keys_forward(
         tl.store(to, result.to(attended.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["draw_key", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "threshold"])
 def few_keys_backward(
-    query, key, value, query_start, key_start, draw_key, gradient, query_grad, key_grad, value_grad,
+    query, key, value, query_start, key_start, key_word, key_number, gradient, query_grad, key_grad, value_grad,
     scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
@@ -88,7 +88,7 @@ def few_keys_backward(
     """The same; each program adds up the gradients of its keys and values."""
     row, head = tl.program_id(0), tl.program_id(1)
     if DROPS:
-        row_key = _key_of_row(draw_key, row, head, HEADS)
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -121,16 +121,16 @@ def few_keys_backward(
     tl.store(value_grad + packed, value_sum.to(value_grad.dtype.element_ty), mask=is_key[:, None])
 
 
-@triton.jit(do_not_specialize=["draw_key", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "threshold"])
 def few_queries_forward(
-    query, key, value, query_start, key_start, draw_key, attended, log_sum, scale, threshold, left,
+    query, key, value, query_start, key_start, key_word, key_number, attended, log_sum, scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """A row's queries stand in one tile, and its keys go by."""
     row, head = tl.program_id(0), tl.program_id(1)
     if DROPS:
-        row_key = _key_of_row(draw_key, row, head, HEADS)
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)
@@ -162,9 +162,10 @@ def few_queries_forward(
     tl.store(log_sum + at * HEADS + head, highest + tl.log(total), mask=at < end)
 
 
-@triton.jit(do_not_specialize=["draw_key", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "threshold"])
 def few_queries_backward(
-    query, key, value, query_start, key_start, draw_key, attended, log_sum, gradient, query_grad, key_grad, value_grad,
+    query, key, value, query_start, key_start, key_word, key_number, attended, log_sum,
+    gradient, query_grad, key_grad, value_grad,
     scale, threshold, left,
     QUERY_STRIDE: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
@@ -172,7 +173,7 @@ def few_queries_backward(
     """The same; each program adds up the gradients of its queries."""
     row, head = tl.program_id(0), tl.program_id(1)
     if DROPS:
-        row_key = _key_of_row(draw_key, row, head, HEADS)
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     channel = head * WIDTH + tl.arange(0, WIDTH)
     first, end = tl.load(query_start + row), tl.load(query_start + row + 1)
     first_key, end_key = tl.load(key_start + row), tl.load(key_start + row + 1)

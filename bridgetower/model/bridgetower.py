@@ -14,16 +14,18 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bridgetower.config.schema import ComputeConfig, ModelConfig
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder, Wanted
+from bridgetower.model.flash import takes_rooms
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
 from bridgetower.model.layer_gate import LayerGate
 from bridgetower.model.packing import Layout, padded
 from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
-from bridgetower.model.vision_tower import VisionTower, complete_vision_config, pixel_statistics
+from bridgetower.model.vision_tower import VisionTower, complete_vision_config, is_clip_tower, pixel_statistics
 
 TEXT_ROW, IMAGE_ROW = 0, 1  # of the modality embedding; with an NLVR2 head row 2 is of the second image
 
@@ -220,7 +222,7 @@ class BridgeTower(nn.Module):
             states = [self.image_gate(states)]
         states_KBPD = torch.stack(states)
         if self.config.fusion.num_layers:
-            states_KBPD = self.image_transform(states_KBPD) + self.modality_embedding.weight[image_row]
+            states_KBPD = self._transformed(self.image_transform, states_KBPD, image_row)
         return Encoded(states_KBPD, class_BD)
 
     def encode_text(self, ids_BL: Tensor, attention_mask_BL: Tensor) -> Encoded:
@@ -270,8 +272,12 @@ class BridgeTower(nn.Module):
             states = [self.text_gate(states)]
         stacked = torch.stack(states)
         if self.config.fusion.num_layers:
-            stacked = self.text_transform(stacked) + self.modality_embedding.weight[TEXT_ROW]
+            stacked = self._transformed(self.text_transform, stacked, TEXT_ROW)
         return stacked
+
+    def _transformed(self, transform: nn.Linear, states: Tensor, row: int) -> Tensor:
+        """At the fusion width, marked with their modality: its row is added to the bias, not to every state."""
+        return F.linear(states, transform.weight, transform.bias + self.modality_embedding.weight[row])
 
     def _num_states(self, num_layers: int) -> int:
         """Tower layers whose states are read: the bridged ones, all for METER's fusion, else the last."""
@@ -314,6 +320,25 @@ class BridgeTower(nn.Module):
     def _fusion_compute(self) -> ComputeConfig:
         absorbs = self.compute.absorb_projections and absorbs_projections(self.config)
         return dataclasses.replace(self.compute, absorb_projections=absorbs)
+
+    def takes_rooms(self, longest: int) -> bool:
+        """Whether there may be empty places among packed texts: all attention is by kernels that leave them alone.
+
+        Args:
+            longest: tokens of a text.
+        """
+        config = self.config
+        positions = self.image_grid_side**2 + 1
+        words, states = self.text_tower.encoder.get_input_embeddings().weight, self.text_pooler.weight
+        return (
+            self.compute.fuse_kernels
+            and config.fusion.num_layers > 0
+            and is_clip_tower(config.vision)
+            and self.text_tower.has_kernels
+            and takes_rooms(words, config.text.num_heads, longest, longest)
+            and takes_rooms(states, config.fusion.num_heads, longest, longest)
+            and takes_rooms(states, config.fusion.num_heads, longest, positions)
+        )
 
     def fuse_rows(
         self, text_KTD: Tensor, layout: Layout, image_KNPD: Tensor, image_R: Tensor, wanted: Wanted

@@ -101,13 +101,15 @@ class CrossModalEncoder(nn.Module):
         Returns: text states (T, D) and image states (R, P, D) of the last layer; or (Q, D) and (I, 1, D).
         Source: arXiv 2206.08657, section 3.3; in the published code the first layer has a plain norm and no bridge.
         """
-        text_TD, image_RPD = text_KTD[0], image_KNPD[0]
+        # Unbound, their gradients are stacked once; of each index taken it would be a tensor of all layers.
+        texts, images = text_KTD.unbind(), image_KNPD.unbind()
+        text_TD, image_RPD = texts[0], images[0]
         if self.num_bridged:
             text_TD, image_RPD = (
                 norm(states, layer, kernels=self.uses_kernels)[1]
                 for states, layer in ((text_TD, self.text_norm), (image_RPD, self.image_norm))
             )
-        shared = None if image_R is None else share(image_R, image_KNPD[0], kernels=self.uses_kernels)
+        shared = None if image_R is None else share(image_R, images[0], kernels=self.uses_kernels)
         rows = shared  # of image_RPD; None once each row has its own state
         if rows is not None and not compute.share_first_layer:
             image_RPD, rows = rows.take(image_RPD), None
@@ -115,7 +117,7 @@ class CrossModalEncoder(nn.Module):
         last = len(self.text_layers) - 1
         for number in range(last + 1):
             is_bridged = 0 < number < self.num_bridged
-            towers = (text_KTD[number], image_KNPD[number]) if is_bridged else None
+            towers = (texts[number], images[number]) if is_bridged else None
             read = wanted if number == last and compute.prune_last_layer else None
             arguments = (number, towers, text_TD, image_RPD, layout, shared, rows, read, compute, maps)
             # Recomputing keeps only what enters a layer, and computes it again for its gradient.

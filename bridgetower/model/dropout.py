@@ -5,8 +5,10 @@ Shapes: R rows, H heads, Q queries, N keys, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,12 +63,75 @@ def draw_dropped(shape: Sequence[int], dropout: float) -> Tensor:
     return is_dropped
 
 
-def draw_key(device: torch.device) -> int:
-    """A key for a kernel that draws its own random bits, from torch's generator of the device: 62 bits above 2^62.
+class Key(NamedTuple):
+    """What a kernel draws its own random bits from: the sum of both, modulo 2^64."""
+
+    word: Tensor
+    """int64, one; on the device, so that a recorded step draws anew each time it is run."""
+    number: int
+    """Never fits into 32 bits, for which Triton would compile a kernel anew."""
+
+
+class RecordedKeys:
+    """Keys of a step that is recorded once and run often."""
+
+    def __init__(self, device: torch.device) -> None:
+        """With a word that ``draw`` has yet to draw."""
+        self._word, self._count = torch.zeros(1, dtype=torch.int64, device=device), 0
+
+    def restart(self) -> None:
+        """Begin with the first one again, so that those of a step do not depend on what was recorded before."""
+        self._count = 0
+
+    def next(self) -> Key:
+        """Another one for each kernel of the step."""
+        self._count += 1
+        return Key(self._word, 2**61 | _mix(self._count) >> 3)
+
+    def draw(self) -> None:
+        """Draw the word, from torch's generator, for the step that is run next."""
+        self._word.fill_(_draw_number(self._word.device) >> 1)
+
+
+_recorded: RecordedKeys | None = None
+
+
+@contextmanager
+def recording(keys: RecordedKeys) -> Iterator[None]:
+    """Inside, kernels get these keys, from the first one on."""
+    global _recorded
+    _recorded = keys
+    keys.restart()
+    try:
+        yield
+    finally:
+        _recorded = None
+
+
+def draw_key(device: torch.device) -> Key:
+    """A key for a kernel, from torch's generator of the device.
 
     The host draws it from the generator's seed and place, without a kernel; recomputing, which takes the generator
-    back, gets the same. It never fits into 32 bits, for which Triton would compile a kernel anew.
+    back, gets the same.
     """
+    if _recorded is not None:
+        return _recorded.next()
+    return Key(_zero(device), _draw_number(device))
+
+
+def no_key(states: Tensor) -> Key:
+    """For a kernel that draws nothing, and so does not read it."""
+    return Key(states, 0)
+
+
+@lru_cache
+def _zero(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is kept, for training too
+        return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _draw_number(device: torch.device) -> int:
+    """62 random bits above 2^62."""
     if device.type != "cuda":
         return 2**62 | int(torch.empty(1, dtype=torch.int64).random_(2**62))
     generator = torch.cuda.default_generators[device.index]

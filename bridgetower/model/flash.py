@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Spans(NamedTuple):
     start_Z: Tensor
     """int32, R + 1 numbers: the first token of each row, and the end of the last."""
     longest: int
+    covers: bool = True
+    """Whether each token is of a row; tokens of none, at the end, attend to nothing and are given zeros."""
 
 
 @lru_cache(maxsize=64)
@@ -49,6 +51,24 @@ def fits(states: Tensor, num_heads: int) -> bool:
     )
 
 
+def takes_rooms(states: Tensor, num_heads: int, longest_query: int, longest_key: int) -> bool:
+    """Whether attention of such states leaves tokens that are of no row alone, as the short side's kernels do.
+
+    Args:
+        states: with the heads of a token one after the other.
+    """
+    return fits(states, num_heads) and _is_short(states, states.shape[-1] // num_heads, longest_query, longest_key)
+
+
+def _is_short(states: Tensor, width: int, longest_query: int, longest_key: int) -> bool:
+    return fused.fits(states) and bool(_short().takes(longest_query, longest_key, width))
+
+
+def _short() -> Any:
+    """Imported where there is Triton alone."""
+    return importlib.import_module("bridgetower.model.short_attention")
+
+
 def attend_spans(
     query_THd: Tensor,
     key_SHd: Tensor,
@@ -67,11 +87,10 @@ def attend_spans(
 
     Returns: shape (T, H, d).
     """
-    if kernels and fused.fits(query_THd):
-        short = importlib.import_module("bridgetower.model.short_attention")
-        if short.takes(query_spans.longest, key_spans.longest, query_THd.shape[-1]):
-            found: Tensor = short.attend_short(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
-            return found
+    if kernels and _is_short(query_THd, query_THd.shape[-1], query_spans.longest, key_spans.longest):
+        found: Tensor = _short().attend_short(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
+        return found
+    assert query_spans.covers and key_spans.covers  # what it is not asked for it does not write
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         query_THd,
         key_SHd,

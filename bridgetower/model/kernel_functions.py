@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bridgetower.model import kernels
-from bridgetower.model.dropout import draw_key, odds
+from bridgetower.model.dropout import Key, draw_key, no_key, odds
 
 # Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors.
 _PROGRAMS = 16
@@ -80,7 +80,7 @@ class _ProjectAddNorm(torch.autograd.Function):
         epsilon: float,
         dropout: float,
     ) -> tuple[Tensor, Tensor]:
-        key = draw_key(states.device) if dropout else 0
+        key = draw_key(states.device) if dropout else None
         update = F.linear(inner, weight)
         total, normed, *kept = _norm(states.contiguous(), update, bias, gain, shift, epsilon, dropout, key)
         ctx.save_for_backward(inner, weight, total, *kept, gain)
@@ -231,7 +231,7 @@ def _norm(
     shift: Tensor,
     epsilon: float,
     dropout: float = 0.0,
-    key: int = 0,
+    key: Key | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, its norm, and for each row the mean and the inverse deviation."""
     width, num_rows = states.shape[-1], states.numel() // states.shape[-1]
@@ -239,7 +239,7 @@ def _norm(
     mean, inverse = torch.empty(2, num_rows, dtype=torch.float32, device=states.device)
     if num_rows:
         kernels.norm_forward[(triton.cdiv(num_rows, kernels.ROWS_OF_GROUP),)](
-            states, _or(update, states), _or(update_bias, shift), gain, shift, key,
+            states, _or(update, states), _or(update_bias, shift), gain, shift, *(key or no_key(states)),
             total, normed, mean, inverse, num_rows, epsilon, *odds(dropout),
             **_blocks(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
         )  # fmt: skip
@@ -255,7 +255,7 @@ def _norm_gradients(
     gain: Tensor,
     *,
     dropout: float = 0.0,
-    key: int = 0,
+    key: Key | None = None,
     shifts: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Gradients of states and update, and of the norm's gain and shift, and, where it shifts, of the update's bias."""
@@ -267,7 +267,8 @@ def _norm_gradients(
     partial = torch.empty(2 + shifts, programs, width, dtype=torch.float32, device=total.device)
     kernels.norm_backward[(programs,)](
         normed_grad, normed_grad if total_grad is None else total_grad.contiguous(),
-        total, mean, inverse, gain, key, states_grad, update_grad, partial, num_rows, *odds(dropout),
+        total, mean, inverse, gain, *(key or no_key(total)), states_grad, update_grad, partial, num_rows,
+        *odds(dropout),
         **_blocks(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
     )  # fmt: skip
     return states_grad, update_grad, partial.sum(dim=1).to(gain.dtype).unbind()

@@ -31,9 +31,10 @@ def _is_dropped(words, place: tl.constexpr, threshold):
     return word.to(tl.uint32, bitcast=True).to(tl.int64) < threshold
 
 
-@triton.jit(do_not_specialize=["key", "num_rows", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "num_rows", "threshold"])
 def norm_forward(
-    states, update, update_bias, weight, bias, key, total, normed, mean, inverse, num_rows, epsilon, threshold, left,
+    states, update, update_bias, weight, bias, key_word, key_number, total, normed, mean, inverse,
+    num_rows, epsilon, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Sums with dropout, and their norms."""
@@ -45,6 +46,7 @@ def norm_forward(
     if SHIFTS:
         update_shift = tl.load(update_bias + column, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
+        key = tl.load(key_word) + key_number
         words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)
     for place in tl.static_range(_ROWS_OF_GROUP):
         row = group * _ROWS_OF_GROUP + place
@@ -70,9 +72,9 @@ def norm_forward(
         tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside & is_row)
 
 
-@triton.jit(do_not_specialize=["key", "num_rows", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "num_rows", "threshold"])
 def norm_backward(
-    normed_grad, total_grad, total, mean, inverse, weight, key, states_grad, update_grad, partial,
+    normed_grad, total_grad, total, mean, inverse, weight, key_word, key_number, states_grad, update_grad, partial,
     num_rows, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -84,6 +86,8 @@ def norm_backward(
     gain_sum = tl.zeros((BLOCK,), tl.float32)
     shift_sum = tl.zeros((BLOCK,), tl.float32)
     update_shift_sum = tl.zeros((BLOCK,), tl.float32)
+    if DROPS:
+        key = tl.load(key_word) + key_number
     for group in range(program, tl.cdiv(num_rows, _ROWS_OF_GROUP), programs):
         if DROPS:
             words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)

@@ -68,13 +68,33 @@ def padded(mask_RL: Tensor) -> Layout:
     return Layout(grid, (grid,), None)
 
 
+class _GridPlan(NamedTuple):
+    """A grid whose places are yet the number of a table."""
+
+    rows: slice
+    tokens: slice
+    num_rows: int
+    width: int
+    place: int | None
+
+
+class _Plan(NamedTuple):
+    """A layout, the whole grid first."""
+
+    grids: list[_GridPlan]
+    first: int
+    """The table of where rows begin."""
+    longest: int
+    covers: bool
+
+
 class Packing:
     """Plans of where tokens stand, made on the host, whose tables go to the device in one copy."""
 
     def __init__(self) -> None:
         """Begin with none."""
         self._tables: list[I64] = []
-        self._layouts: list[tuple[list[tuple[slice, slice, int, int, int | None]], int]] = []
+        self._layouts: list[_Plan] = []
 
     def table(self, values: I64) -> int:
         """Take a table along. Returns: its number."""
@@ -99,8 +119,21 @@ class Packing:
                 place_RL = np.arange(len(part_R) * width).reshape(-1, width)
                 place = self.table(place_RL[np.arange(width) < part_R[:, None]])
             tokens = slice(int(first_R[start]), int(first_R[end]))
-            grids.append((slice(start, end), tokens, end - start, width, place))
-        self._layouts.append((grids, self.table(first_R)))
+            grids.append(_GridPlan(slice(start, end), tokens, end - start, width, place))
+        self._layouts.append(_Plan(grids, self.table(first_R), grids[0].width, covers=True))
+        return len(self._layouts) - 1
+
+    def rows_in(self, length_R: I64, num_tokens: int, longest: int) -> int:
+        """Plan rows of these lengths as the first of so many tokens, for attention that needs no grid.
+
+        Args:
+            longest: no row is longer.
+
+        Returns: the number of the layout.
+        """
+        grid = _GridPlan(slice(0, len(length_R)), slice(0, num_tokens), len(length_R), longest, None)
+        first = self.table(np.concatenate([[0], np.cumsum(length_R)]))
+        self._layouts.append(_Plan([grid], first, longest, covers=False))
         return len(self._layouts) - 1
 
     def on(self, device: torch.device) -> tuple[list[Tensor], list[Layout]]:
@@ -110,24 +143,20 @@ class Packing:
         if device.type == "cuda":
             joined = joined.pin_memory()  # so that the host does not wait for the copy
         tables = list(joined.to(device, non_blocking=True).split(sizes))
-        return tables, [_on_device(grids, tables[starts], tables, device) for grids, starts in self._layouts]
+        return tables, [_on_device(plan, tables, device) for plan in self._layouts]
 
 
-def _on_device(
-    grids: list[tuple[slice, slice, int, int, int | None]],
-    start_Z: Tensor,
-    tables: list[Tensor],
-    device: torch.device,
-) -> Layout:
+def _on_device(plan: _Plan, tables: list[Tensor], device: torch.device) -> Layout:
     found = []
-    for rows, tokens, num_rows, width, number in grids:
+    for rows, tokens, num_rows, width, number in plan.grids:
         place_T = mask_RL = None
         if number is not None:
             place_T = tables[number]
             mask = torch.zeros(num_rows * width, dtype=torch.bool, device=device)
             mask_RL = mask.index_fill_(0, place_T, True).unflatten(0, (num_rows, width))
         found.append(Grid(rows, tokens, num_rows, width, place_T, mask_RL))
-    return Layout(found[0], tuple(found[1:]), Spans(start_Z.to(torch.int32), found[0].width))
+    spans = Spans(tables[plan.first].to(torch.int32), plan.longest, plan.covers)
+    return Layout(found[0], tuple(found[1:]), spans)
 
 
 def similar(length_R: I64, step: int) -> list[int]:

@@ -8,6 +8,7 @@ Shapes: T queries and S keys of all rows, R rows, H heads, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridgetower.model import attention_kernels as kernels
-from bridgetower.model.dropout import draw_key, odds
+from bridgetower.model.dropout import draw_key, no_key, odds
 from bridgetower.model.flash import Spans
 
 LONGEST = 64
@@ -42,7 +43,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         parts = [_with_heads_together(part) for part in (query_THd, key_SHd, value_SHd)]
         num_queries, heads, width = query_THd.shape
-        attended_THd = torch.empty(num_queries, heads, width, dtype=query_THd.dtype, device=query_THd.device)
+        attended_THd = _written_by(query_spans)(query_THd.shape, dtype=query_THd.dtype, device=query_THd.device)
         few_keys = key_spans.longest <= LONGEST
         queries, keys = (_tile(longest) for longest in (query_spans.longest, key_spans.longest))
         ctx.sizes = {
@@ -54,18 +55,20 @@ class _Attention(torch.autograd.Function):
             "num_warps": _WARPS,
             **{f"{name}_STRIDE": part.stride(0) for name, part in zip(("QUERY", "KEY", "VALUE"), parts, strict=True)},
         }
-        ctx.draw_key = draw_key(query_THd.device) if dropout else 0
+        key = draw_key(query_THd.device) if dropout else no_key(query_THd)
+        ctx.key = key if dropout else None
         ctx.numbers = width**-0.5, *odds(dropout)
         read = [*parts, query_spans.start_Z, key_spans.start_Z]
         grid = len(query_spans.start_Z) - 1, heads
         if few_keys:
-            kernels.few_keys_forward[grid](*read, ctx.draw_key, attended_THd, *ctx.numbers, **ctx.sizes)
+            kernels.few_keys_forward[grid](*read, *key, attended_THd, *ctx.numbers, **ctx.sizes)
         else:
             log_sum_TH = torch.empty(num_queries, heads, dtype=torch.float32, device=query_THd.device)
-            kernels.few_queries_forward[grid](*read, ctx.draw_key, attended_THd, log_sum_TH, *ctx.numbers, **ctx.sizes)
+            kernels.few_queries_forward[grid](*read, *key, attended_THd, log_sum_TH, *ctx.numbers, **ctx.sizes)
             read += [attended_THd, log_sum_TH]
         ctx.save_for_backward(*read)
         ctx.few_keys = few_keys
+        ctx.makers = _written_by(query_spans), *[_written_by(key_spans)] * 2
         return attended_THd
 
     @staticmethod
@@ -73,10 +76,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient_THd: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: recomputing gives them only once
         read, results = saved[:5], saved[5:]
-        grads = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in read[:3]]
+        grads = [
+            make(part.shape, dtype=part.dtype, device=part.device)
+            for make, part in zip(ctx.makers, read[:3], strict=True)
+        ]
         kernel = kernels.few_keys_backward if ctx.few_keys else kernels.few_queries_backward
         grid = len(read[3]) - 1, grads[0].shape[1]
-        kernel[grid](*read, ctx.draw_key, *results, gradient_THd.contiguous(), *grads, *ctx.numbers, **ctx.sizes)
+        key = ctx.key or no_key(read[0])
+        kernel[grid](*read, *key, *results, gradient_THd.contiguous(), *grads, *ctx.numbers, **ctx.sizes)
         return *grads, None, None, None
 
 
@@ -104,6 +111,11 @@ def attend_short(
     """
     found: Tensor = _Attention.apply(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
     return found
+
+
+def _written_by(spans: Spans) -> Callable[..., Tensor]:
+    """Makes what kernels write row by row: empty, or zero, if there are tokens of no row."""
+    return torch.empty if spans.covers else torch.zeros
 
 
 def _tile(longest: int) -> int:

@@ -106,6 +106,11 @@ class TextTower(nn.Module):
         return self._run(ids_T, column_T + self._first_position, layout, num_states, recompute)
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether there are kernels for its activation."""
+        return bool(self.encoder.config.hidden_act == "gelu")
+
+    @property
     def _first_position(self) -> int:
         """Row of the position table of a caption's first token."""
         config = self.encoder.config
@@ -116,7 +121,7 @@ class TextTower(nn.Module):
         states_TD = self.encoder.embeddings(input_ids=ids_T[None], position_ids=position_T[None])[0]
         handed_out = [states_TD]
         # Compiled layers are theirs.
-        kernels = self.uses_kernels and self.encoder.config.hidden_act == "gelu" and fused.fits(states_TD)
+        kernels = self.uses_kernels and self.has_kernels and fused.fits(states_TD)
         for layer in self.encoder.encoder.layer:
             fuses = kernels and layer.output._compiled_call_impl is None
             if recompute and torch.is_grad_enabled():

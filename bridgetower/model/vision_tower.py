@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
+from bridgetower.model import fused
 from bridgetower.model.fused import expand, norm, project, project_add_norm
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.named_sizes import fill_sizes
@@ -107,16 +108,33 @@ class VisionTower(nn.Module):
         patches_BND = _embed_patches(vit.conv1, pixels_B3SS)
         class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
         states_BPD = torch.cat([class_B1D, patches_BND], dim=1) + vit.positional_embedding.to(patches_BND.dtype)
-        states_BPD = norm(states_BPD, vit.ln_pre, kernels=self.uses_kernels)[1]
+        kernels = self.uses_kernels
+        states_BPD = norm(states_BPD, vit.ln_pre, kernels=kernels)[1]
         blocks = list(vit.transformer.resblocks)
+        # A block's last sum and the norm after it are one kernel, unless blocks are computed, or compiled, one by one.
+        joins = kernels and fused.fits(states_BPD) and not recompute and all(map(_can_be_joined, blocks))
+        normed_BPD = states_BPD
+        if joins:
+            states_BPD, normed_BPD = norm(states_BPD, blocks[0].ln_1, kernels=kernels)
         handed_out = []
         for number, block in enumerate(blocks):
             if meanwhile is not None and number == len(blocks) // 3:
                 meanwhile()
-            states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
-            if number >= len(blocks) - num_states:
-                states_BPD, normed_BPD = norm(states_BPD, vit.ln_post, kernels=self.uses_kernels)
+            is_handed_out, is_last = number >= len(blocks) - num_states, number == len(blocks) - 1
+            if joins:
+                states_BPD, inner = block.until_last_product(states_BPD, normed_BPD)
+                layer = vit.ln_post if is_handed_out else blocks[number + 1].ln_1
+                states_BPD, normed_BPD = project_add_norm(
+                    states_BPD, inner, block.mlp.c_proj, layer, 0.0, kernels=kernels
+                )
+            else:
+                states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
+                if is_handed_out:
+                    states_BPD, normed_BPD = norm(states_BPD, vit.ln_post, kernels=kernels)
+            if is_handed_out:
                 handed_out.append(normed_BPD)
+                if joins and not is_last:
+                    states_BPD, normed_BPD = norm(states_BPD, blocks[number + 1].ln_1, kernels=kernels)
         return handed_out
 
 
@@ -136,8 +154,17 @@ class _Block(ResidualAttentionBlock):  # type: ignore[misc]
     def forward(self, states_BPD: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
         """As open_clip's in a vision tower, where nothing else is attended to and nothing is masked."""
         assert k_x is None and v_x is None and attn_mask is None
+        states_BPD, inner = self.until_last_product(*norm(states_BPD, self.ln_1, kernels=self.uses_kernels))
+        result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner))
+        return result
+
+    def until_last_product(self, states_BPD: Tensor, normed_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """The states after attention, and what its last product is of.
+
+        Args:
+            normed_BPD: ln_1 of the states.
+        """
         attention, mlp, kernels = self.attn, self.mlp, self.uses_kernels
-        states_BPD, normed_BPD = norm(states_BPD, self.ln_1, kernels=kernels)
         _, *parts = project(normed_BPD, attention.in_proj_weight, attention.in_proj_bias, 3, kernels=kernels)
         heads_BHPd = (part_BPD.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part_BPD in parts)
         attended_BHPd = F.scaled_dot_product_attention(*heads_BHPd)
@@ -153,8 +180,12 @@ class _Block(ResidualAttentionBlock):  # type: ignore[misc]
             _, inner = expand(normed_BPD, mlp.c_fc, quick=isinstance(mlp.gelu, QuickGELU), kernels=kernels)
         else:
             inner = mlp.gelu(mlp.c_fc(normed_BPD))
-        result: Tensor = states_BPD + self.ls_2(mlp.c_proj(inner))
-        return result
+        return states_BPD, inner
+
+
+def _can_be_joined(block: nn.Module) -> bool:
+    is_plain = isinstance(block, _Block) and isinstance(block.ls_2, nn.Identity)
+    return is_plain and block._compiled_call_impl is None
 
 
 def efficient_block(block: nn.Module) -> None:

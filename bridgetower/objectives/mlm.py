@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from bridgetower.batch import NO_TOKEN
 from bridgetower.objectives.objective import Result, mean_metric
 
 
@@ -16,15 +17,15 @@ def masked_language_modeling(logits_MV: Tensor, label_M: Tensor, weight_M: Tenso
 
     Args:
         logits_MV: the head's, at the masked positions; there may be none.
-        label_M: the clean id of each.
+        label_M: the clean id of each, or NO_TOKEN.
         weight_M: weight of its loss; the weights of a micro-batch sum to 1.
     """
     logits_MV = logits_MV.float()
-    losses_M = F.cross_entropy(logits_MV, label_M, reduction="none")
+    losses_M = F.cross_entropy(logits_MV, label_M, reduction="none", ignore_index=NO_TOKEN)
     loss = (losses_M * weight_M).sum()
     is_right_M = logits_MV.argmax(dim=-1) == label_M
     return Result(
         loss,
-        {"loss/mlm": mean_metric(loss, 1), "accuracy/mlm": mean_metric(is_right_M.sum(), len(label_M))},
+        {"loss/mlm": mean_metric(loss, 1), "accuracy/mlm": mean_metric(is_right_M.sum(), (label_M != NO_TOKEN).sum())},
         {"loss/mlm": losses_M.detach(), "accuracy/mlm": is_right_M},
     )

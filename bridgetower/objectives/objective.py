@@ -21,5 +21,7 @@ class Result(NamedTuple):
 
 def mean_metric(total: Tensor, count: int | Tensor) -> Tensor:
     """The pair (sum, count) of a metric; no host sync."""
-    counted = torch.as_tensor(count, dtype=torch.float32, device=total.device)
-    return torch.stack([total.detach().float(), counted])
+    summed = total.detach().float()
+    # A number of the host that is made a tensor is copied, which waits for the device; filling asks for a kernel.
+    counted = count.float() if isinstance(count, Tensor) else torch.full_like(summed, count)
+    return torch.stack([summed, counted])
