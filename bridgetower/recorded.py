@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from bridgetower.errors import TrainingError
 from bridgetower.model.dropout import RecordedKeys, recording
 
 # Each takes some MB of the host and the device. A run has about a dozen shapes.
@@ -241,11 +242,24 @@ class _Finish(torch.autograd.Function):
 
 
 def _record(run: Run, pool: Any) -> Run:
-    """Record what a function asks the GPU for. Returns: asks for the same again."""
+    """Record what a function asks the GPU for. Returns: asks for the same again.
+
+    Raises:
+        TrainingError: it cannot be recorded.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Kernels that are new may be loaded meanwhile, and other threads may pin memory.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-        run()
+    try:
+        # Kernels that are new may be loaded meanwhile, and other threads may pin memory.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise TrainingError(
+            f"The step cannot be recorded as CUDA graphs with torch {torch.__version__}: {said} Ask for it kernel by "
+            "kernel, which keeps the host busier: --compute.cuda_graphs=false."
+        ) from error
     return graph.replay
 
 

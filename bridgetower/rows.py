@@ -75,6 +75,23 @@ class Room(NamedTuple):
     """Of a caption."""
 
 
+def can_be_recorded(objectives: ObjectivesConfig, compute: ComputeConfig) -> bool:
+    """Whether batches of a run may share the shapes of a room, and nothing of its step waits for the host or a rank."""
+    return (
+        compute.cuda_graphs
+        and objectives.mlm
+        and objectives.itm
+        and not objectives.itc  # gathers from all ranks
+        and compute.share_images
+        and compute.pack_text
+        and compute.masked_logits_only
+        and compute.joint_pass
+        and compute.fuse_kernels
+        and not compute.recompute  # draws again from torch's generator
+        and not compute.compile
+    )
+
+
 def room_for(batch: PretrainBatch) -> Room:
     """A room for a micro-batch, which it shares with many others of as many pairs.
 

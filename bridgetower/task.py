@@ -24,7 +24,7 @@ from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result, mean_metric
 from bridgetower.recorded import RecordedStep, Stages
-from bridgetower.rows import Pass, StepRows, plan_rows, read_columns, room_for
+from bridgetower.rows import Pass, StepRows, can_be_recorded, plan_rows, read_columns, room_for
 
 
 class States(NamedTuple):
@@ -114,24 +114,12 @@ class PretrainTask(nn.Module):
         return loss, metrics
 
     def _records(self, batch: PretrainBatch, compute: ComputeConfig) -> bool:
-        """Whether a step of this batch is one that can be recorded.
-
-        Its shapes come up again, and nothing of it waits for the host or for another rank.
-        """
+        """Whether the step of this batch is recorded."""
         return (
-            compute.cuda_graphs
+            can_be_recorded(self.objectives, compute)
             and self.training
             and torch.is_grad_enabled()
-            and self.objectives.mlm
-            and self.objectives.itm
-            and not self.objectives.itc  # gathers from all ranks
             and len(batch.pixels_N3SS) == len(batch.num_tokens)  # negatives of the corpus are as many as it happens
-            and compute.share_images
-            and compute.pack_text
-            and compute.masked_logits_only
-            and compute.joint_pass
-            and not compute.recompute
-            and not compute.compile
             and self.model.takes_rooms(max(batch.num_tokens))
         )
 

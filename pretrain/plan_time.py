@@ -14,6 +14,7 @@ from bridgetower.config.schema import RunConfig
 from bridgetower.data.order import Cut
 from bridgetower.errors import ConfigError
 from bridgetower.hardware import DEVICES, Device
+from bridgetower.rows import can_be_recorded
 from pretrain.plan_memory import STAGES, Parameters, Splitting, States, count_states, why_not_offered
 
 # CUDA's context, NCCL's buffers and libraries' workspaces; docs/plan.md.
@@ -153,9 +154,16 @@ class Planner:
             states = count_states(stage, self.parameters, self.splitting, cluster.num_gpus)
             for size, recompute in itertools.product(sizes, recomputes):
                 cost = self.cost(size, recompute, cluster.num_gpus)
-                total = states.total + cost.kept + cost.workspace + RESERVED_BYTES
+                workspace = cost.workspace + self.recorded_gradients(recompute)
+                total = states.total + cost.kept + workspace + RESERVED_BYTES
                 offered = not why_not_offered(stage, self.splitting)
-                yield Choice(stage, size, recompute, states, cost.kept, cost.workspace, total, total <= limit, offered)
+                yield Choice(stage, size, recompute, states, cost.kept, workspace, total, total <= limit, offered)
+
+    def recorded_gradients(self, recompute: tuple[str, ...]) -> int:
+        """Bytes that recorded steps leave whole gradients in."""
+        compute = replace(self.config.compute, recompute=recompute)
+        is_recorded = self.splitting.bf16 and can_be_recorded(self.config.objectives, compute)
+        return self.splitting.element * self.parameters.trained if is_recorded else 0
 
     def best(self, cluster: Cluster, sizes: Sequence[int]) -> Choice | None:
         """The fastest choice that fits, of the ZeRO stage of the run's file; of equals the one with most left."""

@@ -331,8 +331,7 @@ class BridgeTower(nn.Module):
         positions = self.image_grid_side**2 + 1
         words, states = self.text_tower.encoder.get_input_embeddings().weight, self.text_pooler.weight
         return (
-            self.compute.fuse_kernels
-            and config.fusion.num_layers > 0
+            config.fusion.num_layers > 0
             and is_clip_tower(config.vision)
             and self.text_tower.has_kernels
             and takes_rooms(words, config.text.num_heads, longest, longest)
