@@ -38,55 +38,78 @@ class Stages(NamedTuple):
 
 
 class RecordedStep:
-    """The steps of a module, each recorded when its shape comes up for the first time."""
+    """The steps of a module, each recorded when its shape comes up for the first time.
+
+    Gradients of parameters are where the next backward pass leaves the next ones: who keeps one copies it. Hooks of
+    modules are not called.
+    """
 
     def __init__(self, module: nn.Module, stages: Stages) -> None:
         """Record nothing yet.
 
         Args:
-            module: whose weights get gradients.
+            module: whose weights get gradients, at least one.
         """
         self._module, self._stages = module, stages
+        self.forget()
+
+    def forget(self) -> None:
+        """Give up all recordings and their memory."""
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self._buffers: dict[Any, Tensor] = {}
-        self._addresses: list[int] = []
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._state: list[Any] = []
+
+    def __getstate__(self) -> Any:
+        """A copy records anew."""
+        return self._module, self._stages
+
+    def __setstate__(self, state: Any) -> None:
+        """Of a copy."""
+        self._module, self._stages = state
+        self.forget()
 
     def __call__(self, inputs: Any, kind: Hashable = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the metrics. The loss can be gone back from once, and not after the next call.
 
         Args:
             inputs: nested tuples of tensors and of plain values.
-            kind: what else the step depends on. The first of a kind is run once before it is recorded, for what is
-                set up at the first use.
+            kind: what else the step depends on.
         """
-        self._look_at_weights()
+        self._look_at_module()
         leaves, structure = pytree.tree_flatten(inputs)
         static = [self._load(place, leaf) for place, leaf in enumerate(leaves)]
         key = (kind, *map(_shape, leaves))
         found = self._recordings.get(key)
         if found is None:
-            made = _Recording(self._module, self._stages, pytree.tree_unflatten(static, structure), self._gradients)
-            found = self._recordings[key] = made.made(self._keys, self._pool, kind not in self._warm)
-            self._warm.add(kind)
+            inputs = pytree.tree_unflatten(static, structure)
+            found = _Recording(self._module, self._stages, inputs, self._gradients, self._turn)
+            try:
+                found.record(self._keys, self._pool, warm_up=not self._recordings)
+            except BaseException:
+                self.forget()  # what was left in the middle
+                raise
+            self._recordings[key] = found
             if len(self._recordings) > _MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
         self._keys.draw()
         return found.run()
 
-    def _look_at_weights(self) -> None:
-        """Forget what was recorded of other weights, or of these when they were elsewhere."""
-        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        addresses = [parameter.data_ptr() for parameter in trained]
-        if addresses != self._addresses:
-            self._recordings.clear()
-            self._buffers.clear()
-            self._addresses = addresses
-            self._warm: set[Hashable] = set()
+    def _look_at_module(self) -> None:
+        """Forget what was recorded of other weights, of these when they were elsewhere, or in another mode."""
+        parts, weights = list(self._module.modules()), list(self._module.parameters())
+        state: list[Any] = [part.training for part in parts]
+        state += [(weight.data_ptr(), weight.requires_grad) for weight in weights]
+        state += [buffer.data_ptr() for buffer in self._module.buffers()]
+        if state != self._state:
+            self.forget()
+            self._state = state
             # Where all recordings leave them.
-            self._gradients = {parameter: torch.empty_like(parameter) for parameter in trained}
-            self._keys = RecordedKeys(trained[0].device)
-            self._pool = torch.cuda.graph_pool_handle() if trained[0].is_cuda else None
+            self._gradients = {weight: torch.empty_like(weight) for weight in weights if weight.requires_grad}
+            device = weights[0].device
+            self._turn, self._keys = _Turn(), RecordedKeys(device)
+            self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def _load(self, place: int, leaf: Any) -> Any:
         """Put an input where recorded steps of its shape find it."""
@@ -98,21 +121,48 @@ class RecordedStep:
         return self._buffers[key].copy_(leaf, non_blocking=True)
 
 
+class _Turn:
+    """Which step was run last, and which of its parts is next: all recordings share their memory."""
+
+    step, part = 0, 0
+
+    def begin(self) -> int:
+        """Returns: the number of the next step."""
+        self.step, self.part = self.step + 1, 1
+        return self.step
+
+    def take(self, step: int, part: int) -> None:
+        """Raises RuntimeError if it is not the turn of this part of this step."""
+        if (step, part) != (self.step, self.part):
+            raise RuntimeError(
+                "A recorded step was run again before the backward pass of the run before, or that pass was run twice, "
+                "and its states are gone. Call backward once after each step, or use compute.cuda_graphs=false."
+            )
+        self.part += 1
+
+
 class _Recording:
     """A step of one shape, in three parts: forward, back to the states, back to the inputs."""
 
-    def __init__(self, module: nn.Module, stages: Stages, inputs: Any, gradients: dict[nn.Parameter, Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        stages: Stages,
+        inputs: Any,
+        gradients: dict[nn.Parameter, Tensor],
+        turn: _Turn,
+    ) -> None:
         self._module, self._stages, self._inputs, self._gradients = module, stages, inputs, gradients
-        self._runs = 0
+        self._turn = turn
         self.loss_grad = torch.ones((), device=next(iter(gradients)).device)
         """Of the loss, which DeepSpeed may scale."""
 
-    def made(self, keys: RecordedKeys, pool: Any, warm_up: bool) -> _Recording:
+    def record(self, keys: RecordedKeys, pool: Any, *, warm_up: bool) -> None:
         """Record it.
 
         Args:
             pool: of a GPU's memory; None: each run computes it anew.
-            warm_up: run it once before, when libraries and tables are set up, which cannot be recorded.
+            warm_up: run it once before, when what is set up at the first use is, which cannot be recorded.
         """
 
         def forward() -> None:
@@ -131,13 +181,12 @@ class _Recording:
         self.of_encode = [parameter for parameter in self._gradients if parameter in self._from_encode]
         from_finish_alone = self._from_finish - self._from_encode
         self.of_finish = [parameter for parameter in self._gradients if parameter in from_finish_alone]
-        return self
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the forward pass. Returns: loss and metrics, which later runs leave alone."""
-        self._runs += 1
-        gate = _Encode.apply(self, self._runs, *self.of_encode)
-        loss: Tensor = _Finish.apply(self, self._runs, gate, *self.of_finish)
+        number = self._turn.begin()
+        gate = _Encode.apply(self, number, *self.of_encode)
+        loss: Tensor = _Finish.apply(self, number, gate, *self.of_finish)
         return loss, dict(zip(self._names, self._metrics.clone().unbind(), strict=True))
 
     def go_back(self, part: int, number: int, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -146,11 +195,7 @@ class _Recording:
         Raises:
             RuntimeError: it is not that of the last run.
         """
-        if number != self._runs:
-            raise RuntimeError(
-                "A recorded step was run again before the backward pass of the run before, whose states are gone. Call "
-                "backward once after each step, or use compute.cuda_graphs=false."
-            )
+        self._turn.take(number, part)
         self.parts[part]()
         # Nobody else holds these, so that autograd takes them as gradients as they are.
         return [self._gradients[parameter].detach() for parameter in parameters]
@@ -252,10 +297,12 @@ def _record(run: Run, pool: Any) -> Run:
         # Kernels that are new may be loaded meanwhile, and other threads may pin memory.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
             run()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        said = (str(error).strip().splitlines() or [""])[0]
+        # The end of a recording that failed says so itself.
+        first = error.__context__ or error
+        if isinstance(first, torch.OutOfMemoryError):
+            raise first from None
+        said = (str(first).strip().splitlines() or [""])[0]
         raise TrainingError(
             f"The step cannot be recorded as CUDA graphs with torch {torch.__version__}: {said} Ask for it kernel by "
             "kernel, which keeps the host busier: --compute.cuda_graphs=false."

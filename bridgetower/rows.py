@@ -19,6 +19,8 @@ from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.cross_modal import Wanted
 from bridgetower.model.packing import I64, Layout, Packing, padded, similar
 
+# By which rooms differ at least.
+_FEWEST_PLACES = 32
 # Texts whose lengths differ by less than this are one bucket.
 BUCKET_TOKENS = 8
 
@@ -95,9 +97,10 @@ def can_be_recorded(objectives: ObjectivesConfig, compute: ComputeConfig) -> boo
 def room_for(batch: PretrainBatch) -> Room:
     """A room for a micro-batch, which it shares with many others of as many pairs.
 
-    Less than one place a caption is left empty among its dozen tokens, and one among those that are masked.
+    In batches of 32 and more less than one place a caption is left empty among its dozen tokens, and one among those
+    that are masked. In smaller ones it is more, as there would be as many rooms as batches else.
     """
-    step = _up(len(batch.num_tokens), 8)
+    step = max(_FEWEST_PLACES, _up(len(batch.num_tokens), 8))
     return Room(
         tokens=_up(sum(batch.num_tokens), step),
         longest=_tile(max(batch.num_tokens)),

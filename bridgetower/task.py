@@ -7,7 +7,7 @@ M masked tokens, K bridged layers, P image positions, D width, C contrastive wid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
+from bridgetower.dist import any_rank
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import linear_in_float32
 from bridgetower.model.packing import padded
@@ -81,6 +82,7 @@ class PretrainTask(nn.Module):
         self.corpora = tuple(corpora) if len(corpora) > 1 else ()
         model.compute = compute or ComputeConfig()
         self._recorded = RecordedStep(self, Stages(self._encode_recorded, self._finish_recorded))
+        self._agreed: dict[Any, bool] = {}
         if not objectives.itm:
             self._freeze_what_only_itm_reads()
 
@@ -100,9 +102,9 @@ class PretrainTask(nn.Module):
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
         compute, pixels_N3SS = self.model.step_compute, batch.pixels_N3SS
-        if self._records(batch, compute):
+        if self._records(compute):
             rows = plan_rows(batch, self.objectives, compute, room_for(batch))
-            loss, metrics = self._recorded((pixels_N3SS, rows), (compute, len(pixels_N3SS)))
+            loss, metrics = self._recorded((pixels_N3SS, rows), (compute, self.corpora))
         else:
             if not compute.share_images:
                 pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
@@ -113,15 +115,27 @@ class PretrainTask(nn.Module):
         metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
         return loss, metrics
 
-    def _records(self, batch: PretrainBatch, compute: ComputeConfig) -> bool:
-        """Whether the step of this batch is recorded."""
-        return (
-            can_be_recorded(self.objectives, compute)
-            and self.training
-            and torch.is_grad_enabled()
-            and len(batch.pixels_N3SS) == len(batch.num_tokens)  # negatives of the corpus are as many as it happens
-            and self.model.takes_rooms(max(batch.num_tokens))
-        )
+    def _records(self, compute: ComputeConfig) -> bool:
+        """Whether the next step is recorded.
+
+        A rule of the run, not of the batch or the node: gradients become ready in another order then, and DeepSpeed
+        adds up what stands at the same place on all ranks.
+        """
+        if not self.training or not torch.is_grad_enabled() or not can_be_recorded(self.objectives, compute):
+            return False
+        weight = self.model.text_pooler.weight
+        key = compute, weight.dtype, weight.device
+        if key not in self._agreed:
+            longest = self.model.config.text.max_tokens
+            can = self.model.takes_rooms(longest) and any(part.requires_grad for part in self.parameters())
+            self._agreed[key] = not any_rank(not can, weight.device)
+        return self._agreed[key]
+
+    def train(self, mode: bool = True) -> PretrainTask:
+        """As of every module. Evaluation gets the memory of recorded steps."""
+        if not mode:
+            self._recorded.forget()
+        return super().train(mode)
 
     def _encode_recorded(self, inputs: tuple[Tensor, StepRows]) -> States:
         pixels_N3SS, rows = inputs

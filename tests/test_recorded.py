@@ -6,7 +6,11 @@ measured on a GPU by benchmarks/gpu (agreement).
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower import recorded
-from bridgetower.config.schema import ComputeConfig
+from bridgetower.config.schema import PLAIN, ComputeConfig, ObjectivesConfig
 from bridgetower.model.dropout import draw_key
 from bridgetower.recorded import RecordedStep, Stages
 from bridgetower.rows import room_for
-from tests.small_models import random_batch
+from tests.ranks import run_on_ranks
+from tests.small_models import EVERY_OBJECTIVE, random_batch, small_task
 from tests.test_kernels import DEVICE, kernel_task
-from tests.test_step import EVERYTHING, assert_agree, with_masks
+from tests.test_step import with_masks
 
 __all__ = ["kernel_task"]
 EAGER = ComputeConfig(cuda_graphs=False)
@@ -99,31 +104,51 @@ def test_results_of_a_step_outlive_the_next(step):
     assert before == (float(first.detach()), metrics["loss"].tolist())
 
 
-def test_a_backward_pass_whose_states_are_gone_is_an_error(step):
+@pytest.mark.parametrize("rows", [3, 5], ids=["the same shape", "another shape"])
+def test_a_backward_pass_whose_states_are_gone_is_an_error(step, rows):
     first, _ = step(drawn(3))
-    second, _ = step(drawn(3))
+    second, _ = step(drawn(rows))
     with pytest.raises(RuntimeError, match=r"run again before the backward pass.*compute\.cuda_graphs=false"):
         first.backward()
     second.backward()
+    with pytest.raises(RuntimeError, match=r"or that pass was run twice"):
+        second.backward()
 
 
 def test_a_shape_is_recorded_once_and_each_kind_apart(net, step, monkeypatch):
     made = []
-    record = recorded._Recording.made
-    monkeypatch.setattr(
-        recorded._Recording, "made", lambda self, *arguments: made.append(arguments[2]) or record(self, *arguments)
-    )
+    record = recorded._Recording.record
+
+    def note(self, *arguments, warm_up):
+        made.append(warm_up)
+        record(self, *arguments, warm_up=warm_up)
+
+    monkeypatch.setattr(recorded._Recording, "record", note)
     for rows in (3, 5, 3, 5, 3):
         net.gradients(step, drawn(rows))
-    assert made == [True, False]  # kernels are compiled at the first one of a kind
+    assert made == [True, False]  # libraries are set up at the first one
     step(drawn(3), "another")
-    assert made == [True, False, True]
-    # Other weights, or the same elsewhere, are others.
-    net.last.weight.data = net.last.weight.data.clone()
-    torch.testing.assert_close(net.gradients(step, drawn(3)), net.gradients(net.plain, drawn(3)))
-    net.frozen.requires_grad_(True)
+    assert made == [True, False, False]
+    # Of other weights, of the same elsewhere, and in another mode it is another step.
+    for change in (
+        lambda: setattr(net.last.weight, "data", net.last.weight.data.clone()),
+        lambda: setattr(net.frozen.weight, "data", net.frozen.weight.data * 2),
+        lambda: net.frozen.requires_grad_(True),
+        lambda: net.shared.eval(),
+    ):
+        change()
+        torch.testing.assert_close(net.gradients(step, drawn(3)), net.gradients(net.plain, drawn(3)))
+        assert made.pop() and len(made) == 3
     assert "frozen.weight" in net.gradients(step, drawn(3))
-    assert made == [True, False, True, True, True]
+
+
+def test_a_copy_records_anew(net):
+    net.step = RecordedStep(net, Stages(net.encode, net.finish))
+    expected = net.gradients(lambda batch: net.step((batch, "")), drawn(3))
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        net.last.weight.zero_()
+    torch.testing.assert_close(other.gradients(lambda batch: other.step((batch, "")), drawn(3)), expected)
 
 
 def test_the_oldest_recordings_are_given_up(net, step, monkeypatch):
@@ -132,13 +157,21 @@ def test_the_oldest_recordings_are_given_up(net, step, monkeypatch):
         torch.testing.assert_close(net.gradients(step, drawn(rows)), net.gradients(net.plain, drawn(rows)))
 
 
-def test_parameters_are_back_in_their_places_also_after_an_error(net, monkeypatch):
+def test_after_an_error_parameters_are_in_their_places_and_steps_can_be_recorded(net):
     names = [name for name, _ in net.named_parameters()]
-    made = RecordedStep(net, Stages(net.encode, lambda inputs, states: 1 / 0))
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(inputs: Any, states: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        raise ValueError(inputs)
+
+    made = RecordedStep(net, Stages(net.encode, fail))
+    with pytest.raises(ValueError):
         made((drawn(3), ""))
     assert [name for name, _ in net.named_parameters()] == names
-    assert all(isinstance(parameter, nn.Parameter) for parameter in net._parameters.values())
+    assert all(isinstance(parameter, nn.Parameter) for parameter in net.parameters())
+    made._stages = Stages(net.encode, net.finish)
+    torch.testing.assert_close(
+        net.gradients(lambda batch: made((batch, "")), drawn(3)), net.gradients(net.plain, drawn(3))
+    )
 
 
 def test_draws_are_those_of_the_seed_whatever_was_recorded_before(net):
@@ -169,34 +202,38 @@ def test_draws_are_those_of_the_seed_whatever_was_recorded_before(net):
 @pytest.fixture
 def nothing_is_zero_by_chance() -> Iterator[None]:
     """Memory that nobody has written holds no numbers."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch._C._get_deterministic_fill_uninitialized_memory()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch._C._set_deterministic_fill_uninitialized_memory(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch._C._set_deterministic_fill_uninitialized_memory(before)
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("masks", [[0, 1], [0, 0]], ids=["one masked", "none masked"])
-def test_empty_places_change_no_loss_no_metric_and_no_gradient(
-    kernel_task, nothing_is_zero_by_chance, monkeypatch, masks
-):
-    counted: list[Any] = []
-    step = kernel_task._recorded
-    monkeypatch.setattr(kernel_task, "_recorded", lambda *arguments: counted.append(arguments) or step(*arguments))
-    batch = with_masks(random_batch(2), masks)._replace(corpus_B=torch.tensor([0, 1]))
+def test_empty_places_change_no_loss_no_metric_and_no_gradient(kernel_task, nothing_is_zero_by_chance):
+    kernel_task.corpora = ("one", "other")
+    # One caption has no masked token, and the other the image of neither.
+    batch = with_masks(random_batch(2), [0, 1])._replace(
+        pixels_N3SS=random_batch(3).pixels_N3SS, itm_image_B=torch.tensor([2, 1]), corpus_B=torch.tensor([0, 1])
+    )
     room = room_for(batch)
     assert room.tokens > sum(batch.num_tokens) and room.masked > sum(batch.num_masked)
-    assert_agree(kernel_task, batch, EVERYTHING)
-    assert len(counted) == 1
-    kernel_task.corpora = ("one", "other")
     found = []
-    for compute in (EAGER, EVERYTHING):
+    for compute in (PLAIN, ComputeConfig()):
         kernel_task.model.compute = compute
-        found.append(kernel_task(batch)[1])
-    assert "corpus/other/accuracy/mlm" in found[0]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        kernel_task.zero_grad()
+        loss, metrics = kernel_task(batch)
+        loss.backward()
+        found.append({"loss": loss, **metrics, **{name: p.grad for name, p in kernel_task.named_parameters()}})
+    assert len(kernel_task._recorded._recordings) == 1
+    (plain, recorded), scale = found, max(float(p.grad.norm()) for p in kernel_task.parameters())
+    assert "corpus/other/accuracy/mlm" in plain and plain.keys() == recorded.keys()
+    for name, value in plain.items():
+        if not name.endswith("key.bias"):  # whose gradient is nothing but rounding
+            assert (
+                float((recorded[name] - value).detach().norm()) < 1e-4 * float(value.detach().norm()) + 1e-6 * scale
+            ), name
 
 
 def test_most_batches_of_a_size_share_a_room():
@@ -208,3 +245,46 @@ def test_most_batches_of_a_size_share_a_room():
     for batch in batches:
         assert sum(batch.num_tokens) <= room_for(batch).tokens < sum(batch.num_tokens) + 64
         assert max(batch.num_tokens) <= room_for(batch).longest <= 32
+
+
+def test_what_is_recorded_is_a_rule_of_the_run(kernel_task, monkeypatch):
+    assert kernel_task._records(ComputeConfig()) == (DEVICE.type == "cpu")  # kernels are said to fit float32 there
+    for compute in (
+        EAGER,
+        ComputeConfig(recompute=("text",)),
+        ComputeConfig(compile=True),
+        ComputeConfig(pack_text=False),
+    ):
+        assert not kernel_task._records(compute)
+    with torch.no_grad():
+        assert not kernel_task._records(ComputeConfig())
+    longer = dataclasses.replace(kernel_task.model.config.text, max_tokens=77, num_positions=79)
+    monkeypatch.setattr(kernel_task.model, "config", dataclasses.replace(kernel_task.model.config, text=longer))
+    kernel_task._agreed.clear()
+    assert not kernel_task._records(ComputeConfig())  # not even batches of short captions
+    assert not small_task(EVERY_OBJECTIVE)._records(ComputeConfig())
+
+
+def _ask(rank: int, folder: Path) -> None:
+    found = []
+    for able in ((True, True), (True, False)):
+        task = small_task(ObjectivesConfig())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task.model, "takes_rooms", lambda longest, able=able: able[rank])
+            found.append(task._records(ComputeConfig()))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_ranks_record_only_together(tmp_path):
+    run_on_ranks(_ask, 2, tmp_path)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True, False]
+
+
+def test_evaluation_gets_the_memory_of_recorded_steps(kernel_task, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(kernel_task._recorded, "forget", lambda: forgotten.append(True))
+    kernel_task.train()
+    assert not forgotten
+    kernel_task.eval()
+    assert forgotten

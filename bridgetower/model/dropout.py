@@ -67,9 +67,9 @@ class Key(NamedTuple):
     """What a kernel draws its own random bits from: the sum of both, modulo 2^64."""
 
     word: Tensor
-    """int64, one; on the device, so that a recorded step draws anew each time it is run."""
+    """One, int64; on the device, so that a recorded step draws anew each time it is run."""
     number: int
-    """Never fits into 32 bits, for which Triton would compile a kernel anew."""
+    """Never fits into 32 bits where something is drawn, as Triton would compile a kernel anew for it."""
 
 
 class RecordedKeys:

@@ -9,7 +9,7 @@ Shapes: T queries and S keys of all rows, R rows, H heads, d width of a head.
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Spans(NamedTuple):
     """Whether each token is of a row; tokens of none, at the end, attend to nothing and are given zeros."""
 
 
-@lru_cache(maxsize=64)
+@cache  # recorded steps read them where they are
 def even_spans(num_rows: int, length: int, device: torch.device) -> Spans:
     """Those of rows of one length."""
     with torch.inference_mode(False):  # they are kept, for training too

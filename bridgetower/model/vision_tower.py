@@ -185,7 +185,7 @@ class _Block(ResidualAttentionBlock):  # type: ignore[misc]
 
 def _can_be_joined(block: nn.Module) -> bool:
     is_plain = isinstance(block, _Block) and isinstance(block.ls_2, nn.Identity)
-    return is_plain and block._compiled_call_impl is None
+    return is_plain and block._compiled_call_impl is None and not block._forward_hooks and not block._forward_pre_hooks
 
 
 def efficient_block(block: nn.Module) -> None:
