@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
-from bridgetower.dist import any_rank
+from bridgetower.dist import any_rank, world_size
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import linear_in_float32
 from bridgetower.model.packing import padded
@@ -128,7 +128,7 @@ class PretrainTask(nn.Module):
         if key not in self._agreed:
             longest = self.model.config.text.max_tokens
             can = self.model.takes_rooms(longest) and any(part.requires_grad for part in self.parameters())
-            self._agreed[key] = not any_rank(not can, weight.device)
+            self._agreed[key] = can if world_size() == 1 else not any_rank(not can, weight.device)
         return self._agreed[key]
 
     def train(self, mode: bool = True) -> PretrainTask:

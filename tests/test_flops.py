@@ -201,10 +201,13 @@ def test_work_of_each_part_is_what_docs_performance_md_says(compute, published, 
     assert list(pieces) == PARTS and gflop == pytest.approx(expected, abs=0.06)
 
 
-# joint_pass, fuse_kernels and compile save time.
+# These save time.
+NO_OPERATIONS = {"joint_pass", "fuse_kernels", "cuda_graphs", "compile"}
+
+
 @pytest.mark.parametrize(
     "field",
-    sorted({name for name, value in vars(PLAIN).items() if value is False} - {"joint_pass", "fuse_kernels", "compile"}),
+    sorted({name for name, value in vars(PLAIN).items() if value is False} - NO_OPERATIONS),
 )
 def test_each_setting_saves_operations(field):
     assert counted_of_tiny("all", 0.1) < counted_of_tiny(f"without {field}", 0.1)

@@ -226,9 +226,7 @@ def _look_at_draws(request: Request, note: Note) -> list[str]:
             losses.append(float(loss.detach()))
         found[name] = losses
     mean, deviation = ([f(losses[:-1]) for losses in found.values()] for f in (statistics.mean, statistics.pstdev))
-    row = {"what": "draws, recorded", "model": request.model, "micro_batch": run.micro_batch, "losses": found}
     said = f"losses {mean[1]:.4f} +- {deviation[1]:.4f}, eager {mean[0]:.4f} +- {deviation[0]:.4f}"
-    note({**row, "note": said})
     wrong = []
     if any(losses[0] != losses[-1] for losses in found.values()):
         wrong.append("the same seed has another loss")
@@ -236,6 +234,8 @@ def _look_at_draws(request: Request, note: Note) -> list[str]:
         wrong.append("other seeds have the same loss")
     if abs(mean[1] - mean[0]) > 5 * max(deviation) * (2 / _DRAWS) ** 0.5 + 1e-3:
         wrong.append(f"dropout is not as much: {said}")
+    row = {"what": "draws, recorded", "model": request.model, "micro_batch": run.micro_batch, "losses": found}
+    note({**row, "agrees": not wrong, "note": said})
     return wrong
 
 

@@ -88,7 +88,8 @@ def test_engines_step_is_profiled(measured):
 
 
 def test_sides_have_the_same_loss_but_not_the_same_work(measured):
-    ours, two_passes, plain, transformers = rows_of(measured[1], "sides")
+    ours, recorded, two_passes, plain, transformers = rows_of(measured[1], "sides")
+    assert recorded["gflop_per_pair"] == ours["gflop_per_pair"]
     assert ours["gflop_per_pair"] < two_passes["gflop_per_pair"]
     assert ours["gflop_per_pair"] < 0.6 * plain["gflop_per_pair"]
     assert transformers["gflop_per_pair"] == pytest.approx(plain["gflop_per_pair"], rel=0.05)
@@ -110,9 +111,11 @@ def test_saved_work_agrees_with_the_plain_step_in_both_precisions(measured):
 
 
 def test_training_run_says_how_long_it_waits_for_data(measured):
-    (row,) = rows_of(measured[1], "pipeline")
-    assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
-    assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
+    rows = rows_of(measured[1], "pipeline")
+    assert [row["micro_batch"] for row in rows] in ([4, 2], [2])
+    for row in rows:
+        assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
+        assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
 
 
 def test_results_say_what_they_were_measured_with(measured):
@@ -170,7 +173,7 @@ def test_wrong_or_missing_gradient_is_noticed():
     assert gradient_difference(expected, {"a": expected["a"]}) == (math.inf, "b")
 
 
-def found_rows(*sizes, what="eager", **more):
+def found_rows(*sizes, what="recorded", **more):
     return {"rows": [{"what": what, "micro_batch": n, "pairs_per_second": rate, **more} for n, rate in sizes]}
 
 
@@ -180,6 +183,7 @@ RESULTS = {
     "compiled is faster": {
         "steps_base": {
             "rows": [
+                *found_rows((32, 990.0), what="eager")["rows"],
                 *found_rows((32, 800.0), (64, 900.0), (128, 890.0))["rows"],
                 *found_rows((256, 950.0), what="eager, recomputes fusion")["rows"],
             ]
@@ -208,9 +212,10 @@ def test_full_plan_asks_for_what_exists_whatever_was_found_before(results, tmp_p
 
 def test_plan_takes_the_fastest_micro_batches_and_the_optimizer_that_could_be_built():
     options = {section.name: section.options(RESULTS["compiled is faster"]) for section in plan(small=False)}
-    assert options["compiled_base"]["runs"] == (Run(64, compiled=True),)
+    assert options["compiled_base"]["runs"] == (Run(32, compiled=True),)
+    assert options["engine_base"]["runs"] == (Run(64, compiled=True),)
     assert options["engine_large"]["runs"] == (Run(16),) and options["engine_large"]["optimizer"] == "torch"
-    assert options["pipeline"]["runs"] == (Run(64, compiled=True),)
+    assert options["pipeline"]["runs"] == (Run(64, compiled=True), Run(64))
     assert options["pipeline_large"]["runs"] == (Run(16),) and options["pipeline_large"]["preset"] == "large_4m"
 
 

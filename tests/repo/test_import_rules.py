@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bridgetower.interop": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
     "bridgetower.objectives": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
     "bridgetower.rows": FOUNDATION | {"bridgetower.config", "bridgetower.model"},
+    "bridgetower.recorded": FOUNDATION | {"bridgetower.model"},
     "bridgetower.task": FOUNDATION
-    | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.rows"},
+    | {"bridgetower.config", "bridgetower.model", "bridgetower.objectives", "bridgetower.recorded", "bridgetower.rows"},
     "bridgetower.flops": FOUNDATION
     | {
         "bridgetower.capacity",
