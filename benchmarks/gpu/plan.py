@@ -178,9 +178,10 @@ class _Model:
         """
         run, rate = self._fastest_run(results)
         smallest = Run(min(self._shapes.sweep[self._number]))
+        trains_both = self._size == "base" and not self._is_small and run != smallest
         return {
             "preset": self._shapes.presets[self._number],
-            "runs": (run, *[smallest] * (self._size == "base" and run != smallest)),
+            "runs": (run, *[smallest] * trains_both),
             "optimizer": _optimizer(results),
             # Fifteen seconds of steps, in the first of which shapes are recorded.
             "num_steps": 8 if self._is_small else min(400, max(40, round(15 * rate / run.micro_batch))),

@@ -111,11 +111,9 @@ def test_saved_work_agrees_with_the_plain_step_in_both_precisions(measured):
 
 
 def test_training_run_says_how_long_it_waits_for_data(measured):
-    rows = rows_of(measured[1], "pipeline")
-    assert [row["micro_batch"] for row in rows] in ([4, 2], [2])
-    for row in rows:
-        assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
-        assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
+    (row,) = rows_of(measured[1], "pipeline")
+    assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
+    assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
 
 
 def test_results_say_what_they_were_measured_with(measured):
