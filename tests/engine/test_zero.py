@@ -1,19 +1,22 @@
-"""ZeRO over whole partitions beside DeepSpeed's own, in one process and in two."""
+"""ZeRO over whole partitions beside DeepSpeed's own, in one process and in two; with recorded steps, too."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bridgetower.config.deepspeed import merge_deepspeed_config, read_memory_config
 from bridgetower.config.schema import OptimConfig
 from bridgetower.engine import initialize
 from bridgetower.engine.zero import PartitionedZero
+from bridgetower.recorded import RecordedStep, Stages
 from tests.conftest import REPO
 from tests.ranks import run_on_ranks
 
@@ -21,11 +24,31 @@ KINDS = ("bf16", "fp32")
 STEPS, MICRO_STEPS = 4, 2
 
 
-def steps_of(rank: int, kind: str, *, theirs: bool) -> dict[str, Any]:
-    """Train a small net, whose tensors lie across the borders of partitions; a gradient of one rank is lost at last."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 5))
-    net.register_parameter("unused", nn.Parameter(torch.ones(3)))
+class Net(nn.Module):
+    """A small one whose tensors lie across the borders of partitions."""
+
+    def __init__(self, *, records: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(7, 33), nn.GELU())
+        self.second = nn.Sequential(nn.LayerNorm(33), nn.Linear(33, 5))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.step = RecordedStep(self, Stages(self.encode, self.finish)) if records else None
+
+    def encode(self, inputs: tuple[Tensor]) -> list[Tensor]:
+        return [self.first(inputs[0])]
+
+    def finish(self, inputs: tuple[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.second(states[0]).square().sum(), {"none": torch.zeros(2)}
+
+    def forward(self, batch: Tensor) -> Tensor:
+        inputs = (batch,)
+        return (self.step(inputs) if self.step else self.finish(inputs, self.encode(inputs)))[0]
+
+
+def steps_of(rank: int, kind: str, *, theirs: bool, records: bool = False) -> dict[str, Any]:
+    """Train the net; a gradient of one rank is lost at last."""
+    net = Net(records=records)
     memory = read_memory_config(REPO / f"ds_configs/zero2_{kind}.json")
     memory["zero_optimization"] |= {"reduce_bucket_size": 200, "allgather_bucket_size": 200}
     settings = merge_deepspeed_config(memory, micro_batch_size=3, accumulation_steps=MICRO_STEPS, max_grad_norm=0.5)
@@ -39,7 +62,7 @@ def steps_of(rank: int, kind: str, *, theirs: bool) -> dict[str, Any]:
     norms, weights = [], []
     for step in range(STEPS + 1):
         for micro_step in range(MICRO_STEPS):
-            loss = engine(torch.randn(3, 7, generator=generator).to(dtype)).square().sum()
+            loss = engine(torch.randn(3 + micro_step, 7, generator=generator).to(dtype))
             is_lost = step == STEPS and (rank, micro_step) == (0, 1)
             engine.backward(loss * float("nan") if is_lost else loss)
             engine.step()
@@ -49,7 +72,11 @@ def steps_of(rank: int, kind: str, *, theirs: bool) -> dict[str, Any]:
 
 
 def train_all(rank: int, folder: Path) -> None:
-    found = {kind: [steps_of(rank, kind, theirs=theirs) for theirs in (False, True)] for kind in KINDS}
+    found = {}
+    for kind in KINDS:
+        theirs = steps_of(rank, kind, theirs=True)
+        ours = [steps_of(rank, kind, theirs=False, records=records) for records in (False, True)]
+        found[kind] = [(one, theirs) for one in ours]
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -57,7 +84,7 @@ def train_all(rank: int, folder: Path) -> None:
 def test_steps_are_deepspeeds_own(ranks, tmp_path):
     run_on_ranks(train_all, ranks, tmp_path)
     for rank in range(ranks):
-        for ours, theirs in torch.load(tmp_path / f"{rank}.pt", weights_only=True).values():
+        for ours, theirs in itertools.chain(*torch.load(tmp_path / f"{rank}.pt", weights_only=True).values()):
             assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-6)
             assert ours["norms"][0] > 0.5  # so that gradients are clipped
             for weights, others in zip(ours["weights"], theirs["weights"], strict=True):
