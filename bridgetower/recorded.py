@@ -29,7 +29,7 @@ Run = Callable[[], None]
 
 
 class Stages(NamedTuple):
-    """A step in two stages. Neither waits for the device; what they do on the host is done when the step is recorded."""
+    """A step in two stages, which do not wait for the device. What they do on the host is done when it is recorded."""
 
     encode: Callable[[Any], Sequence[Tensor]]
     """From inputs to states."""
