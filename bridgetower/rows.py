@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from bridgetower.batch import NO_TOKEN, PretrainBatch
 from bridgetower.config.schema import ComputeConfig, ObjectivesConfig
 from bridgetower.model.cross_modal import Wanted
+from bridgetower.model.flash import tile
 from bridgetower.model.packing import I64, Layout, Packing, padded, similar
 
 # By which rooms differ at least.
@@ -103,9 +104,9 @@ def room_for(batch: PretrainBatch) -> Room:
     step = max(_FEWEST_PLACES, _up(len(batch.num_tokens), 8))
     return Room(
         tokens=_up(sum(batch.num_tokens), step),
-        longest=_tile(max(batch.num_tokens)),
+        longest=tile(max(batch.num_tokens)),
         masked=_up(max(1, sum(batch.num_masked)), step),
-        most_masked=_tile(max(batch.num_masked)),
+        most_masked=tile(max(batch.num_masked)),
     )
 
 
@@ -251,11 +252,6 @@ def _fill(values: Tensor, num_places: int, value: int = 0) -> Tensor:
 def _up(number: int, step: int) -> int:
     """The next multiple."""
     return -(-number // step) * step
-
-
-def _tile(number: int) -> int:
-    """The next power of two from 16 on, as kernels have it."""
-    return max(16, 1 << max(0, number - 1).bit_length())
 
 
 def _repeated(cuts: Sequence[Sequence[int]], num_pairs: int) -> list[int]:

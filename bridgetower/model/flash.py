@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bridgetower.model import fused
 
+_SMALLEST_TILE, _LARGEST_TILE = 16, 64
+
 
 class Spans(NamedTuple):
     """Where each row stands among the tokens of all."""
@@ -49,6 +51,11 @@ def fits(states: Tensor, num_heads: int) -> bool:
         and torch.backends.cuda.flash_sdp_enabled()
         and fused.is_ampere_or_later(states.device)
     )
+
+
+def tile(longest: int) -> int:
+    """Of the short side's kernels, for a side with rows of so many tokens: a power of two that matrix units take."""
+    return min(_LARGEST_TILE, max(_SMALLEST_TILE, 1 << max(0, longest - 1).bit_length()))
 
 
 def takes_rooms(states: Tensor, num_heads: int, longest_query: int, longest_key: int) -> bool:

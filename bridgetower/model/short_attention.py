@@ -12,20 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bridgetower.model import attention_kernels as kernels
 from bridgetower.model.dropout import draw_key, no_key, odds
-from bridgetower.model.flash import Spans
+from bridgetower.model.flash import Spans, tile
 
 LONGEST = 64
 """Of the short side."""
 _LONGEST_OTHER = 4 * 512  # positions that have random words of their own
-_TILE = 64  # of the long side
 _WARPS = 4
-_SMALLEST = 16  # that matrix units take
 
 
 class _Attention(torch.autograd.Function):
@@ -45,7 +42,7 @@ class _Attention(torch.autograd.Function):
         num_queries, heads, width = query_THd.shape
         attended_THd = _written_by(query_spans)(query_THd.shape, dtype=query_THd.dtype, device=query_THd.device)
         few_keys = key_spans.longest <= LONGEST
-        queries, keys = (_tile(longest) for longest in (query_spans.longest, key_spans.longest))
+        queries, keys = (tile(longest) for longest in (query_spans.longest, key_spans.longest))
         ctx.sizes = {
             "HEADS": heads,
             "WIDTH": width,
@@ -116,10 +113,6 @@ def attend_short(
 def _written_by(spans: Spans) -> Callable[..., Tensor]:
     """Makes what kernels write row by row: empty, or zero, if there are tokens of no row."""
     return torch.empty if spans.covers else torch.zeros
-
-
-def _tile(longest: int) -> int:
-    return min(_TILE, max(_SMALLEST, int(triton.next_power_of_2(longest))))
 
 
 def _with_heads_together(part_THd: Tensor) -> Tensor:
