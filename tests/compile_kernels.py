@@ -19,14 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bridgetower.model import attention_kernels, kernels
+from bridgetower.model import attention_kernels, kernels, row_attention
 
 WIDTH, HEADS = 768, 12
-NORM = {"WIDTH": WIDTH, "BLOCK": 1024, "SHIFTS": True, "DROPS": True}
+NORM = {"WIDTH": WIDTH, "BLOCK": 1024, "SHIFTS": True, "DROPS": True, "num_warps": 1}
 TILE = {"ROWS": 16, "COLUMNS": 128}
 TAKEN = {"WIDTH": WIDTH, "BLOCK": 1024, "POSITIONS": 4}
 ATTENTION = {"QUERY_STRIDE": 3 * WIDTH, "KEY_STRIDE": 3 * WIDTH, "VALUE_STRIDE": 3 * WIDTH}
 ATTENTION |= {"HEADS": HEADS, "WIDTH": WIDTH // HEADS, "DROPS": True}
+ROWS = {"STRIDE": 3 * WIDTH, "HEADS": HEADS, "WIDTH": WIDTH // HEADS, "DROPS": True}
 CONSTANTS: dict[Any, dict[str, Any]] = {
     kernels.norm_forward: {**NORM, "ADDS": True},
     kernels.norm_backward: {**NORM, "HAS_TOTAL_GRAD": True},
@@ -39,22 +40,27 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     attention_kernels.few_keys_backward: {**ATTENTION, "QUERIES": 64, "KEYS": 32},
     attention_kernels.few_queries_forward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
     attention_kernels.few_queries_backward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
+    attention_kernels.rows_forward: {**ROWS, **row_attention.FORWARD},
+    attention_kernels.rows_backward_of_queries: {**ROWS, **row_attention.BACKWARD_OF_QUERIES},
+    attention_kernels.rows_backward_of_keys: {**ROWS, **row_attention.BACKWARD_OF_KEYS[True]},
 }
 TYPES = {
-    **dict.fromkeys(("mean", "inverse", "partial", "log_sum"), "*fp32"),
+    **dict.fromkeys(("mean", "inverse", "partial", "log_sum", "along_sum"), "*fp32"),
     **dict.fromkeys(("query_start", "key_start"), "*i32"),
     **dict.fromkeys(("index", "order", "start"), "*i64"),
-    **dict.fromkeys(("num_rows", "num_positions", "row_stride", "position_stride", "threshold"), "i32"),
-    **dict.fromkeys(("epsilon", "left", "scale"), "fp32"),
+    **dict.fromkeys(("num_rows", "num_positions", "row_stride", "position_stride", "threshold", "length"), "i32"),
+    **dict.fromkeys(("epsilon", "left", "scale", "score_scale"), "fp32"),
     **{"key_word": "*i64", "key_number": "i64"},
 }
 
 
 def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
     """Compile a kernel. Returns: bytes that it stores and loads again for want of registers."""
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in options}
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, **options})
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"

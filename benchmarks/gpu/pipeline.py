@@ -30,7 +30,8 @@ _REPO = Path(__file__).resolve().parent.parent.parent
 _NUM_PHOTOS = {False: 512, True: 16}
 _PHOTO_SIZE = (640, 480)
 _CAPTIONS_PER_PHOTO = 8
-_REPORTS = 8  # of a training run
+_REPORTS = 8  # of a training run, or as many as it has steps
+_FEWEST_STEPS = 5
 _WORDS = ("a", "photograph", "of", "some", "thing", "that", "stands", "in", "the", "light", "beside", "another", "one")
 
 
@@ -44,7 +45,8 @@ def measure(request: Request, note: Callable[[dict[str, Any]], None]) -> None:
             # A little before this process is killed, so that what the run has reported by then is kept.
             seconds = request.seconds - (time.perf_counter() - begin) - 5
             found = _train(request, run, folder, max(1, cores - 2), seconds)
-            note({"what": f"train.py, {run.describe()}", "model": request.preset, "photographs": photographs, **found})
+            what = f"train.py, {run.describe()}, {run.micro_batch * run.accumulation_steps:,} pairs a step"
+            note({"what": what, "model": request.preset, "photographs": photographs, **found})
 
 
 def _build_shards(folder: Path, count: int) -> str:
@@ -106,7 +108,8 @@ def _train(request: Request, run: Run, folder: Path, workers: int, seconds: floa
         lines = file.read_text().split("\n")[:-1] if file.is_file() else []
         return [line for line in map(json.loads, lines) if "speed/pairs_per_second" in line]
 
-    said = _run(command, folder / "train.log", seconds, lambda: len(reports()) >= _REPORTS)
+    num_reports = int(settings["optim.total_steps"]) // int(settings["tracker.every_steps"])
+    said = _run(command, folder / "train.log", seconds, lambda: len(reports()) >= min(_REPORTS, num_reports))
     # The first report has the workers' start in it, and compiling.
     found = reports()[1:]
     shutil.rmtree(file.parent, ignore_errors=True)
@@ -116,6 +119,7 @@ def _train(request: Request, run: Run, folder: Path, workers: int, seconds: floa
     wait = statistics.median(waits)
     return {
         "micro_batch": run.micro_batch,
+        "accumulation_steps": run.accumulation_steps,
         "pairs_per_second": statistics.median(rates),
         "pairs_per_second_of_reports": rates,
         "wait_fraction": wait,
@@ -126,9 +130,11 @@ def _train(request: Request, run: Run, folder: Path, workers: int, seconds: floa
 
 
 def training_settings(request: Request, run: Run, folder: Path, workers: int) -> dict[str, str]:
-    """What the training run's preset is changed by: one step a micro-batch, and nothing but steps."""
+    """What the training run's preset is changed by: the sizes of its steps, and that there is nothing but steps."""
+    pairs_of_step = run.micro_batch * run.accumulation_steps
+    num_steps = max(_FEWEST_STEPS, round(request.num_pairs / pairs_of_step))
     settings: dict[str, object] = {
-        "name": f"{run.describe()}-{run.micro_batch}",
+        "name": f"{run.describe()}-{run.micro_batch}x{run.accumulation_steps}",
         "run_root": folder / "runs",
         "model.vision.weights": "none",
         "model.text.weights": "none",
@@ -136,16 +142,16 @@ def training_settings(request: Request, run: Run, folder: Path, workers: int) ->
         "data.eval_shards": "",
         "data.workers": workers,
         "data.micro_batch_size": run.micro_batch,
-        "data.global_batch_size": run.micro_batch,
+        "data.global_batch_size": pairs_of_step,
         "data.negative_group_size": math.gcd(run.micro_batch, 32),
-        "optim.total_steps": request.num_steps,
+        "optim.total_steps": num_steps,
         "optim.implementation": request.optimizer,
         "engine.threads_per_rank": 1 if request.small else 0,
         "compute.compile": str(run.compiled).lower(),
         "compute.cuda_graphs": str(run.compute.cuda_graphs).lower(),
         "evaluation.every_steps": 0,
         "checkpoint.every_steps": 10**9,  # the last step is always saved
-        "tracker.every_steps": max(1, request.num_steps // _REPORTS),
+        "tracker.every_steps": max(1, num_steps // _REPORTS),
         "tracker.wandb": "off",
     }
     return {name: str(value) for name, value in settings.items()}

@@ -14,6 +14,9 @@ EVERYTHING = ("vision", "text", "fusion")
 FUSION = ("fusion",)
 
 
+_PUBLISHED_BATCH = 4_096  # pairs of a step (arXiv 2206.08657, section 4.1)
+
+
 class Run(NamedTuple):
     """One way to compute the step."""
 
@@ -22,6 +25,8 @@ class Run(NamedTuple):
     compiled: bool = False
     recorded: bool = True
     """As CUDA graphs, where nothing is recomputed or compiled."""
+    accumulation_steps: int = 1
+    """Micro-batches of a training run's step."""
 
     @property
     def compute(self) -> ComputeConfig:
@@ -50,8 +55,8 @@ class Request(NamedTuple):
     optimizer: Literal["auto", "fused", "torch"] = "auto"
     """As optim.implementation."""
     preset: str = "base_4m"
-    num_steps: int = 0
-    """Of the training run."""
+    num_pairs: int = 0
+    """Of the training run, about."""
 
     def write(self, path: Path) -> None:
         """Write it for the section's process."""
@@ -113,13 +118,13 @@ def plan(small: bool) -> list[Section]:
     base, large = (_Model(shapes, number) for number in (0, 1))
     sections = [
         Section("machine", 12, "machine", lambda results: {}),
-        Section("agreement", 28, "agreement", base.agreement(compiled=False)),
-        Section("steps_base", 36, "steps", base.steps),
+        Section("agreement", 26, "agreement", base.agreement(compiled=False)),
+        Section("steps_base", 33, "steps", base.steps),
         Section("steps_large", 42, "steps", large.steps),
         Section("compiled_base", 43, "steps", base.compiled),
         Section("engine_base", 55, "engine", base.engine),
-        Section("pipeline", 66, "pipeline", base.pipeline),
-        Section("pipeline_large", 76, "pipeline", large.pipeline),
+        Section("pipeline", 75, "pipeline", base.pipeline),
+        Section("pipeline_large", 72, "pipeline", large.pipeline),
         Section("sides", 22, "sides", base.sides),
         Section("engine_large", 27, "engine", large.engine),
         Section("compiled_large", 35, "steps", large.compiled),
@@ -172,19 +177,23 @@ class _Model:
         return {"model": self._name, "runs": (run,), "optimizer": _optimizer(results)}
 
     def pipeline(self, results: Results) -> dict[str, Any]:
-        """Training runs at the fastest micro-batch, compiled where that was faster; of base also at the smallest.
+        """Training runs at the fastest micro-batch, compiled where that was faster.
 
-        That is the share of each of 64 GPUs.
+        That of base has steps of the published size. Another one steps at each of the smallest micro-batches, which are
+        the share of each of 64 GPUs. A step of large would take a quarter of a minute: it is one micro-batch.
         """
         run, rate = self._fastest_run(results)
-        smallest = Run(min(self._shapes.sweep[self._number]))
-        trains_both = self._size == "base" and not self._is_small and run != smallest
+        runs = [run]
+        if self._size == "base":
+            pairs = 2 * run.micro_batch if self._is_small else _PUBLISHED_BATCH
+            runs = [run._replace(accumulation_steps=round(pairs / run.micro_batch))]
+            runs += [Run(min(self._shapes.sweep[self._number]))] * (not self._is_small)
         return {
             "preset": self._shapes.presets[self._number],
-            "runs": (run, *[smallest] * trains_both),
+            "runs": tuple(runs),
             "optimizer": _optimizer(results),
-            # Fifteen seconds of steps, in the first of which shapes are recorded.
-            "num_steps": 8 if self._is_small else min(400, max(40, round(15 * rate / run.micro_batch))),
+            # Fifteen seconds, in the first of which shapes are recorded.
+            "num_pairs": 10 * run.micro_batch if self._is_small else round(15 * rate),
         }
 
     @property

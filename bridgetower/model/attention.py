@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model import fused
 from bridgetower.model.dropout import attend, drop
-from bridgetower.model.flash import Spans, attend_spans, even_spans, fits
+from bridgetower.model.flash import Spans, attend_spans, attend_within_rows, even_spans, fits
 from bridgetower.model.fused import Shared, expand, project, project_add_norm
 from bridgetower.model.packing import Layout
 
@@ -67,12 +67,17 @@ class Attention(nn.Module):
             query = self.query(states)
             attended = self._absorbed(query, _pick(context, context_rows), layout)
             return self.finish(attended, _pick(states, state_rows))
+        dropout = self.dropout if self.training else 0.0
+        if states is context and not layouts and state_rows is None and context_rows is None:
+            joined = _joint_weights(self.query, self.key, self.value)
+            kernels = self.uses_kernels
+            states, attended = attend_within_rows(states, *joined, self.num_heads, dropout, kernels=kernels)
+            return self.finish(attended, states)
         if states is context:
             states, query, key, value = self.project(states, self.query, self.key, self.value)
         else:
             states, query = self.project(states, self.query)
             _, key, value = self.project(context, self.key, self.value)
-        dropout = self.dropout if self.training else 0.0
         if spans:
             query, key, value = _pick(query, state_rows), _pick(key, context_rows), _pick(value, context_rows)
             query_THd, key_SHd, value_SHd = (self._tokens(part) for part in (query, key, value))
@@ -99,8 +104,7 @@ class Attention(nn.Module):
             return project(states, layers[0].weight, layers[0].bias, kernels=self.uses_kernels)
         if states.dim() == 2 and not (self.uses_kernels and fused.fits(states)):  # a few tokens
             return states, *(layer(states) for layer in layers)
-        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-        return project(states, weight, bias, len(layers), kernels=self.uses_kernels)
+        return project(states, *_joint_weights(*layers), len(layers), kernels=self.uses_kernels)
 
     def finish(self, attended: Tensor, states: Tensor) -> Tensor:
         """Project what was attended to, and add it to the states."""
@@ -178,6 +182,10 @@ class FeedForward(nn.Module):
         dropout = self.dropout if self.training else 0.0
         states, inner = expand(states, self.expand, kernels=self.uses_kernels)
         return project_add_norm(states, inner, self.contract, self.norm, dropout, kernels=self.uses_kernels)[1]
+
+
+def _joint_weights(*layers: nn.Linear) -> tuple[Tensor, Tensor]:
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
 
 def _pick(states: Tensor, rows: Shared | None) -> Tensor:

@@ -1,10 +1,14 @@
-"""Kernels in Triton for attention between rows of which one side is short; imported only where there is Triton.
+"""Kernels in Triton for attention, where torch's pad too much; imported only where there is Triton.
 
-A program has a head of a row to itself: the short side stands in one tile, the long one goes by, and each gradient is
-written once. Sums are in float32. The backward pass computes scores again, and draws again what was dropped: 32 random
-bits a share, by Philox from a key.
+Those of few keys or queries are of rows of which one side is short. A program has a head of a row to itself: the short
+side stands in one tile, the long one goes by, and each gradient is written once. ``start`` tables say where each row
+begins among all tokens.
 
-A tile has QUERIES by KEYS scores; WIDTH is that of a head. ``start`` tables say where each row begins among all tokens.
+Those of rows are of rows of one length, whose positions attend to each other. A program has a tile of queries or of
+keys, and the others go by; the last few in tiles of TAIL, so that little is computed for what is not there.
+
+Sums are in float32. The backward pass computes scores again, and draws again what was dropped: 32 random bits a share,
+by Philox from a key. A tile has QUERIES by KEYS scores; WIDTH is that of a head.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from bridgetower.model.kernels import PHILOX_ROUNDS
 
 
 @triton.jit
-def _draw_kept(row_key, query, key_block, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _draw_kept(row_key, query, first_key, threshold, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Which shares of a tile are left. Philox gives four words at a time, for four keys.
 
-    ``query`` counts from the row's first, so that its numbers and the keys' fit into 32 bits whatever the batch.
+    Queries and keys count from the row's first, so that their numbers fit into 32 bits whatever the batch.
     """
-    four = key_block * (KEYS // 4) + tl.arange(0, KEYS // 4)
+    four = first_key // 4 + tl.arange(0, KEYS // 4)
     place = (query * 512)[:, None] + four[None, :]
     a, b, c, d = tl.randint4x(row_key, place, n_rounds=PHILOX_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (QUERIES, KEYS))
@@ -153,8 +157,8 @@ def few_queries_forward(
         total = total * before + tl.sum(share, axis=1)
         highest = new_highest
         if DROPS:
-            block = (start - first_key) // KEYS
-            share = tl.where(_draw_kept(row_key, at - first, block, threshold, QUERIES, KEYS), share * left, 0.0)
+            is_left = _draw_kept(row_key, at - first, start - first_key, threshold, QUERIES, KEYS)
+            share = tl.where(is_left, share * left, 0.0)
         result = result * before[:, None] + tl.dot(share.to(values.dtype), values)
     result /= total[:, None]
     to = attended + at[:, None].to(tl.int64) * (HEADS * WIDTH) + channel[None, :]
@@ -198,8 +202,7 @@ def few_queries_backward(
         share_grad = tl.dot(gradients, tl.trans(values))
         left_share = share
         if DROPS:
-            block = (start - first_key) // KEYS
-            is_left = _draw_kept(row_key, at - first, block, threshold, QUERIES, KEYS)
+            is_left = _draw_kept(row_key, at - first, start - first_key, threshold, QUERIES, KEYS)
             left_share = tl.where(is_left, share * left, 0.0)
             share_grad = tl.where(is_left, share_grad * left, 0.0)
         value_sum = tl.dot(tl.trans(left_share.to(values.dtype)), gradients)
@@ -209,3 +212,218 @@ def few_queries_backward(
         tl.store(key_grad + packed_key, key_sum.to(key_grad.dtype.element_ty), mask=is_key)
         tl.store(value_grad + packed_key, value_sum.to(value_grad.dtype.element_ty), mask=is_key)
     tl.store(query_grad + packed, query_sum.to(query_grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part_of_row(pointer, row, head, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the channels of a head begin in a row."""
+    return pointer + row.to(tl.int64) * length * STRIDE + head * WIDTH
+
+
+@triton.jit
+def _load_rows(part, at, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr):
+    """Positions of a row; zero from its end on, where it may end."""
+    place = part + at[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
+    if ENDS:
+        return tl.load(place, mask=(at < length)[:, None], other=0.0)
+    return tl.load(place)
+
+
+@triton.jit
+def _attend_to_keys(
+    queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    ENDS: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: the highest scores, the sums of shares, and those of values so far."""
+    at_key = start + tl.arange(0, KEYS)
+    keys = _load_rows(key_part, at_key, length, STRIDE, WIDTH, ENDS)
+    values = _load_rows(value_part, at_key, length, STRIDE, WIDTH, ENDS)
+    score = tl.dot(queries, tl.trans(keys)) * scale
+    if ENDS:
+        score = tl.where((at_key < length)[None, :], score, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(score, axis=1))
+    share = tl.exp2(score - new_highest[:, None])
+    before = tl.exp2(highest - new_highest)
+    total = total * before + tl.sum(share, axis=1)
+    if DROPS:
+        share = tl.where(_draw_kept(row_key, at, start, threshold, QUERIES, KEYS), share, 0.0)
+    result = tl.dot(share.to(values.dtype), values, result * before[:, None])
+    return new_highest, total, result
+
+
+@triton.jit(do_not_specialize=["key_number", "threshold"])
+def rows_forward(
+    query, key, value, key_word, key_number, attended, log_sum, length, scale, threshold, left,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, to which the row's keys go by. Scales and logarithms are of powers of 2."""
+    tiles = tl.cdiv(length, QUERIES)
+    tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row, head = which // HEADS, which % HEADS
+    row_key = key_number
+    if DROPS:
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
+    query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
+    key_part = _part_of_row(key, row, head, length, STRIDE, WIDTH)
+    value_part = _part_of_row(value, row, head, length, STRIDE, WIDTH)
+    at = tile * QUERIES + tl.arange(0, QUERIES)
+    queries = _load_rows(query_part, at, length, STRIDE, WIDTH, True)
+    highest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    result = tl.zeros((QUERIES, WIDTH), tl.float32)
+    whole = length // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        highest, total, result = _attend_to_keys(
+            queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
+            STRIDE, WIDTH, QUERIES, KEYS, DROPS, False,
+        )  # fmt: skip
+    for start in range(whole, length, TAIL):
+        highest, total, result = _attend_to_keys(
+            queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
+            STRIDE, WIDTH, QUERIES, TAIL, DROPS, True,
+        )  # fmt: skip
+    result *= (left / total)[:, None]
+    packed = _part_of_row(attended, row, head, length, HEADS * WIDTH, WIDTH)
+    to = packed + at[:, None] * (HEADS * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    tl.store(to, result.to(attended.dtype.element_ty), mask=(at < length)[:, None])
+    tl.store(log_sum + which * length + at, highest + tl.log2(total), mask=at < length)
+
+
+@triton.jit
+def _add_query_grad(
+    queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key, threshold,
+    left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    ENDS: tl.constexpr,
+):  # fmt: skip
+    """What one tile of keys adds. Keys that are not there are zero, and add nothing."""
+    at_key = start + tl.arange(0, KEYS)
+    keys = _load_rows(key_part, at_key, length, STRIDE, WIDTH, ENDS)
+    values = _load_rows(value_part, at_key, length, STRIDE, WIDTH, ENDS)
+    share = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
+    share_grad = tl.dot(gradients, tl.trans(values))
+    if DROPS:
+        share_grad = tl.where(_draw_kept(row_key, at, start, threshold, QUERIES, KEYS), share_grad * left, 0.0)
+    score_grad = (share * (share_grad - along[:, None])).to(keys.dtype)
+    return tl.dot(score_grad, keys, query_sum)
+
+
+@triton.jit(do_not_specialize=["key_number", "threshold"])
+def rows_backward_of_queries(
+    query, key, value, key_word, key_number, attended, log_sum, gradient, along_sum, query_grad, partial,
+    length, scale, score_scale, threshold, left,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, to which the row's keys go by. Leaves what all share gradients of a query have in common."""
+    tiles = tl.cdiv(length, QUERIES)
+    tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row, head = which // HEADS, which % HEADS
+    row_key = key_number
+    if DROPS:
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
+    query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
+    key_part = _part_of_row(key, row, head, length, STRIDE, WIDTH)
+    value_part = _part_of_row(value, row, head, length, STRIDE, WIDTH)
+    at = tile * QUERIES + tl.arange(0, QUERIES)
+    inside = at < length
+    queries = _load_rows(query_part, at, length, STRIDE, WIDTH, True)
+    gradient_part = _part_of_row(gradient, row, head, length, HEADS * WIDTH, WIDTH)
+    gradients = _load_rows(gradient_part, at, length, HEADS * WIDTH, WIDTH, True)
+    attended_part = _part_of_row(attended, row, head, length, HEADS * WIDTH, WIDTH)
+    result = _load_rows(attended_part, at, length, HEADS * WIDTH, WIDTH, True)
+    along = tl.sum(result.to(tl.float32) * gradients.to(tl.float32), axis=1)
+    tl.store(along_sum + which * length + at, along, mask=inside)
+    logs = tl.load(log_sum + which * length + at, mask=inside, other=float("inf"))
+    query_sum = tl.zeros((QUERIES, WIDTH), tl.float32)
+    whole = length // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        query_sum = _add_query_grad(
+            queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key,
+            threshold, left, STRIDE, WIDTH, QUERIES, KEYS, DROPS, False,
+        )  # fmt: skip
+    for start in range(whole, length, TAIL):
+        query_sum = _add_query_grad(
+            queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key,
+            threshold, left, STRIDE, WIDTH, QUERIES, TAIL, DROPS, True,
+        )  # fmt: skip
+    query_sum *= score_scale
+    channel = tl.arange(0, WIDTH)
+    to = _part_of_row(query_grad, row, head, length, STRIDE, WIDTH) + at[:, None] * STRIDE + channel[None, :]
+    tl.store(to, query_sum.to(query_grad.dtype.element_ty), mask=inside[:, None])
+    # Of queries that are not there it is zero.
+    tl.store(partial + (row * tiles + tile) * STRIDE + head * WIDTH + channel, tl.sum(query_sum, axis=0))
+
+
+@triton.jit
+def _add_key_grads(
+    keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, first_key, start, length, scale, row_key,
+    threshold, left, STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, DROPS: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """What one tile of queries adds to the gradients of keys and values. Scores stand with the keys first."""
+    at = start + tl.arange(0, QUERIES)
+    queries = _load_rows(query_part, at, length, STRIDE, WIDTH, ENDS)
+    gradients = _load_rows(gradient_part, at, length, HEADS * WIDTH, WIDTH, ENDS)
+    log = tl.load(logs + at, mask=at < length, other=float("inf"))  # a query that is not there has no share
+    along = tl.load(alongs + at, mask=at < length, other=0.0)
+    share = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - log[None, :])
+    share_grad = tl.dot(values, tl.trans(gradients))
+    left_share = share
+    if DROPS:
+        is_left = tl.trans(_draw_kept(row_key, at, first_key, threshold, QUERIES, KEYS))
+        left_share = tl.where(is_left, share, 0.0)
+        share_grad = tl.where(is_left, share_grad * left, 0.0)
+    value_sum = tl.dot(left_share.to(queries.dtype), gradients, value_sum)
+    score_grad = (share * (share_grad - along[None, :])).to(queries.dtype)
+    key_sum = tl.dot(score_grad, queries, key_sum)
+    return key_sum, value_sum
+
+
+@triton.jit(do_not_specialize=["key_number", "threshold"])
+def rows_backward_of_keys(
+    query, key, value, key_word, key_number, log_sum, gradient, along_sum, key_grad, value_grad, partial,
+    length, scale, score_scale, threshold, left,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and their values, to which the row's queries go by."""
+    tiles = tl.cdiv(length, KEYS)
+    tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    row, head = which // HEADS, which % HEADS
+    row_key = key_number
+    if DROPS:
+        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
+    query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
+    gradient_part = _part_of_row(gradient, row, head, length, HEADS * WIDTH, WIDTH)
+    logs, alongs = log_sum + which * length, along_sum + which * length
+    at_key = tile * KEYS + tl.arange(0, KEYS)
+    keys = _load_rows(_part_of_row(key, row, head, length, STRIDE, WIDTH), at_key, length, STRIDE, WIDTH, True)
+    values = _load_rows(_part_of_row(value, row, head, length, STRIDE, WIDTH), at_key, length, STRIDE, WIDTH, True)
+    key_sum = tl.zeros((KEYS, WIDTH), tl.float32)
+    value_sum = tl.zeros((KEYS, WIDTH), tl.float32)
+    whole = length // QUERIES * QUERIES
+    for start in range(0, whole, QUERIES):
+        key_sum, value_sum = _add_key_grads(
+            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, tile * KEYS, start, length,
+            scale, row_key, threshold, left, STRIDE, HEADS, WIDTH, QUERIES, KEYS, DROPS, False,
+        )  # fmt: skip
+    for start in range(whole, length, TAIL):
+        key_sum, value_sum = _add_key_grads(
+            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, tile * KEYS, start, length,
+            scale, row_key, threshold, left, STRIDE, HEADS, WIDTH, TAIL, KEYS, DROPS, True,
+        )  # fmt: skip
+    # A key that is not there is zero, and its share of a query is not: it is not written, and no part of the sums.
+    inside = (at_key < length)[:, None]
+    key_sum = tl.where(inside, key_sum * score_scale, 0.0)
+    value_sum = tl.where(inside, value_sum * left, 0.0)
+    channel = tl.arange(0, WIDTH)
+    place = at_key[:, None] * STRIDE + channel[None, :]
+    key_to = _part_of_row(key_grad, row, head, length, STRIDE, WIDTH) + place
+    value_to = _part_of_row(value_grad, row, head, length, STRIDE, WIDTH) + place
+    tl.store(key_to, key_sum.to(key_grad.dtype.element_ty), mask=inside)
+    tl.store(value_to, value_sum.to(value_grad.dtype.element_ty), mask=inside)
+    sums = partial + (row * tiles + tile) * STRIDE + head * WIDTH + channel
+    tl.store(sums + HEADS * WIDTH, tl.sum(key_sum, axis=0))
+    tl.store(sums + 2 * HEADS * WIDTH, tl.sum(value_sum, axis=0))

@@ -1,9 +1,10 @@
-"""FlashAttention over rows of different lengths: one kernel, and nothing is spread out or computed for padding.
+"""Attention by kernels that torch's own function does not have, so that little is computed for padding.
 
 Torch's own attention knows rows of one length alone, so that packed texts have to be spread out to a grid and masked,
-and its flash kernel takes no mask. Its kernel for rows of any length is not behind that function.
+and its flash kernel takes no mask. Its kernel for rows of any length is not behind that function. Rows with a short
+side, and those of images, have kernels of ours.
 
-Shapes: T queries and S keys of all rows, R rows, H heads, d width of a head.
+Shapes: T queries and S keys of all rows, R rows, P positions, D width, E three times D, H heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bridgetower.model import fused
+from bridgetower.model.dropout import attend
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 64
 
@@ -111,3 +113,27 @@ def attend_spans(
         False,  # no mask for debugging
     )[0]
     return attended
+
+
+def attend_within_rows(
+    states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float, *, kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention of the positions of each row to each other.
+
+    Args:
+        weight_ED: projects to queries, keys and values.
+        dropout: 0 when not training.
+
+    Returns: x, for who goes on reading it, and what all heads attended to, both of shape (R, P, D).
+    """
+    if kernels and fits(states_RPD, num_heads) and fused.fits(states_RPD) and _rows().takes(states_RPD, num_heads):
+        found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads, dropout)
+        return found
+    states_RPD, *parts = fused.project(states_RPD, weight_ED, bias_E, 3, kernels=kernels)
+    heads_RHPd = (part_RPD.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part_RPD in parts)
+    return states_RPD, attend(*heads_RHPd, None, dropout).transpose(1, 2).flatten(2)
+
+
+def _rows() -> Any:
+    """Imported where there is Triton alone."""
+    return importlib.import_module("bridgetower.model.row_attention")

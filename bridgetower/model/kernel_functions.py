@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from bridgetower.model import kernels
 from bridgetower.model.dropout import Key, draw_key, no_key, odds
 
-# Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors.
-_PROGRAMS = 16
+# Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors: enough to keep them busy, few
+# enough for their sums to be small. Those of norms have one warp, with most of the registers that it can have.
+_PROGRAMS, _PROGRAMS_OF_NORMS = 16, 8
 # Of a tile of the activations, and of rows that are read or joined.
 _TILE_ROWS, _TILE_COLUMNS = 16, 128
 _TAKEN_POSITIONS = 4
@@ -97,7 +98,7 @@ class _ProjectAddNorm(torch.autograd.Function):
         states_grad, update_grad, (gain_grad, shift_grad, bias_grad) = _norm_gradients(
             normed_grad, total_grad, *kept, dropout=ctx.dropout, key=ctx.key, shifts=True
         )
-        inner_grad, weight_grad = _product_gradients(update_grad.flatten(0, -2), inner, weight)
+        inner_grad, weight_grad = product_gradients(update_grad.flatten(0, -2), inner, weight)
         return states_grad, inner_grad, weight_grad, bias_grad, gain_grad, shift_grad, None, None
 
 
@@ -130,7 +131,7 @@ class _Expand(torch.autograd.Function):
         kernels.activation_backward[programs, columns](
             outer_grad.contiguous(), inner, bias, inner_grad, partial, num_rows, **_tiles(width), IS_QUICK=ctx.is_quick
         )
-        states_grad, weight_grad = _product_gradients(inner_grad.flatten(0, -2), states, weight, states_grad)
+        states_grad, weight_grad = product_gradients(inner_grad.flatten(0, -2), states, weight, states_grad)
         return states_grad, weight_grad, partial.sum(dim=0).to(bias.dtype), None
 
 
@@ -150,7 +151,7 @@ class _Project(torch.autograd.Function):
         shape = *states.shape[:-1], len(weight) // len(part_grads)
         parts = [states.new_zeros(shape) if part is None else part for part in part_grads]
         joined_NE, bias_grad = _joined([part.flatten(0, -2) for part in parts])
-        states_grad, weight_grad = _product_gradients(joined_NE, states, weight, states_grad)
+        states_grad, weight_grad = product_gradients(joined_NE, states, weight, states_grad)
         return states_grad, weight_grad, bias_grad, None
 
 
@@ -238,10 +239,10 @@ def _norm(
     total, normed = states if update is None else torch.empty_like(states), torch.empty_like(states)
     mean, inverse = torch.empty(2, num_rows, dtype=torch.float32, device=states.device)
     if num_rows:
-        kernels.norm_forward[(triton.cdiv(num_rows, kernels.ROWS_OF_GROUP),)](
+        kernels.norm_forward[(num_rows,)](
             states, _or(update, states), _or(update_bias, shift), gain, shift, *(key or no_key(states)),
-            total, normed, mean, inverse, num_rows, epsilon, *odds(dropout),
-            **_blocks(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
+            total, normed, mean, inverse, epsilon, *odds(dropout),
+            **_row_of(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
         )  # fmt: skip
     return total, normed, mean, inverse
 
@@ -263,18 +264,18 @@ def _norm_gradients(
     normed_grad = normed_grad.contiguous()
     states_grad = torch.empty_like(total)
     update_grad = torch.empty_like(total) if dropout else states_grad
-    programs = max(1, min(triton.cdiv(num_rows, kernels.ROWS_OF_GROUP), _programs(total.device)))
+    programs = max(1, min(num_rows, _PROGRAMS_OF_NORMS * _processors(total.device)))
     partial = torch.empty(2 + shifts, programs, width, dtype=torch.float32, device=total.device)
     kernels.norm_backward[(programs,)](
         normed_grad, normed_grad if total_grad is None else total_grad.contiguous(),
         total, mean, inverse, gain, *(key or no_key(total)), states_grad, update_grad, partial, num_rows,
         *odds(dropout),
-        **_blocks(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
+        **_row_of(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
     )  # fmt: skip
     return states_grad, update_grad, partial.sum(dim=1).to(gain.dtype).unbind()
 
 
-def _product_gradients(
+def product_gradients(
     result_NE: Tensor, states: Tensor, weight_ED: Tensor, states_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, that of its other readers included, and of W, from that of W x."""
@@ -305,6 +306,12 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
+def _row_of(width: int) -> dict[str, int]:
+    """For a program that has whole rows: a warp, unless rows are wide."""
+    block = max(4, triton.next_power_of_2(width))
+    return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 1024)}
+
+
 def _blocks(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
@@ -317,11 +324,10 @@ def _tiles(width: int) -> dict[str, int]:
 def _tile_grid(num_rows: int, width: int, device: torch.device) -> tuple[int, int]:
     """Programs that go through the rows, and columns of tiles."""
     columns = triton.cdiv(width, _TILE_COLUMNS)
-    return max(1, min(triton.cdiv(num_rows, _TILE_ROWS), _programs(device) // columns)), columns
+    return max(1, min(triton.cdiv(num_rows, _TILE_ROWS), _PROGRAMS * _processors(device) // columns)), columns
 
 
 @lru_cache
-def _programs(device: torch.device) -> int:
-    """Of a kernel that sums over all rows: enough to keep the device busy, few enough for their sums to be small."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return _PROGRAMS * int(processors)
+def _processors(device: torch.device) -> int:
+    """A GPU's multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

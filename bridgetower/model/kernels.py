@@ -3,7 +3,7 @@
 Sums are in float32 whatever the states are. Dropout compares 32 random bits an element, by Philox from a key; the
 backward pass draws them again instead of keeping a mask. Kernels that sum over all rows leave a sum for each program.
 
-A program of a norm takes groups of four rows, as Philox gives four words at a time.
+A program of a norm is one warp, and has whole rows: what it sums over a row never waits for other warps.
 """
 
 from __future__ import annotations
@@ -11,65 +11,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROWS_OF_GROUP = 4
-_ROWS_OF_GROUP = tl.constexpr(ROWS_OF_GROUP)
 PHILOX_ROUNDS = tl.constexpr(7)  # of Philox: as many as its authors found to pass every test of randomness
 _QUICK = tl.constexpr(1.702)
 _ROOT_HALF, _DENSITY = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)  # sqrt(1/2), 1/sqrt(2 pi)
 
 
 @triton.jit
-def _is_dropped(words, place: tl.constexpr, threshold):
-    if place == 0:
-        word = words[0]
-    elif place == 1:
-        word = words[1]
-    elif place == 2:
-        word = words[2]
-    else:
-        word = words[3]
-    return word.to(tl.uint32, bitcast=True).to(tl.int64) < threshold
+def _is_dropped(key, row, threshold, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Which columns of a row are dropped. Philox gives four words at a time, for four columns."""
+    four = row * ((WIDTH + 3) // 4) + tl.arange(0, BLOCK // 4)
+    a, b, c, d = tl.randint4x(key, four, n_rounds=PHILOX_ROUNDS)
+    words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK,))
+    return words.to(tl.uint32, bitcast=True).to(tl.int64) < threshold
 
 
-@triton.jit(do_not_specialize=["key_number", "num_rows", "threshold"])
+@triton.jit(do_not_specialize=["key_number", "threshold"])
 def norm_forward(
     states, update, update_bias, weight, bias, key_word, key_number, total, normed, mean, inverse,
-    num_rows, epsilon, threshold, left,
+    epsilon, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """Sums with dropout, and their norms."""
-    group = tl.program_id(0)
+    """A row's sum with dropout, and its norm."""
+    row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
+    at = row.to(tl.int64) * WIDTH + column
+    value = tl.load(states + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        added = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+        if SHIFTS:
+            added += tl.load(update_bias + column, mask=inside, other=0.0).to(tl.float32)
+        if DROPS:
+            key = tl.load(key_word) + key_number
+            added = tl.where(_is_dropped(key, row, threshold, WIDTH, BLOCK), 0.0, added * left)
+        # The backward pass sees the sum as it is kept, so the norm has to see the same.
+        rounded = (value + added).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    center = tl.sum(value, axis=0) / WIDTH
+    centered = tl.where(inside, value - center, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / WIDTH + epsilon)
+    tl.store(mean + row, center)
+    tl.store(inverse + row, scale)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    if SHIFTS:
-        update_shift = tl.load(update_bias + column, mask=inside, other=0.0).to(tl.float32)
-    if DROPS:
-        key = tl.load(key_word) + key_number
-        words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)
-    for place in tl.static_range(_ROWS_OF_GROUP):
-        row = group * _ROWS_OF_GROUP + place
-        is_row = row < num_rows
-        at = row.to(tl.int64) * WIDTH + column
-        value = tl.load(states + at, mask=inside & is_row, other=0.0).to(tl.float32)
-        if ADDS:
-            added = tl.load(update + at, mask=inside & is_row, other=0.0).to(tl.float32)
-            if SHIFTS:
-                added += update_shift
-            if DROPS:
-                added = tl.where(_is_dropped(words, place, threshold), 0.0, added * left)
-            # The backward pass sees the sum as it is kept, so the norm has to see the same.
-            rounded = (value + added).to(total.dtype.element_ty)
-            tl.store(total + at, rounded, mask=inside & is_row)
-            value = rounded.to(tl.float32)
-        center = tl.sum(value, axis=0) / WIDTH
-        centered = tl.where(inside, value - center, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / WIDTH + epsilon)
-        tl.store(mean + row, center, mask=is_row)
-        tl.store(inverse + row, scale, mask=is_row)
-        result = centered * scale * gain + shift
-        tl.store(normed + at, result.to(normed.dtype.element_ty), mask=inside & is_row)
+    tl.store(normed + at, (centered * scale * gain + shift).to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["key_number", "num_rows", "threshold"])
@@ -88,33 +74,28 @@ def norm_backward(
     update_shift_sum = tl.zeros((BLOCK,), tl.float32)
     if DROPS:
         key = tl.load(key_word) + key_number
-    for group in range(program, tl.cdiv(num_rows, _ROWS_OF_GROUP), programs):
+    stride = tl.full((), WIDTH, tl.int64)  # of all rows there may be many numbers
+    # The next row is on its way while one is computed.
+    for row in tl.range(program, num_rows, programs, num_stages=2):
+        at = row * stride + column
+        gradient = tl.load(normed_grad + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(inverse + row)
+        unit = tl.where(inside, (value - tl.load(mean + row)) * scale, 0.0)
+        gain_sum += gradient * unit
+        shift_sum += gradient
+        gradient *= gain
+        along = tl.sum(gradient * unit, axis=0) / WIDTH
+        common = tl.sum(gradient, axis=0) / WIDTH
+        result = (gradient - along * unit - common) * scale
+        if HAS_TOTAL_GRAD:
+            result += tl.load(total_grad + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(states_grad + at, result.to(states_grad.dtype.element_ty), mask=inside)
         if DROPS:
-            words = tl.randint4x(key, group * WIDTH + column, n_rounds=PHILOX_ROUNDS)
-        for place in tl.static_range(_ROWS_OF_GROUP):
-            row = group * _ROWS_OF_GROUP + place
-            is_row = row < num_rows
-            at = row.to(tl.int64) * WIDTH + column
-            gradient = tl.load(normed_grad + at, mask=inside & is_row, other=0.0).to(tl.float32)
-            value = tl.load(total + at, mask=inside & is_row, other=0.0).to(tl.float32)
-            center = tl.load(mean + row, mask=is_row, other=0.0)
-            scale = tl.load(inverse + row, mask=is_row, other=0.0)
-            unit = tl.where(inside, (value - center) * scale, 0.0)
-            gain_sum += gradient * unit
-            shift_sum += gradient
-            gradient *= gain
-            along = tl.sum(gradient * unit, axis=0) / WIDTH
-            common = tl.sum(gradient, axis=0) / WIDTH
-            result = (gradient - along * unit - common) * scale
-            if HAS_TOTAL_GRAD:
-                result += tl.load(total_grad + at, mask=inside & is_row, other=0.0).to(tl.float32)
-            result = tl.where(inside & is_row, result, 0.0)
-            tl.store(states_grad + at, result.to(states_grad.dtype.element_ty), mask=inside & is_row)
-            if DROPS:
-                result = tl.where(_is_dropped(words, place, threshold), 0.0, result * left)
-                tl.store(update_grad + at, result.to(update_grad.dtype.element_ty), mask=inside & is_row)
-            if SHIFTS:
-                update_shift_sum += result
+            result = tl.where(_is_dropped(key, row, threshold, WIDTH, BLOCK), 0.0, result * left)
+            tl.store(update_grad + at, result.to(update_grad.dtype.element_ty), mask=inside)
+        if SHIFTS:
+            update_shift_sum += result
     at = program * WIDTH + column
     tl.store(partial + at, gain_sum, mask=inside)
     tl.store(partial + programs * WIDTH + at, shift_sum, mask=inside)

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from bridgetower.config.schema import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model import fused
-from bridgetower.model.fused import expand, norm, project, project_add_norm
+from bridgetower.model.flash import attend_within_rows
+from bridgetower.model.fused import expand, norm, project_add_norm
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.named_sizes import fill_sizes
 
@@ -165,10 +166,8 @@ class _Block(ResidualAttentionBlock):  # type: ignore[misc]
             normed_BPD: ln_1 of the states.
         """
         attention, mlp, kernels = self.attn, self.mlp, self.uses_kernels
-        _, *parts = project(normed_BPD, attention.in_proj_weight, attention.in_proj_bias, 3, kernels=kernels)
-        heads_BHPd = (part_BPD.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part_BPD in parts)
-        attended_BHPd = F.scaled_dot_product_attention(*heads_BHPd)
-        attended_BPD = attended_BHPd.transpose(1, 2).flatten(2)
+        joined = attention.in_proj_weight, attention.in_proj_bias
+        _, attended_BPD = attend_within_rows(normed_BPD, *joined, attention.num_heads, 0.0, kernels=kernels)
         if isinstance(self.ls_1, nn.Identity):
             states_BPD, normed_BPD = project_add_norm(
                 states_BPD, attended_BPD, attention.out_proj, self.ln_2, 0.0, kernels=kernels

@@ -113,7 +113,8 @@ def test_saved_work_agrees_with_the_plain_step_in_both_precisions(measured):
 def test_training_run_says_how_long_it_waits_for_data(measured):
     (row,) = rows_of(measured[1], "pipeline")
     assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
-    assert len(row["pairs_per_second_of_reports"]) == 7 and row["photographs"].startswith("16 of 640x480")
+    assert len(row["pairs_per_second_of_reports"]) == 4 and row["photographs"].startswith("16 of 640x480")
+    assert row["accumulation_steps"] == 2 and row["what"].endswith(f"{2 * row['micro_batch']} pairs a step")
 
 
 def test_results_say_what_they_were_measured_with(measured):
@@ -213,7 +214,7 @@ def test_plan_takes_the_fastest_micro_batches_and_the_optimizer_that_could_be_bu
     assert options["compiled_base"]["runs"] == (Run(32, compiled=True),)
     assert options["engine_base"]["runs"] == (Run(64, compiled=True),)
     assert options["engine_large"]["runs"] == (Run(16),) and options["engine_large"]["optimizer"] == "torch"
-    assert options["pipeline"]["runs"] == (Run(64, compiled=True), Run(64))
+    assert options["pipeline"]["runs"] == (Run(64, compiled=True, accumulation_steps=64), Run(64))
     assert options["pipeline_large"]["runs"] == (Run(16),) and options["pipeline_large"]["preset"] == "large_4m"
 
 
