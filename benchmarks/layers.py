@@ -34,7 +34,8 @@ from bridgetower.config.models import base
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import ConfigError
 from bridgetower.model.attention import Attention
-from bridgetower.model.dropout import attend, drop
+from bridgetower.model.cpu_attention import attend
+from bridgetower.model.dropout import drop
 from bridgetower.model.packing import Grid, Packing, similar
 from bridgetower.model.vision_tower import efficient_block
 from bridgetower.rows import BUCKET_TOKENS

@@ -222,15 +222,16 @@ def test_attention_within_rows(length):
     on_gpu = DEVICE.type == "cuda"  # whose matrix units take halves
     dtype, tolerance = (torch.float16, 5e-3) if on_gpu else (torch.float32, 1e-5)
     linear = linear_of(heads * width, 3 * heads * width).to(dtype)
+    weight, bias = linear.weight, linear.bias
     states = torch.randn(rows, length, heads * width, device=DEVICE, dtype=dtype).requires_grad_()
-    leaves = [states, *linear.parameters()]
-    found = row_attention.attend_within_rows(states, *linear.parameters(), heads, 0.0)
-    attended = attend_densely(states, *linear.parameters(), heads)
+    leaves = [states, weight, bias]
+    found = row_attention.attend_within_rows(states, weight, bias, heads, 0.0)
+    attended = attend_densely(states, weight, bias, heads)
     assert_same(found, (states, attended), leaves, tolerance=tolerance)
     assert_same(found[1:], [attended], leaves, tolerance=tolerance)
 
     # Which shares are left is seen by values that are one for one key each.
-    values = torch.zeros_like(linear.weight)
+    values = torch.zeros_like(weight)
     values[2 * heads * width :] = torch.eye(heads * width, device=DEVICE, dtype=dtype)
     is_left = torch.zeros(rows, heads, length, length, device=DEVICE, dtype=dtype)
     for piece in range(0, length, width):
@@ -238,15 +239,15 @@ def test_attention_within_rows(length):
         ones = torch.eye(width, device=DEVICE, dtype=dtype)[: length - piece]
         marks[:, piece : piece + len(ones)] = ones[:, None]
         torch.manual_seed(1)
-        seen = row_attention.attend_within_rows(marks.flatten(2), values, torch.zeros_like(linear.bias), heads, dropout)
+        seen = row_attention.attend_within_rows(marks.flatten(2), values, torch.zeros_like(bias), heads, dropout)
         shown = (seen[1].unflatten(-1, (heads, width)) > 0).transpose(1, 2)
         is_left[..., piece : piece + width] = shown[..., : len(ones)]
     share_left = float(is_left.mean())
     assert share_left == pytest.approx(0.7, abs=5 * (0.21 / is_left.numel()) ** 0.5)
     assert not torch.equal(is_left[0], is_left[1]) and not torch.equal(is_left[:, 0], is_left[:, 1])
     torch.manual_seed(1)
-    found = row_attention.attend_within_rows(states, *linear.parameters(), heads, dropout)
-    attended = attend_densely(states, *linear.parameters(), heads, is_left, dropout)
+    found = row_attention.attend_within_rows(states, weight, bias, heads, dropout)
+    attended = attend_densely(states, weight, bias, heads, is_left, dropout)
     assert_same(found, (states, attended), leaves, tolerance=tolerance)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bridgetower.config.schema import FusionConfig
 from bridgetower.model import fused
-from bridgetower.model.dropout import attend, drop
+from bridgetower.model.cpu_attention import attend
+from bridgetower.model.dropout import drop
 from bridgetower.model.flash import Spans, attend_spans, attend_within_rows, even_spans, fits
 from bridgetower.model.fused import Shared, expand, project, project_add_norm
 from bridgetower.model.packing import Layout

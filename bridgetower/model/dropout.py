@@ -1,7 +1,4 @@
-"""Dropout, with what a CPU's own operators make slow taken another way; the distribution is the same everywhere.
-
-Shapes: R rows, H heads, Q queries, N keys, d width of a head.
-"""
+"""Dropout, with what a CPU's own operators make slow taken another way; the distribution is the same everywhere."""
 
 from __future__ import annotations
 
@@ -28,25 +25,6 @@ def drop(states: Tensor, dropout: float, training: bool) -> Tensor:
         return F.dropout(states, dropout, training)
     dropped: Tensor = _Dropout.apply(states, draw_dropped(states.shape, dropout), 1.0 / (1.0 - dropout))
     return dropped
-
-
-def attend(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor, mask_RN: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention with dropout of the shares.
-
-    Torch's fused attention of a CPU knows no dropout. What torch takes in its place computes in float32 whatever the
-    states are, and keeps the shares three times.
-
-    Args:
-        mask_RN: True for keys that are seen; None: all.
-        dropout: 0 when not training.
-
-    Returns: shape (R, H, Q, d).
-    """
-    if dropout and query_RHQd.device.type == "cpu" and not torch.compiler.is_compiling():
-        attended: Tensor = _DroppedAttention.apply(query_RHQd, key_RHNd, value_RHNd, mask_RN, dropout)
-        return attended
-    mask_R11N = None if mask_RN is None else mask_RN[:, None, None, :]
-    return F.scaled_dot_product_attention(query_RHQd, key_RHNd, value_RHNd, attn_mask=mask_R11N, dropout_p=dropout)
 
 
 def draw_dropped(shape: Sequence[int], dropout: float) -> Tensor:
@@ -153,7 +131,8 @@ def _mix(word: int) -> int:
     return word ^ word >> 31
 
 
-def _without(states: Tensor, is_dropped: Tensor, out: Tensor | None = None) -> Tensor:
+def without(states: Tensor, is_dropped: Tensor, out: Tensor | None = None) -> Tensor:
+    """Zero where something is dropped."""
     return torch.where(is_dropped, states.new_zeros(()), states, out=out)
 
 
@@ -164,44 +143,9 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, is_dropped: Tensor, left: float) -> Tensor:
         ctx.save_for_backward(is_dropped)
         ctx.left = left
-        return _without(states, is_dropped).mul_(left)
+        return without(states, is_dropped).mul_(left)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _without(gradient, *ctx.saved_tensors).mul_(ctx.left), None, None
-
-
-class _DroppedAttention(torch.autograd.Function):
-    """Keeps the shares once in the states' type, and a byte for each that says whether it was dropped."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor, mask_RN: Tensor | None, dropout: float
-    ) -> Tensor:
-        score_RHQN = (query_RHQd * query_RHQd.shape[-1] ** -0.5) @ key_RHNd.transpose(2, 3)
-        if mask_RN is not None:
-            # Not minus infinity: a row without a key would be none of numbers.
-            score_RHQN.masked_fill_(~mask_RN[:, None, None, :], torch.finfo(score_RHQN.dtype).min)
-        share_RHQN = score_RHQN.softmax(dim=-1)
-        dropped_RHQN = draw_dropped(share_RHQN.shape, dropout)
-        ctx.save_for_backward(query_RHQd, key_RHNd, value_RHNd, share_RHQN, dropped_RHQN)
-        ctx.left = 1.0 / (1.0 - dropout)
-        # Scaled are the few results, not the many shares; scores are not needed any more, their memory is.
-        left_RHQN = _without(share_RHQN, dropped_RHQN, out=score_RHQN)
-        return (left_RHQN @ value_RHNd).mul_(ctx.left)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_RHQd: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query_RHQd, key_RHNd, value_RHNd, share_RHQN, dropped_RHQN = ctx.saved_tensors
-        scale = query_RHQd.shape[-1] ** -0.5
-        gradient_RHQd = gradient_RHQd * ctx.left
-        left_RHQN = _without(share_RHQN, dropped_RHQN)
-        value_grad_RHNd = left_RHQN.transpose(2, 3) @ gradient_RHQd
-        share_grad_RHQN = torch.matmul(gradient_RHQd, value_RHNd.transpose(2, 3), out=left_RHQN)
-        share_grad_RHQN.masked_fill_(dropped_RHQN, 0.0)
-        score_grad_RHQN = torch._softmax_backward_data(share_grad_RHQN, share_RHQN, -1, share_RHQN.dtype)
-        query_grad_RHQd = (score_grad_RHQN @ key_RHNd) * scale
-        key_grad_RHNd = score_grad_RHQN.transpose(2, 3) @ (query_RHQd * scale)
-        return query_grad_RHQd, key_grad_RHNd, value_grad_RHNd, None, None
+        return without(gradient, *ctx.saved_tensors).mul_(ctx.left), None, None

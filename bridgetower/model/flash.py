@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bridgetower.model import fused
-from bridgetower.model.dropout import attend
+from bridgetower.model.cpu_attention import attend
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 64
 
@@ -130,8 +130,8 @@ def attend_within_rows(
         found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads, dropout)
         return found
     states_RPD, *parts = fused.project(states_RPD, weight_ED, bias_E, 3, kernels=kernels)
-    heads_RHPd = (part_RPD.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part_RPD in parts)
-    return states_RPD, attend(*heads_RHPd, None, dropout).transpose(1, 2).flatten(2)
+    query_RHPd, key_RHPd, value_RHPd = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in parts)
+    return states_RPD, attend(query_RHPd, key_RHPd, value_RHPd, None, dropout).transpose(1, 2).flatten(2)
 
 
 def _rows() -> Any:

@@ -27,7 +27,7 @@ from transformers import (
 from bridgetower.config.schema import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model import fused
-from bridgetower.model.dropout import attend
+from bridgetower.model.cpu_attention import attend
 from bridgetower.model.flash import attend_spans, fits
 from bridgetower.model.fused import expand, project, project_add_norm
 from bridgetower.model.named_sizes import fill_sizes
