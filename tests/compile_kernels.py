@@ -27,7 +27,7 @@ TILE = {"ROWS": 16, "COLUMNS": 128}
 TAKEN = {"WIDTH": WIDTH, "BLOCK": 1024, "POSITIONS": 4}
 ATTENTION = {"QUERY_STRIDE": 3 * WIDTH, "KEY_STRIDE": 3 * WIDTH, "VALUE_STRIDE": 3 * WIDTH}
 ATTENTION |= {"HEADS": HEADS, "WIDTH": WIDTH // HEADS, "DROPS": True}
-ROWS = {"STRIDE": 3 * WIDTH, "HEADS": HEADS, "WIDTH": WIDTH // HEADS, "DROPS": True}
+ROWS = {"STRIDE": 3 * WIDTH, "HEADS": HEADS, "WIDTH": WIDTH // HEADS}
 CONSTANTS: dict[Any, dict[str, Any]] = {
     kernels.norm_forward: {**NORM, "ADDS": True},
     kernels.norm_backward: {**NORM, "HAS_TOTAL_GRAD": True},
@@ -42,7 +42,7 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     attention_kernels.few_queries_backward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
     attention_kernels.rows_forward: {**ROWS, **row_attention.FORWARD},
     attention_kernels.rows_backward_of_queries: {**ROWS, **row_attention.BACKWARD_OF_QUERIES},
-    attention_kernels.rows_backward_of_keys: {**ROWS, **row_attention.BACKWARD_OF_KEYS[True]},
+    attention_kernels.rows_backward_of_keys: {**ROWS, **row_attention.BACKWARD_OF_KEYS},
 }
 TYPES = {
     **dict.fromkeys(("mean", "inverse", "partial", "log_sum", "along_sum"), "*fp32"),

@@ -4,8 +4,9 @@ Those of few keys or queries are of rows of which one side is short. A program h
 side stands in one tile, the long one goes by, and each gradient is written once. ``start`` tables say where each row
 begins among all tokens.
 
-Those of rows are of rows of one length, whose positions attend to each other. A program has a tile of queries or of
-keys, and the others go by; the last few in tiles of TAIL, so that little is computed for what is not there.
+Those of rows are of rows of one length, whose positions attend to each other without dropout. A program has a tile of
+queries or of keys, and the others go by; the last few in tiles of TAIL, so that little is computed for what is not
+there.
 
 Sums are in float32. The backward pass computes scores again, and draws again what was dropped: 32 random bits a share,
 by Philox from a key. A tile has QUERIES by KEYS scores; WIDTH is that of a head.
@@ -230,10 +231,17 @@ def _load_rows(part, at, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ENDS
 
 
 @triton.jit
+def _store_sum_of_rows(to, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Of what is kept of a tile, as a product with ones: a sum over rows would go from lane to lane of each warp."""
+    row = tl.arange(0, ROWS)[:, None]
+    sums = tl.dot(tl.full((ROWS, ROWS), 1.0, tile.dtype), tile)  # the same in each row
+    tl.store(to + row * 0 + tl.arange(0, WIDTH)[None, :], sums, mask=row == 0)
+
+
+@triton.jit
 def _attend_to_keys(
-    queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
-    ENDS: tl.constexpr,
+    queries, key_part, value_part, highest, total, result, start, length, scale,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the highest scores, the sums of shares, and those of values so far."""
     at_key = start + tl.arange(0, KEYS)
@@ -246,25 +254,20 @@ def _attend_to_keys(
     share = tl.exp2(score - new_highest[:, None])
     before = tl.exp2(highest - new_highest)
     total = total * before + tl.sum(share, axis=1)
-    if DROPS:
-        share = tl.where(_draw_kept(row_key, at, start, threshold, QUERIES, KEYS), share, 0.0)
     result = tl.dot(share.to(values.dtype), values, result * before[:, None])
     return new_highest, total, result
 
 
-@triton.jit(do_not_specialize=["key_number", "threshold"])
+@triton.jit
 def rows_forward(
-    query, key, value, key_word, key_number, attended, log_sum, length, scale, threshold, left,
+    query, key, value, attended, log_sum, length, scale,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    TAIL: tl.constexpr, DROPS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, to which the row's keys go by. Scales and logarithms are of powers of 2."""
     tiles = tl.cdiv(length, QUERIES)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
-    row_key = key_number
-    if DROPS:
-        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
     key_part = _part_of_row(key, row, head, length, STRIDE, WIDTH)
     value_part = _part_of_row(value, row, head, length, STRIDE, WIDTH)
@@ -276,15 +279,15 @@ def rows_forward(
     whole = length // KEYS * KEYS
     for start in range(0, whole, KEYS):
         highest, total, result = _attend_to_keys(
-            queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
-            STRIDE, WIDTH, QUERIES, KEYS, DROPS, False,
+            queries, key_part, value_part, highest, total, result, start, length, scale,
+            STRIDE, WIDTH, KEYS, False,
         )  # fmt: skip
     for start in range(whole, length, TAIL):
         highest, total, result = _attend_to_keys(
-            queries, key_part, value_part, highest, total, result, at, start, length, scale, row_key, threshold,
-            STRIDE, WIDTH, QUERIES, TAIL, DROPS, True,
+            queries, key_part, value_part, highest, total, result, start, length, scale,
+            STRIDE, WIDTH, TAIL, True,
         )  # fmt: skip
-    result *= (left / total)[:, None]
+    result /= total[:, None]
     packed = _part_of_row(attended, row, head, length, HEADS * WIDTH, WIDTH)
     to = packed + at[:, None] * (HEADS * WIDTH) + tl.arange(0, WIDTH)[None, :]
     tl.store(to, result.to(attended.dtype.element_ty), mask=(at < length)[:, None])
@@ -293,9 +296,8 @@ def rows_forward(
 
 @triton.jit
 def _add_query_grad(
-    queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key, threshold,
-    left, STRIDE: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
-    ENDS: tl.constexpr,
+    queries, gradients, logs, along, key_part, value_part, query_sum, start, length, scale,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds. Keys that are not there are zero, and add nothing."""
     at_key = start + tl.arange(0, KEYS)
@@ -303,26 +305,21 @@ def _add_query_grad(
     values = _load_rows(value_part, at_key, length, STRIDE, WIDTH, ENDS)
     share = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
     share_grad = tl.dot(gradients, tl.trans(values))
-    if DROPS:
-        share_grad = tl.where(_draw_kept(row_key, at, start, threshold, QUERIES, KEYS), share_grad * left, 0.0)
     score_grad = (share * (share_grad - along[:, None])).to(keys.dtype)
     return tl.dot(score_grad, keys, query_sum)
 
 
-@triton.jit(do_not_specialize=["key_number", "threshold"])
+@triton.jit
 def rows_backward_of_queries(
-    query, key, value, key_word, key_number, attended, log_sum, gradient, along_sum, query_grad, partial,
-    length, scale, score_scale, threshold, left,
+    query, key, value, attended, log_sum, gradient, along_sum, query_grad, partial,
+    length, scale, score_scale,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    TAIL: tl.constexpr, DROPS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, to which the row's keys go by. Leaves what all share gradients of a query have in common."""
     tiles = tl.cdiv(length, QUERIES)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
-    row_key = key_number
-    if DROPS:
-        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
     key_part = _part_of_row(key, row, head, length, STRIDE, WIDTH)
     value_part = _part_of_row(value, row, head, length, STRIDE, WIDTH)
@@ -340,61 +337,54 @@ def rows_backward_of_queries(
     whole = length // KEYS * KEYS
     for start in range(0, whole, KEYS):
         query_sum = _add_query_grad(
-            queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key,
-            threshold, left, STRIDE, WIDTH, QUERIES, KEYS, DROPS, False,
+            queries, gradients, logs, along, key_part, value_part, query_sum, start, length, scale,
+            STRIDE, WIDTH, KEYS, False,
         )  # fmt: skip
     for start in range(whole, length, TAIL):
         query_sum = _add_query_grad(
-            queries, gradients, logs, along, key_part, value_part, query_sum, at, start, length, scale, row_key,
-            threshold, left, STRIDE, WIDTH, QUERIES, TAIL, DROPS, True,
+            queries, gradients, logs, along, key_part, value_part, query_sum, start, length, scale,
+            STRIDE, WIDTH, TAIL, True,
         )  # fmt: skip
-    query_sum *= score_scale
-    channel = tl.arange(0, WIDTH)
-    to = _part_of_row(query_grad, row, head, length, STRIDE, WIDTH) + at[:, None] * STRIDE + channel[None, :]
-    tl.store(to, query_sum.to(query_grad.dtype.element_ty), mask=inside[:, None])
+    query_sum = (query_sum * score_scale).to(query_grad.dtype.element_ty)
+    to = _part_of_row(query_grad, row, head, length, STRIDE, WIDTH)
+    tl.store(to + at[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :], query_sum, mask=inside[:, None])
     # Of queries that are not there it is zero.
-    tl.store(partial + (row * tiles + tile) * STRIDE + head * WIDTH + channel, tl.sum(query_sum, axis=0))
+    _store_sum_of_rows(partial + (row * tiles + tile) * STRIDE + head * WIDTH, query_sum, QUERIES, WIDTH)
 
 
 @triton.jit
 def _add_key_grads(
-    keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, first_key, start, length, scale, row_key,
-    threshold, left, STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, DROPS: tl.constexpr, ENDS: tl.constexpr,
+    keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, start, length, scale,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of keys and values. Scores stand with the keys first."""
     at = start + tl.arange(0, QUERIES)
     queries = _load_rows(query_part, at, length, STRIDE, WIDTH, ENDS)
     gradients = _load_rows(gradient_part, at, length, HEADS * WIDTH, WIDTH, ENDS)
-    log = tl.load(logs + at, mask=at < length, other=float("inf"))  # a query that is not there has no share
-    along = tl.load(alongs + at, mask=at < length, other=0.0)
+    if ENDS:
+        log = tl.load(logs + at, mask=at < length, other=float("inf"))  # a query that is not there has no share
+        along = tl.load(alongs + at, mask=at < length, other=0.0)
+    else:
+        log, along = tl.load(logs + at), tl.load(alongs + at)
     share = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - log[None, :])
     share_grad = tl.dot(values, tl.trans(gradients))
-    left_share = share
-    if DROPS:
-        is_left = tl.trans(_draw_kept(row_key, at, first_key, threshold, QUERIES, KEYS))
-        left_share = tl.where(is_left, share, 0.0)
-        share_grad = tl.where(is_left, share_grad * left, 0.0)
-    value_sum = tl.dot(left_share.to(queries.dtype), gradients, value_sum)
+    value_sum = tl.dot(share.to(queries.dtype), gradients, value_sum)
     score_grad = (share * (share_grad - along[None, :])).to(queries.dtype)
     key_sum = tl.dot(score_grad, queries, key_sum)
     return key_sum, value_sum
 
 
-@triton.jit(do_not_specialize=["key_number", "threshold"])
+@triton.jit
 def rows_backward_of_keys(
-    query, key, value, key_word, key_number, log_sum, gradient, along_sum, key_grad, value_grad, partial,
-    length, scale, score_scale, threshold, left,
+    query, key, value, log_sum, gradient, along_sum, key_grad, value_grad, partial,
+    length, scale, score_scale,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    TAIL: tl.constexpr, DROPS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys and their values, to which the row's queries go by."""
     tiles = tl.cdiv(length, KEYS)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
-    row_key = key_number
-    if DROPS:
-        row_key = _key_of_row(key_word, key_number, row, head, HEADS)
     query_part = _part_of_row(query, row, head, length, STRIDE, WIDTH)
     gradient_part = _part_of_row(gradient, row, head, length, HEADS * WIDTH, WIDTH)
     logs, alongs = log_sum + which * length, along_sum + which * length
@@ -406,24 +396,21 @@ def rows_backward_of_keys(
     whole = length // QUERIES * QUERIES
     for start in range(0, whole, QUERIES):
         key_sum, value_sum = _add_key_grads(
-            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, tile * KEYS, start, length,
-            scale, row_key, threshold, left, STRIDE, HEADS, WIDTH, QUERIES, KEYS, DROPS, False,
+            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, start, length, scale,
+            STRIDE, HEADS, WIDTH, QUERIES, False,
         )  # fmt: skip
     for start in range(whole, length, TAIL):
         key_sum, value_sum = _add_key_grads(
-            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, tile * KEYS, start, length,
-            scale, row_key, threshold, left, STRIDE, HEADS, WIDTH, TAIL, KEYS, DROPS, True,
+            keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, start, length, scale,
+            STRIDE, HEADS, WIDTH, TAIL, True,
         )  # fmt: skip
     # A key that is not there is zero, and its share of a query is not: it is not written, and no part of the sums.
     inside = (at_key < length)[:, None]
-    key_sum = tl.where(inside, key_sum * score_scale, 0.0)
-    value_sum = tl.where(inside, value_sum * left, 0.0)
-    channel = tl.arange(0, WIDTH)
-    place = at_key[:, None] * STRIDE + channel[None, :]
-    key_to = _part_of_row(key_grad, row, head, length, STRIDE, WIDTH) + place
-    value_to = _part_of_row(value_grad, row, head, length, STRIDE, WIDTH) + place
-    tl.store(key_to, key_sum.to(key_grad.dtype.element_ty), mask=inside)
-    tl.store(value_to, value_sum.to(value_grad.dtype.element_ty), mask=inside)
-    sums = partial + (row * tiles + tile) * STRIDE + head * WIDTH + channel
-    tl.store(sums + HEADS * WIDTH, tl.sum(key_sum, axis=0))
-    tl.store(sums + 2 * HEADS * WIDTH, tl.sum(value_sum, axis=0))
+    key_sum = tl.where(inside, key_sum * score_scale, 0.0).to(key_grad.dtype.element_ty)
+    value_sum = tl.where(inside, value_sum, 0.0).to(value_grad.dtype.element_ty)
+    place = at_key[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
+    tl.store(_part_of_row(key_grad, row, head, length, STRIDE, WIDTH) + place, key_sum, mask=inside)
+    tl.store(_part_of_row(value_grad, row, head, length, STRIDE, WIDTH) + place, value_sum, mask=inside)
+    sums = partial + (row * tiles + tile) * STRIDE + head * WIDTH
+    _store_sum_of_rows(sums + HEADS * WIDTH, key_sum, KEYS, WIDTH)
+    _store_sum_of_rows(sums + 2 * HEADS * WIDTH, value_sum, KEYS, WIDTH)

@@ -126,8 +126,9 @@ def attend_within_rows(
 
     Returns: x, for who goes on reading it, and what all heads attended to, both of shape (R, P, D).
     """
-    if kernels and fits(states_RPD, num_heads) and fused.fits(states_RPD) and _rows().takes(states_RPD, num_heads):
-        found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads, dropout)
+    fit = kernels and fits(states_RPD, num_heads) and fused.fits(states_RPD)
+    if fit and _rows().takes(states_RPD, num_heads, dropout):
+        found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads)
         return found
     states_RPD, *parts = fused.project(states_RPD, weight_ED, bias_E, 3, kernels=kernels)
     query_RHPd, key_RHPd, value_RHPd = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in parts)

@@ -2,6 +2,7 @@
 
 Torch's kernels pad 325 positions to 384, twice. They leave three gradients, which then have to be put beside each other
 for one product, and be summed for a bias: here they are written where they are read, and their sums come on the way.
+With dropout torch's are the faster ones.
 
 Shapes: R rows, P positions, D width, H heads, E three times D: queries, keys and values beside each other.
 """
@@ -18,22 +19,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bridgetower.model import attention_kernels as kernels
-from bridgetower.model.dropout import draw_key, no_key, odds
 from bridgetower.model.kernel_functions import product_gradients
 
-LONGEST = 4 * 512
-"""Positions that have random words of their own."""
+LONGEST = 512
+"""Positions; of more, torch's kernels are faster (577 on an H100: docs/performance.md)."""
 _TILE = 64
 """Queries, or keys, of a program."""
 _TAIL = {"TAIL": 16, "num_warps": 4}
 # How many go by at a time, and are on their way meanwhile: measured on an H100 at 325 positions.
 FORWARD = {"QUERIES": _TILE, "KEYS": 64, "num_stages": 3, **_TAIL}
 BACKWARD_OF_QUERIES = {"QUERIES": _TILE, "KEYS": 32, "num_stages": 3, **_TAIL}
-BACKWARD_OF_KEYS = {
-    False: {"QUERIES": 32, "KEYS": _TILE, "num_stages": 3, **_TAIL},
-    True: {"QUERIES": 64, "KEYS": _TILE, "num_stages": 2, **_TAIL},
-}
-"""Without and with dropout."""
+BACKWARD_OF_KEYS = {"QUERIES": 32, "KEYS": _TILE, "num_stages": 3, **_TAIL}
 
 
 class _RowAttention(torch.autograd.Function):
@@ -41,22 +37,18 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
+        ctx: Any, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int
     ) -> tuple[Tensor, Tensor]:
         num_rows, length, width = states_RPD.shape
         joined_RPE = F.linear(states_RPD, weight_ED, bias_E)
         attended_RPD = torch.empty_like(states_RPD, memory_format=torch.contiguous_format)
         log_sum_RHP = torch.empty(num_rows, num_heads, length, dtype=torch.float32, device=states_RPD.device)
-        key = draw_key(states_RPD.device) if dropout else no_key(states_RPD)
-        ctx.key = key if dropout else None
         score_scale = (width // num_heads) ** -0.5
-        ctx.numbers = score_scale * math.log2(math.e), score_scale, *odds(dropout)
-        ctx.sizes = {"STRIDE": 3 * width, "HEADS": num_heads, "WIDTH": width // num_heads, "DROPS": dropout > 0.0}
-        scale, _, *the_odds = ctx.numbers
+        ctx.scales = score_scale * math.log2(math.e), score_scale
+        ctx.sizes = {"STRIDE": 3 * width, "HEADS": num_heads, "WIDTH": width // num_heads}
         kernels.rows_forward[(triton.cdiv(length, _TILE) * num_rows * num_heads,)](
-            *joined_RPE.chunk(3, dim=-1), *key, attended_RPD, log_sum_RHP, length, scale, *the_odds,
-            **ctx.sizes, **FORWARD,
-        )  # fmt: skip
+            *joined_RPE.chunk(3, dim=-1), attended_RPD, log_sum_RHP, length, ctx.scales[0], **ctx.sizes, **FORWARD
+        )
         ctx.save_for_backward(states_RPD, weight_ED, joined_RPE, attended_RPD, log_sum_RHP)
         ctx.set_materialize_grads(False)
         return states_RPD.view_as(states_RPD), attended_RPD
@@ -65,7 +57,7 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, states_grad: Tensor | None, gradient_RPD: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient_RPD is None:
-            return states_grad, None, None, None, None
+            return states_grad, None, None, None
         states_RPD, weight_ED, joined_RPE, attended_RPD, log_sum_RHP = ctx.saved_tensors
         gradient_RPD = gradient_RPD.contiguous()
         num_rows, num_heads, length = log_sum_RHP.shape
@@ -73,34 +65,32 @@ class _RowAttention(torch.autograd.Function):
         grid = (tiles * num_rows * num_heads,)
         joined_grad_RPE, along_RHP = torch.empty_like(joined_RPE), torch.empty_like(log_sum_RHP)
         partial = torch.empty(num_rows * tiles, len(weight_ED), dtype=torch.float32, device=joined_RPE.device)
-        parts, key = joined_RPE.chunk(3, dim=-1), ctx.key or no_key(joined_RPE)
+        parts = joined_RPE.chunk(3, dim=-1)
         query_grad, key_grad, value_grad = joined_grad_RPE.chunk(3, dim=-1)
         kernels.rows_backward_of_queries[grid](
-            *parts, *key, attended_RPD, log_sum_RHP, gradient_RPD, along_RHP, query_grad, partial,
-            length, *ctx.numbers, **ctx.sizes, **BACKWARD_OF_QUERIES,
+            *parts, attended_RPD, log_sum_RHP, gradient_RPD, along_RHP, query_grad, partial,
+            length, *ctx.scales, **ctx.sizes, **BACKWARD_OF_QUERIES,
         )  # fmt: skip
         kernels.rows_backward_of_keys[grid](
-            *parts, *key, log_sum_RHP, gradient_RPD, along_RHP, key_grad, value_grad, partial,
-            length, *ctx.numbers, **ctx.sizes, **BACKWARD_OF_KEYS[ctx.key is not None],
+            *parts, log_sum_RHP, gradient_RPD, along_RHP, key_grad, value_grad, partial,
+            length, *ctx.scales, **ctx.sizes, **BACKWARD_OF_KEYS,
         )  # fmt: skip
         states_grad, weight_grad = product_gradients(joined_grad_RPE.flatten(0, 1), states_RPD, weight_ED, states_grad)
-        bias_grad = partial.sum(dim=0).to(weight_ED.dtype)
-        return states_grad, weight_grad, bias_grad, None, None
+        return states_grad, weight_grad, partial.sum(dim=0).to(weight_ED.dtype), None
 
 
-def takes(states_RPD: Tensor, num_heads: int) -> bool:
+def takes(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
     """Whether these kernels are for such states."""
     return (
-        states_RPD.dtype in (torch.bfloat16, torch.float16)
+        not dropout
+        and states_RPD.dtype in (torch.bfloat16, torch.float16)
         and 0 < states_RPD.shape[1] <= LONGEST
         and states_RPD.shape[0] > 0
         and states_RPD.shape[2] in (width * num_heads for width in (16, 32, 64))
     )
 
 
-def attend_within_rows(
-    states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
-) -> tuple[Tensor, Tensor]:
+def attend_within_rows(states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """X as it is, so that its gradients are added in a product, and what each head attended to, shape (R, P, D)."""
-    found: tuple[Tensor, Tensor] = _RowAttention.apply(states_RPD, weight_ED, bias_E, num_heads, dropout)
+    found: tuple[Tensor, Tensor] = _RowAttention.apply(states_RPD, weight_ED, bias_E, num_heads)
     return found

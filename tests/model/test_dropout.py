@@ -111,9 +111,8 @@ def test_attention_for_matrix_units_is_as_exact_as_torchs(monkeypatch, backend):
         attended = way(*parts)
         return [attended, *torch.autograd.grad(attended, parts, gradient.to(attended.dtype))]
 
-    exact = computed(
-        F.scaled_dot_product_attention, [part.detach().double().requires_grad_() for part in in_bfloat16()]
-    )
+    query, key, value = (part.detach().double().requires_grad_() for part in in_bfloat16())
+    exact = computed(F.scaled_dot_product_attention, (query, key, value))
     torchs = computed(F.scaled_dot_product_attention, in_bfloat16())
     ours = computed(lambda query, key, value: attend_here(query, key, value, None, 0.0), in_bfloat16())
     for found, other, best in zip(ours, torchs, exact, strict=True):
