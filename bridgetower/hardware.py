@@ -42,10 +42,10 @@ DEVICES: Mapping[str, Device] = {
         "H100 NVL", 94, 835e12, 60e12, 3.9e12, 64e9, 400, 0, 0.35, "NVIDIA H100 data sheet (NVL), PCIe 5 x16"
     ),
     "h100": Device(
-        "H100", 80, 989e12, 67e12, 3.35e12, 450e9, 700, 10_200 / 8, 0.25, "NVIDIA H100 (SXM) and DGX H100 data sheets"
+        "H100", 80, 989e12, 67e12, 3.35e12, 450e9, 700, 10_200 / 8, 0.34, "NVIDIA H100 (SXM) and DGX H100 data sheets"
     ),
     "h200": Device(
-        "H200", 141, 989e12, 67e12, 4.8e12, 450e9, 700, 10_200 / 8, 0.31, "NVIDIA H200 (SXM) and DGX H200 data sheets"
+        "H200", 141, 989e12, 67e12, 4.8e12, 450e9, 700, 10_200 / 8, 0.34, "NVIDIA H200 (SXM) and DGX H200 data sheets"
     ),
     "b200": Device("B200", 180, 2250e12, 75e12, 8.0e12, 900e9, 1000, 14_300 / 8, 0.35, "NVIDIA DGX B200 data sheet"),
     "a100-40g": Device(

@@ -12,8 +12,6 @@ from bridgetower.config.schema import ComputeConfig
 EVERYTHING = ("vision", "text", "fusion")
 """Every part that compute.recompute knows."""
 FUSION = ("fusion",)
-
-
 _PUBLISHED_BATCH = 4_096  # pairs of a step (arXiv 2206.08657, section 4.1)
 
 

@@ -126,7 +126,8 @@ def attend_within_rows(
 
     Returns: x, for who goes on reading it, and what all heads attended to, both of shape (R, P, D).
     """
-    fit = kernels and fits(states_RPD, num_heads) and fused.fits(states_RPD)
+    # Compiled code, which fused.fits asks for first, cannot ask the rest.
+    fit = kernels and fused.fits(states_RPD) and fits(states_RPD, num_heads)
     if fit and _rows().takes(states_RPD, num_heads, dropout):
         found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads)
         return found
