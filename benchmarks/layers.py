@@ -158,6 +158,17 @@ def attention_dropout(pairs: int, dtype: torch.dtype) -> Ways:
     )
 
 
+def attention_on_matrix_units(pairs: int, dtype: torch.dtype) -> Ways:
+    """Attention of images to themselves: ours, with products for its backward pass in bfloat16 with AMX, or torch's."""
+    projections = _states(pairs, _POSITIONS, 3 * _WIDTH, dtype=dtype)
+    query, key, value = (part.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for part in projections.chunk(3, dim=-1))
+    return (
+        lambda: attend(query, key, value, None, 0.0).sum(),
+        lambda: F.scaled_dot_product_attention(query, key, value).sum(),
+        [projections],
+    )
+
+
 def states_dropout(pairs: int, dtype: torch.dtype) -> Ways:
     """Dropout of the images' states: ours, or torch's."""
     states = _states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
@@ -188,6 +199,7 @@ PARTS: dict[str, Callable[[int, torch.dtype], Ways]] = {
     "vision_block": vision_block,
     "quick_gelu": quick_gelu,
     "attention_dropout": attention_dropout,
+    "attention_on_matrix_units": attention_on_matrix_units,
     "states_dropout": states_dropout,
     "text_grid": text_grid,
 }

@@ -252,7 +252,7 @@ class _Layers:
         result = rows * own.width * width * self.element
         collected = own.copied * width * self.element
         sources = copied * self.element
-        if self.dropout and not self.kernels.drops_inside:  # model/dropout.py
+        if self.dropout and not self.kernels.drops_inside:  # model/cpu_attention.py
             kept = held * self.element + shares * (self.element + 1) + sources + (collected or result)
             return Work(kept, products, 2 * products)
         kept = held * self.element + result + sources + collected + 4 * rows * num_heads * own.width

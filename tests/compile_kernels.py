@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bridgetower.model import attention_kernels, kernels, row_attention
+from bridgetower.model import attention_kernels, kernels, row_attention, row_attention_kernels
 
 WIDTH, HEADS = 768, 12
 NORM = {"WIDTH": WIDTH, "BLOCK": 1024, "SHIFTS": True, "DROPS": True, "num_warps": 1}
@@ -40,9 +40,9 @@ CONSTANTS: dict[Any, dict[str, Any]] = {
     attention_kernels.few_keys_backward: {**ATTENTION, "QUERIES": 64, "KEYS": 32},
     attention_kernels.few_queries_forward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
     attention_kernels.few_queries_backward: {**ATTENTION, "QUERIES": 32, "KEYS": 64},
-    attention_kernels.rows_forward: {**ROWS, **row_attention.FORWARD},
-    attention_kernels.rows_backward_of_queries: {**ROWS, **row_attention.BACKWARD_OF_QUERIES},
-    attention_kernels.rows_backward_of_keys: {**ROWS, **row_attention.BACKWARD_OF_KEYS},
+    row_attention_kernels.rows_forward: {**ROWS, **row_attention.FORWARD},
+    row_attention_kernels.rows_backward_of_queries: {**ROWS, **row_attention.BACKWARD_OF_QUERIES},
+    row_attention_kernels.rows_backward_of_keys: {**ROWS, **row_attention.BACKWARD_OF_KEYS},
 }
 TYPES = {
     **dict.fromkeys(("mean", "inverse", "partial", "log_sum", "along_sum"), "*fp32"),

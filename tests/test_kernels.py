@@ -231,14 +231,32 @@ def test_attention_within_rows(length):
     assert_same(found[1:], [attended], leaves, tolerance=tolerance)
 
 
+def test_attention_within_rows_whose_scores_are_all_far_below_zero():
+    heads, width, length = 2, 16, 37  # the last tile has keys that are not there
+    dtype, scale = (torch.float16, 4.0) if DEVICE.type == "cuda" else (torch.float32, 30.0)
+    linear = linear_of(heads * width, 3 * heads * width).to(dtype)
+    with torch.no_grad():
+        linear.bias[: heads * width] = scale / 4  # of queries
+        linear.bias[heads * width : 2 * heads * width] = -scale
+    weight, bias = linear.weight, linear.bias
+    states = torch.randn(2, length, heads * width, device=DEVICE, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        query, key, _ = F.linear(states, weight, bias).unflatten(-1, (3, heads, width)).unbind(2)
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / width**0.5
+    assert scores.max() < (-14 if dtype == torch.float16 else -100)
+    found = row_attention.attend_within_rows(states, weight, bias, heads)[1]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), [states, weight, bias]))
+
+
 def test_every_kernel_compiles_for_gpus(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.compile_kernels"]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = json.loads(done.stdout)
-    # Every function of both files that is one.
-    sources = [(REPO / f"bridgetower/model/{name}.py").read_text() for name in ("kernels", "attention_kernels")]
+    # Every function of these files that is one.
+    files = (REPO / "bridgetower/model").glob("*kernels.py")
+    sources = [file.read_text() for file in files]
     assert compiled.keys() == {name for source in sources for name in re.findall(r"^def ([a-z]\w+)\(", source, re.M)}
     # What has no place in registers goes to slow memory: a few numbers of one kernel.
     assert {name for name, spilled in compiled.items() if spilled} <= {"few_queries_backward"}
@@ -286,9 +304,18 @@ def kernel_task(monkeypatch) -> PretrainTask:
     return PretrainTask(model.to(DEVICE).train(), ObjectivesConfig(mlm=True, itm=True, itc=False))
 
 
-def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task):
+def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task, monkeypatch):
+    within_rows = row_attention.attend_within_rows
+    calls: list[Tensor] = []
+
+    def noted(states: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+        calls.append(states)
+        return within_rows(states, *arguments)
+
+    monkeypatch.setattr(row_attention, "attend_within_rows", noted)
     # Recomputing draws the same, and runs each kernel once more.
     assert_agree(kernel_task, to_device(random_batch(2), DEVICE), RECOMPUTED)
+    assert calls or DEVICE.type == "cuda"  # where it is not for float32
 
 
 def test_a_tower_without_a_norm_goes_without_its_kernel(kernel_task):
@@ -301,6 +328,7 @@ def test_kernels_can_be_switched_off(kernel_task, monkeypatch):
         for module in (attention, text_tower):
             monkeypatch.setattr(module, "attend_spans", attend_spans_without_kernels)
     monkeypatch.setattr(fused, "_kernels", lambda: pytest.fail("a kernel"))
+    monkeypatch.setattr(flash, "_rows", lambda: pytest.fail("a kernel"))
     batch = to_device(random_batch(2), DEVICE)
     computed(kernel_task, batch, PLAIN)
     kernel_task.model.compute = dataclasses.replace(ComputeConfig(), fuse_kernels=False)

@@ -441,7 +441,8 @@ class ComputeConfig:
     joint_pass: bool = True
     """MLM and ITM go through the cross-modal encoder together; off: one after the other."""
     fuse_kernels: bool = True
-    """On a GPU, sums, dropout and norms in one kernel, activations with their biases in one; off: torch's operators."""
+    """On a GPU, sums, dropout and norms in one kernel, activations with their biases in one, attention of texts, and of
+    images in the vision tower, by kernels of this project; off: torch's operators."""
     cuda_graphs: bool = True
     """The step is recorded as CUDA graphs, once for each shape, and asked for at once; off: kernel by kernel. On a GPU,
     in half precision, with MLM and ITM alone, captions of 64 tokens at most, and nothing recomputed or compiled."""

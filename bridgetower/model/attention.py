@@ -15,7 +15,7 @@ from bridgetower.config.schema import FusionConfig
 from bridgetower.model import fused
 from bridgetower.model.cpu_attention import attend
 from bridgetower.model.dropout import drop
-from bridgetower.model.flash import Spans, attend_spans, attend_within_rows, even_spans, fits
+from bridgetower.model.flash import Spans, attend_spans, attend_within_rows, even_spans, fits, takes_rows
 from bridgetower.model.fused import Shared, expand, project, project_add_norm
 from bridgetower.model.packing import Layout
 
@@ -69,10 +69,10 @@ class Attention(nn.Module):
             attended = self._absorbed(query, _pick(context, context_rows), layout)
             return self.finish(attended, _pick(states, state_rows))
         dropout = self.dropout if self.training else 0.0
-        if states is context and not layouts and state_rows is None and context_rows is None:
+        is_within_rows = states is context and not layouts and state_rows is None and context_rows is None
+        if is_within_rows and takes_rows(states, self.num_heads, dropout, kernels=self.uses_kernels):
             joined = _joint_weights(self.query, self.key, self.value)
-            kernels = self.uses_kernels
-            states, attended = attend_within_rows(states, *joined, self.num_heads, dropout, kernels=kernels)
+            states, attended = attend_within_rows(states, *joined, self.num_heads, dropout, kernels=True)
             return self.finish(attended, states)
         if states is context:
             states, query, key, value = self.project(states, self.query, self.key, self.value)

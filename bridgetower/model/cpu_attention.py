@@ -32,71 +32,60 @@ def attend(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor, mask_RN: Te
     if dropout and query_RHQd.device.type == "cpu" and not torch.compiler.is_compiling():
         attended: Tensor = _DroppedAttention.apply(query_RHQd, key_RHNd, value_RHNd, mask_RN, dropout)
         return attended
-    if mask_RN is None and not dropout and _is_for_matrix_units(query_RHQd):
-        return torch.ops.bridgetower.attend(query_RHQd, key_RHNd, value_RHNd)[0]  # type: ignore[no-any-return]
+    if mask_RN is None and not dropout and _is_for_matrix_units(query_RHQd, key_RHNd, value_RHNd):
+        return torch.ops.bridgetower.attend(query_RHQd, key_RHNd, value_RHNd)  # type: ignore[no-any-return]
     mask_R11N = None if mask_RN is None else mask_RN[:, None, None, :]
     return F.scaled_dot_product_attention(query_RHQd, key_RHNd, value_RHNd, attn_mask=mask_R11N, dropout_p=dropout)
 
 
-def _is_for_matrix_units(query_RHQd: Tensor) -> bool:
+def _is_for_matrix_units(*parts: Tensor) -> bool:
     """Whether there is a backward pass that they are faster at."""
     return (
         _HAS_AMX
-        and query_RHQd.device.type == "cpu"
-        and query_RHQd.dtype == torch.bfloat16
-        and query_RHQd.requires_grad
         and torch.is_grad_enabled()
+        and any(part.requires_grad for part in parts)
+        and all(
+            part.device.type == "cpu" and part.dtype == torch.bfloat16 and part.numel() > 0 and part.stride(-1) == 1
+            for part in parts
+        )
         and (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled())  # the switch of sdpa_kernel
     )
 
 
 @torch.library.custom_op("bridgetower::attend", mutates_args=())
-def _attend(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> tuple[Tensor, Tensor]:
-    """Torch's fused forward pass, and the logarithm of each query's sum."""
-    found_RHQd, log_sum_RHQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query_RHQd, key_RHNd, value_RHNd
-    )
-    return found_RHQd, log_sum_RHQ.contiguous()
+def _attend(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> Tensor:
+    """Torch's fused forward pass."""
+    return F.scaled_dot_product_attention(query_RHQd, key_RHNd, value_RHNd)
 
 
 @_attend.register_fake
-def _(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> tuple[Tensor, Tensor]:
-    return _heads_beside(query_RHQd), query_RHQd.new_empty(query_RHQd.shape[:3], dtype=torch.float32)
+def _(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> Tensor:
+    return _heads_beside(query_RHQd)
 
 
 @torch.library.custom_op("bridgetower::attend_backward", mutates_args=())
 def _attend_backward(
-    gradient_RHQd: Tensor,
-    query_RHQd: Tensor,
-    key_RHNd: Tensor,
-    value_RHNd: Tensor,
-    attended_RHQd: Tensor,
-    log_sum_RHQ: Tensor,
+    gradient_RHQd: Tensor, query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of a row at a time, so that its shares stay in the CPU's cache."""
-    grads = tuple(map(_heads_beside, (query_RHQd, key_RHNd, value_RHNd)))
+    """Products of a row at a time, so that its shares stay in the CPU's cache.
+
+    Scores are rounded to bfloat16, as where attention is written as products, so that the shares are theirs.
+    """
+    query_grad, key_grad, value_grad = map(_heads_beside, (query_RHQd, key_RHNd, value_RHNd))
     scale = query_RHQd.shape[-1] ** -0.5
-    along_RHQ = (gradient_RHQd * attended_RHQd).sum(dim=-1, dtype=torch.float32)
-    rows = zip(gradient_RHQd, query_RHQd * scale, key_RHNd, value_RHNd, log_sum_RHQ, along_RHQ, *grads, strict=True)
-    for gradient_HQd, query_HQd, key_HNd, value_HNd, log_HQ, along_HQ, *to in rows:
-        score_HQN = (query_HQd @ key_HNd.transpose(1, 2)).float()
-        share_HQN = score_HQN.sub_(log_HQ[..., None]).exp_().to(gradient_HQd.dtype)
-        score_grad_HQN = (gradient_HQd @ value_HNd.transpose(1, 2)).sub_(along_HQ[..., None]).mul_(share_HQN)
-        to[0].copy_(score_grad_HQN @ key_HNd).mul_(scale)
-        to[1].copy_(score_grad_HQN.transpose(1, 2) @ query_HQd)
-        to[2].copy_(share_HQN.transpose(1, 2) @ gradient_HQd)
-    return grads[0], grads[1], grads[2]
+    for row, gradient_HQd in enumerate(gradient_RHQd):
+        query_HQd, key_HNd = query_RHQd[row] * scale, key_RHNd[row]
+        share_HQN = (query_HQd @ key_HNd.transpose(1, 2)).softmax(dim=-1)
+        share_grad_HQN = gradient_HQd @ value_RHNd[row].transpose(1, 2)
+        score_grad_HQN = torch._softmax_backward_data(share_grad_HQN, share_HQN, -1, share_HQN.dtype)
+        query_grad[row] = (score_grad_HQN @ key_HNd).mul_(scale)
+        key_grad[row] = score_grad_HQN.transpose(1, 2) @ query_HQd
+        value_grad[row] = share_HQN.transpose(1, 2) @ gradient_HQd
+    return query_grad, key_grad, value_grad
 
 
 @_attend_backward.register_fake
-def _(
-    gradient_RHQd: Tensor,
-    query_RHQd: Tensor,
-    key_RHNd: Tensor,
-    value_RHNd: Tensor,
-    attended_RHQd: Tensor,
-    log_sum_RHQ: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient_RHQd: Tensor, query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _heads_beside(query_RHQd), _heads_beside(key_RHNd), _heads_beside(value_RHNd)
 
 
@@ -106,12 +95,11 @@ def _heads_beside(part_RHNd: Tensor) -> Tensor:
     return part_RHNd.new_empty(num_rows, length, heads, width).transpose(1, 2)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-    ctx.set_materialize_grads(False)
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _go_back(ctx: Any, gradient_RHQd: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _go_back(ctx: Any, gradient_RHQd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.bridgetower.attend_backward(gradient_RHQd, *ctx.saved_tensors)
     return grads
 

@@ -2,7 +2,7 @@
 
 Torch's own attention knows rows of one length alone, so that packed texts have to be spread out to a grid and masked,
 and its flash kernel takes no mask. Its kernel for rows of any length is not behind that function. Rows with a short
-side, and those of images, have kernels of ours.
+side, and without dropout those of images, have kernels of ours.
 
 Shapes: T queries and S keys of all rows, R rows, P positions, D width, E three times D, H heads, d width of a head.
 """
@@ -115,6 +115,13 @@ def attend_spans(
     return attended
 
 
+def takes_rows(states_RPD: Tensor, num_heads: int, dropout: float, *, kernels: bool) -> bool:
+    """Whether positions of such rows attend to each other, with their projections, by kernels of ours."""
+    # Compiled code, which fused.fits asks for first, cannot ask the rest.
+    fit = kernels and fused.fits(states_RPD) and fits(states_RPD, num_heads)
+    return fit and bool(_rows().takes(states_RPD, num_heads, dropout))
+
+
 def attend_within_rows(
     states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float, *, kernels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -126,9 +133,7 @@ def attend_within_rows(
 
     Returns: x, for who goes on reading it, and what all heads attended to, both of shape (R, P, D).
     """
-    # Compiled code, which fused.fits asks for first, cannot ask the rest.
-    fit = kernels and fused.fits(states_RPD) and fits(states_RPD, num_heads)
-    if fit and _rows().takes(states_RPD, num_heads, dropout):
+    if takes_rows(states_RPD, num_heads, dropout, kernels=kernels):
         found: tuple[Tensor, Tensor] = _rows().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads)
         return found
     states_RPD, *parts = fused.project(states_RPD, weight_ED, bias_E, 3, kernels=kernels)

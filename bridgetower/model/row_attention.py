@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bridgetower.model import attention_kernels as kernels
+from bridgetower.model import row_attention_kernels as kernels
 from bridgetower.model.kernel_functions import product_gradients
 
 LONGEST = 512
-"""Positions; of more, torch's kernels are faster (577 on an H100: docs/performance.md)."""
+"""Positions. On an H100, 145, 325 and 442 were faster than torch's; 197, and 577 and more, slower."""
 _TILE = 64
-"""Queries, or keys, of a program."""
+"""Queries, or keys, of a program: as many for both, as their sums stand beside each other."""
 _TAIL = {"TAIL": 16, "num_warps": 4}
 # How many go by at a time, and are on their way meanwhile: measured on an H100 at 325 positions.
 FORWARD = {"QUERIES": _TILE, "KEYS": 64, "num_stages": 3, **_TAIL}

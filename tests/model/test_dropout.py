@@ -1,4 +1,4 @@
-"""Dropout and attention on a CPU: what is dropped, how often, and what is left of attention and of its gradients."""
+"""Dropout on a CPU: what is dropped, how often, and what is left of attention and of its gradients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from bridgetower.model import cpu_attention
 from bridgetower.model.cpu_attention import attend
 from bridgetower.model.dropout import draw_dropped, drop
 
@@ -91,53 +89,6 @@ def test_attention_with_dropout_has_the_mean_of_attention_without():
     without = attend(*parts, MASK_RN, 0.0).detach()
     torch.testing.assert_close(without, F.scaled_dot_product_attention(*parts, attn_mask=MASK_RN[:, None, None]))
     assert ((draws.mean(dim=0) - without).abs() < 5 * draws.std(dim=0) / math.sqrt(2000)).all()
-
-
-def in_bfloat16() -> tuple[Tensor, Tensor, Tensor]:
-    """Heads as projections give them: beside each other."""
-    rng = torch.Generator().manual_seed(6)
-    joined = torch.randn(R, 40, 3 * H * 16, generator=rng).bfloat16().requires_grad_()
-    query, key, value = (part.unflatten(-1, (H, 16)).transpose(1, 2) for part in joined.chunk(3, dim=-1))
-    return query, key, value
-
-
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_attention_for_matrix_units_is_as_exact_as_torchs(monkeypatch, backend):
-    monkeypatch.setattr(cpu_attention, "_HAS_AMX", True)
-    attend_here = attend if backend is None else torch.compile(attend, backend=backend)
-    gradient = torch.randn(R, H, 40, 16, generator=torch.Generator().manual_seed(7)).bfloat16()
-
-    def computed(way, parts: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        attended = way(*parts)
-        return [attended, *torch.autograd.grad(attended, parts, gradient.to(attended.dtype))]
-
-    query, key, value = (part.detach().double().requires_grad_() for part in in_bfloat16())
-    exact = computed(F.scaled_dot_product_attention, (query, key, value))
-    torchs = computed(F.scaled_dot_product_attention, in_bfloat16())
-    ours = computed(lambda query, key, value: attend_here(query, key, value, None, 0.0), in_bfloat16())
-    for found, other, best in zip(ours, torchs, exact, strict=True):
-        off, off_of_other = ((part.double() - best).norm() / best.norm() for part in (found, other))
-        assert off < max(2 * off_of_other, 0.01)
-
-
-def test_attention_for_matrix_units_is_taken_for_bfloat16_with_a_gradient_alone(monkeypatch):
-    monkeypatch.setattr(cpu_attention, "_HAS_AMX", True)
-    parts = in_bfloat16()
-    names = [type(attend(*found, None, 0.0).grad_fn).__name__ for found in (parts, projections(torch.float32))]
-    assert "bridgetower_attend" in names[0] and "bridgetower" not in names[1]
-    with torch.no_grad():
-        assert attend(*parts, None, 0.0).grad_fn is None
-    with sdpa_kernel(SDPBackend.MATH):  # as who counts operations asks for
-        assert "bridgetower" not in type(attend(*parts, None, 0.0).grad_fn).__name__
-
-
-def test_operators_for_matrix_units_are_what_they_say():
-    parts = [part.detach().requires_grad_() for part in in_bfloat16()]
-    torch.library.opcheck(torch.ops.bridgetower.attend.default, tuple(parts))
-    attended, log_sum = torch.ops.bridgetower.attend(*parts)
-    arguments = torch.ones_like(attended), *parts, attended, log_sum
-    kept = tuple(argument.detach() for argument in arguments)
-    torch.library.opcheck(torch.ops.bridgetower.attend_backward.default, kept)
 
 
 def test_row_that_sees_no_key_is_a_number():
