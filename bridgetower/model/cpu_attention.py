@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from bridgetower.model.dropout import draw_dropped, without
@@ -52,7 +52,7 @@ def _is_for_matrix_units(*parts: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("bridgetower::attend", mutates_args=())
+@library.custom_op("bridgetower::attend", mutates_args=())
 def _attend(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> Tensor:
     """Torch's fused forward pass."""
     return F.scaled_dot_product_attention(query_RHQd, key_RHNd, value_RHNd)
@@ -63,7 +63,7 @@ def _(query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor) -> Tensor:
     return _heads_beside(query_RHQd)
 
 
-@torch.library.custom_op("bridgetower::attend_backward", mutates_args=())
+@library.custom_op("bridgetower::attend_backward", mutates_args=())
 def _attend_backward(
     gradient_RHQd: Tensor, query_RHQd: Tensor, key_RHNd: Tensor, value_RHNd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -76,6 +76,6 @@ def test_it_leaves_to_torch_what_its_kernel_would_not_look_at():
 
 def test_operators_are_what_they_say():
     parts = [part.detach().requires_grad_() for part in projections()]
-    torch.library.opcheck(torch.ops.bridgetower.attend.default, tuple(parts))
+    library.opcheck(torch.ops.bridgetower.attend.default, tuple(parts))
     kept = tuple(part.detach() for part in parts)
-    torch.library.opcheck(torch.ops.bridgetower.attend_backward.default, (torch.ones_like(kept[0]), *kept))
+    library.opcheck(torch.ops.bridgetower.attend_backward.default, (torch.ones_like(kept[0]), *kept))
