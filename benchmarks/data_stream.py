@@ -36,11 +36,11 @@ from benchmarks.photos import cut_photos
 from benchmarks.stream_sides import LIMIT, OURS, SIDE_PX, SIDES, our_stream
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
 from bridgetower.config.snapshot import find_commit
-from bridgetower.data.index import IndexRow, index_bytes, make_index
 from bridgetower.data.loader import micro_batches
-from bridgetower.data.manifest import Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.data.order import Order
 from bridgetower.errors import ConfigError
+from bridgetower.shards.index import IndexRow, index_bytes, make_index
+from bridgetower.shards.manifest import Manifest, ShardEntry, Totals, write_manifest
 
 _FLAGS = {
     "images": "photographs of each size (default 256)",

@@ -30,15 +30,15 @@ from torch.nn import functional as F
 from benchmarks.step import DTYPES, describe_machine
 from benchmarks.step_sides import MEAN_TOKENS, Side, caption_lengths, kept_bytes, moved
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
-from bridgetower.config.models import base
+from bridgetower.config.named_models import base
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import ConfigError
+from bridgetower.kernels.cpu import attend
+from bridgetower.kernels.dropout import drop
 from bridgetower.model.attention import Attention
-from bridgetower.model.cpu_attention import attend
-from bridgetower.model.dropout import drop
-from bridgetower.model.packing import Grid, Packing, similar
+from bridgetower.model.packed import Grid, Packing, similar
 from bridgetower.model.vision_tower import efficient_block
-from bridgetower.rows import BUCKET_TOKENS
+from bridgetower.step.plan import BUCKET_TOKENS
 
 # Of base; two rows a pair go through the cross-modal layers.
 _WIDTH, _HEADS, _POSITIONS, _DROPOUT = 768, 12, 325, 0.1

@@ -36,13 +36,14 @@ from benchmarks import step_sides
 from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.step_sides import PUBLISHED_TOKENS
 from bridgetower.batch import PretrainBatch
-from bridgetower.capacity import StepCost, Texts, count_micro_batch
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
-from bridgetower.config.models import MODELS
-from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig
+from bridgetower.config.compute import PLAIN, ComputeConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
+from bridgetower.cost.closed_form import StepCost, Texts, count_micro_batch
+from bridgetower.cost.devices import peak_flops
 from bridgetower.errors import ConfigError
-from bridgetower.hardware import peak_flops
 from bridgetower.model.bridgetower import complete_model_config
 
 _PARTS = ("vision", "text", "fusion")

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import ComputeConfig, ModelConfig, ObjectivesConfig
-from bridgetower.flops import count_flops
+from bridgetower.config.compute import ComputeConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.run import ObjectivesConfig
+from bridgetower.cost.counted import count_flops
 from bridgetower.interop.huggingface import to_huggingface
+from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.model.compiled import compile_parts
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 
 OBJECTIVES = ObjectivesConfig(mlm=True, itm=True, itc=False)
 MEAN_TOKENS = 12

@@ -24,7 +24,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bridgetower.config.schema import DataConfig
+from bridgetower.config.data import DataConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.images import load_image
 from bridgetower.data.loader import micro_batches

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. It is looked for when it is used, so that importing the package costs nothing.
 _PUBLIC = {
-    "load_model": "bridgetower.loading",
+    "load_model": "bridgetower.interop.open",
     "BridgeTower": "bridgetower.model.bridgetower",
     "BridgeTowerError": "bridgetower.errors",
 }

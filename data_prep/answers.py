@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgetower.errors import DataError
-from bridgetower.storage import reading
+from bridgetower.io.storage import reading
 
 MIN_COUNT = 9
 """Questions whose most frequent answer an answer has to be, to get into the vocabulary."""

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridgetower.data.index import index_path
-from bridgetower.data.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import claim_folder
-from bridgetower.storage import is_remote, publish_bytes, reading
+from bridgetower.io.files import claim_folder
+from bridgetower.io.storage import is_remote, publish_bytes, reading
+from bridgetower.shards.index import index_path
+from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
 from data_prep.contact_sheet import SHEET_NAME, contact_sheet
 from data_prep.exclusion import Exclusion
 from data_prep.plan import Plan, PlannedSplit

@@ -24,9 +24,9 @@ from rich.table import Table
 import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
-from bridgetower.data.manifest import Manifest
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
-from bridgetower.storage import is_remote, place
+from bridgetower.io.storage import is_remote, place
+from bridgetower.shards.manifest import Manifest
 from data_prep.build import Settings, Slice, build_corpus, num_cores
 from data_prep.exclusion import load_exclusion
 from data_prep.plan import planning

@@ -13,9 +13,9 @@ from fire.decorators import SetParseFn
 from tokenizers import ByteLevelBPETokenizer
 
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 
 USAGE = "Usage: python data_prep/build_tokenizer.py SHARDS --vocabulary_size=N --out=DIR"
 

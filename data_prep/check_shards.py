@@ -26,16 +26,16 @@ import numpy.typing as npt
 from fire.decorators import SetParseFn
 from rich.console import Console
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
-from bridgetower.data.index import Index, index_bytes, index_path, load_index, samples_of_tar, scan_tar
-from bridgetower.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
-from bridgetower.data.picture import open_picture
-from bridgetower.data.sample import IMAGE_SUFFIXES, clean_caption, parse_record
-from bridgetower.draws import hash64
 from bridgetower.errors import EXIT_USAGE, ConfigError, DataError
-from bridgetower.files import claim_folder, sha256_of
-from bridgetower.storage import is_remote, publish_bytes, reading
+from bridgetower.io.files import claim_folder, sha256_of
+from bridgetower.io.storage import is_remote, publish_bytes, reading
+from bridgetower.rng import hash64
+from bridgetower.shards.decode import open_picture
+from bridgetower.shards.index import Index, index_bytes, index_path, load_index, samples_of_tar, scan_tar
+from bridgetower.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
+from bridgetower.shards.sample import IMAGE_SUFFIXES, clean_caption, parse_record
 from data_prep.build import num_cores
 from data_prep.exclusion import is_telling
 from data_prep.index_shards import INDEXED, scan_foreign
@@ -272,7 +272,7 @@ def _read_shard(
     indexed = set(index["image_offset"].tolist())
     chosen = set(range(len(index)))
     if 0 <= to_decode < len(index):
-        chosen = set(draws.shuffled(draws.key(name), len(index))[:to_decode].tolist())
+        chosen = set(rng.shuffled(rng.key(name), len(index))[:to_decode].tolist())
     keys: list[int] = []
     image_ids: list[int] = []
     phashes: list[int] = []

@@ -12,10 +12,10 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bridgetower import draws
-from bridgetower.data.index import RawSample, load_index, read_row
-from bridgetower.data.manifest import Manifest
-from bridgetower.data.picture import open_picture
+from bridgetower import rng
+from bridgetower.shards.decode import open_picture
+from bridgetower.shards.index import RawSample, load_index, read_row
+from bridgetower.shards.manifest import Manifest
 
 SHEET_NAME = "contact_sheet.png"
 
@@ -50,7 +50,7 @@ def contact_sheet(folder: Path, manifest: Manifest, seed: int) -> bytes:
 def _random_samples(folder: Path, manifest: Manifest, seed: int) -> Iterator[RawSample]:
     counts = np.array([shard.samples for shard in manifest.shards], np.int64)
     total = int(counts.sum())
-    chosen = draws.permute(draws.key(seed, "contact sheet"), np.arange(min(total, _COLUMNS * _ROWS)), total)
+    chosen = rng.permute(rng.key(seed, "contact sheet"), np.arange(min(total, _COLUMNS * _ROWS)), total)
     first = np.concatenate([[0], np.cumsum(counts)])
     at = np.searchsorted(first, chosen, side="right") - 1
     for shard_number, sample in sorted(zip(at.tolist(), (chosen - first[at]).tolist(), strict=True)):

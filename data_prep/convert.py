@@ -13,8 +13,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from bridgetower.data.picture import PictureTooLarge, flatten, opaque_rgb, opened, orientation_of, upright
 from bridgetower.errors import DataError
+from bridgetower.shards.decode import PictureTooLarge, flatten, opaque_rgb, opened, orientation_of, upright
 from data_prep.record import ImagePolicy
 
 # A worker is one process on one core.

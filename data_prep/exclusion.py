@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bridgetower.data.index import load_index, read_row
-from bridgetower.data.manifest import MANIFEST_NAME, load_manifest
-from bridgetower.draws import hash64
 from bridgetower.errors import DataError
-from bridgetower.storage import place
+from bridgetower.io.storage import place
+from bridgetower.rng import hash64
+from bridgetower.shards.index import load_index, read_row
+from bridgetower.shards.manifest import MANIFEST_NAME, load_manifest
 
 _OTHER_IDS = {"coco_id": "coco", "flickr_id": "flickr30k"}
 """Fields of a sample that name its picture in another data set, and how image ids of that one begin.

@@ -33,8 +33,8 @@ from rich.table import Table
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command, show_usage_or_stop
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError
-from bridgetower.files import claim_folder, write_atomically
-from bridgetower.storage import is_remote, place
+from bridgetower.io.files import claim_folder, write_atomically
+from bridgetower.io.storage import is_remote, place
 from data_prep.catalogue import Corpus, RemoteFile, catalogue, tars_folder
 from data_prep.http_files import download_file, http_session
 from data_prep.img2dataset_output import Downloads

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
-from bridgetower.storage import reading
+from bridgetower.io.storage import reading
+from bridgetower.shards.sample import safe_key
 from data_prep.record import ImageFile, Record, Reject
 
 _STATS_SUFFIX = "_stats.json"

@@ -18,12 +18,12 @@ from fire.decorators import SetParseFn
 from rich.console import Console
 
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
-from bridgetower.data.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
-from bridgetower.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
-from bridgetower.data.sample import IMAGE_SUFFIXES, parse_record
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import sha256_of
-from bridgetower.storage import publish_bytes, reading
+from bridgetower.io.files import sha256_of
+from bridgetower.io.storage import publish_bytes, reading
+from bridgetower.shards.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
+from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
+from bridgetower.shards.sample import IMAGE_SUFFIXES, parse_record
 from data_prep.build import add_up, num_cores
 from data_prep.convert import Rejected, convert
 from data_prep.local import each_shard, local_copy, shard_folder

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
+from bridgetower.shards.sample import safe_key
 from data_prep.fields import as_object, name_of, objects_of, refusal, text_of, whole_of
 from data_prep.raw_files import json_items, raw_folder, require_files
 from data_prep.record import ImageFile, Record, SourceOptions

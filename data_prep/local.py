@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import is_remote, place, reading
+from bridgetower.io.storage import is_remote, place, reading
 
 T = TypeVar("T")
 

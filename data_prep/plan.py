@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.errors import DataError
-from bridgetower.storage import place
+from bridgetower.io.storage import place
 from data_prep.record import ImageFile, Record, Reject
 
 _PREFIX = ".plan-"
@@ -203,7 +203,7 @@ def _collect(
     database: sqlite3.Connection, entries: Iterable[Record | Reject], seed: int, on_progress: Callable[[int], None]
 ) -> tuple[Counter[str], Counter[tuple[str, str]]]:
     """Write all records down as they come. Returns: texts by split, and dropped rows by split and reason."""
-    stream = draws.key(seed, "order of records")
+    stream = rng.key(seed, "order of records")
     rows: Counter[str] = Counter()
     rejects: Counter[tuple[str, str]] = Counter()
     source = iter(entries)
@@ -214,7 +214,7 @@ def _collect(
                 rejects[entry.split, entry.reason] += entry.rows
         for record in records:
             rows[record.split] += max(1, len(record.captions))
-        places = draws.keys(stream, [record.key for record in records])
+        places = rng.keys(stream, [record.key for record in records])
         database.execute("BEGIN")
         database.executemany(
             "INSERT INTO rows (split, place, key, content) VALUES (?, ?, ?, ?)",

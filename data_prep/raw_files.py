@@ -13,7 +13,7 @@ from typing import Any, Literal
 import ijson
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import reading
+from bridgetower.io.storage import reading
 from data_prep.record import SourceOptions
 
 

@@ -13,7 +13,7 @@ class ImageFile:
     """Where the bytes of an image lie: a file, or a part of one."""
 
     path: Path
-    """Local, or in an object store (bridgetower.storage.place)."""
+    """Local, or in an object store (bridgetower.io.storage.place)."""
     offset: int = 0
     num_bytes: int = -1
     """For a member of a tar, its place in it; -1: the whole file."""
@@ -28,7 +28,7 @@ class Record:
     """
 
     key: str
-    """Names the sample in its split; letters, digits, ``_`` and ``-`` (bridgetower.data.sample.safe_key makes one)."""
+    """Names the sample in its split; letters, digits, ``_`` and ``-`` (bridgetower.shards.sample.safe_key)."""
     image: ImageFile
     second_image: ImageFile | None = None
     image_id: str

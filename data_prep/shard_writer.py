@@ -24,12 +24,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bridgetower.data.index import index_bytes, index_path, scan_tar
-from bridgetower.data.manifest import MANIFEST_NAME, ShardEntry, Totals
-from bridgetower.data.sample import Sample, clean_caption
 from bridgetower.errors import DataError
-from bridgetower.files import sha256_of
-from bridgetower.storage import EndOfFile, is_remote, publish_bytes, publish_file, read_part
+from bridgetower.io.files import sha256_of
+from bridgetower.io.storage import EndOfFile, is_remote, publish_bytes, publish_file, read_part
+from bridgetower.shards.index import index_bytes, index_path, scan_tar
+from bridgetower.shards.manifest import MANIFEST_NAME, ShardEntry, Totals
+from bridgetower.shards.sample import Sample, clean_caption
 from data_prep.convert import Converted, Rejected, convert
 from data_prep.exclusion import Exclusion
 from data_prep.plan import Plan

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import write_atomically
+from bridgetower.io.files import write_atomically
 from data_prep.img2dataset_output import Downloads, all_stats
 from data_prep.web_corpora import Row
 

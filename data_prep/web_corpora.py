@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
-from bridgetower.storage import is_remote, reading
+from bridgetower.io.storage import is_remote, reading
+from bridgetower.shards.sample import safe_key
 from data_prep.img2dataset_output import downloaded_records
 from data_prep.raw_files import DiskDict, delimited_rows, json_items, raw_folder, require_files
 from data_prep.record import ImageFile, Record, Reject, SourceOptions

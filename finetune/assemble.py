@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.config.finetune import NO_INIT, FinetuneConfig
+from bridgetower.config.model import CUSTOM, ModelConfig
 from bridgetower.config.overrides import walk_fields
-from bridgetower.config.schema import CUSTOM, ModelConfig
 from bridgetower.config.snapshot import RUN_FILE, has_checkpoints, read_config
 from bridgetower.data.corpora import Corpora, open_cache
 from bridgetower.data.held_out import HeldOutSplit
@@ -23,9 +23,9 @@ from bridgetower.data.order import Cut, Order
 from bridgetower.data.targets import num_classes
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError, ConfigError
-from bridgetower.loading import load_model
+from bridgetower.interop.open import load_model
+from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
-from bridgetower.model.compiled import compile_parts
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
 from finetune.tasks import ClassifierTask, FinetuneTask, RetrievalTask
@@ -126,7 +126,7 @@ def build_task(config: FinetuneConfig, start: Start) -> FinetuneTask:
     Raises:
         CheckpointError: the weights have no place in the model, or a head is of another size.
     """
-    torch.manual_seed(draws.key(config.seed, "weights") >> 1)
+    torch.manual_seed(rng.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.heads if start.weights is None else start.heads)
     if start.weights is None:
         if config.init == NO_INIT:

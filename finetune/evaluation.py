@@ -17,15 +17,15 @@ from torch.utils.data import Dataset
 from bridgetower import dist
 from bridgetower.batch import FinetuneBatch
 from bridgetower.config.finetune import SELECTION_METRICS, FinetuneConfig
-from bridgetower.config.schema import EvaluationConfig, ObjectivesConfig
+from bridgetower.config.run import EvaluationConfig, ObjectivesConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.labelled import LabelledSplit
 from bridgetower.data.loader import prepared
-from bridgetower.engine.evaluate import EVAL_NAME, RECALL_AT, SplitScores, evaluate_split, write_scores
 from bridgetower.engine.loop import to_device
 from bridgetower.errors import CheckpointError, ConfigError
+from bridgetower.evaluation.pretraining import EVAL_NAME, RECALL_AT, SplitScores, evaluate_split, write_scores
 from bridgetower.interop.safetensors_file import save_safetensors
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 from finetune.tasks import ClassifierTask, FinetuneTask
 
 BEST_FOLDER = "best"

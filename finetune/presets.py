@@ -16,8 +16,10 @@ from bridgetower.config.finetune import (
     FinetuneDataConfig,
     FinetuneEvaluationConfig,
 )
-from bridgetower.config.models import MODELS
-from bridgetower.config.schema import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, TrackerConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.named_models import MODELS
+from bridgetower.config.optim import OptimConfig
+from bridgetower.config.run import CheckpointConfig, EngineConfig, TrackerConfig
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 """Where engine.deepspeed looks for a name."""

@@ -22,7 +22,7 @@ from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.objective import Result, mean_metric
 from bridgetower.objectives.vqa import question_answering
-from bridgetower.task import pool_pairs
+from bridgetower.tasks.pretraining import pool_pairs
 
 _OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Result]] = {
     "vqa": question_answering,

@@ -22,7 +22,7 @@ from bridgetower.data.corpora import open_corpora
 from bridgetower.data.order import cut_global_batch
 from bridgetower.data.targets import check_labels, num_classes
 from bridgetower.errors import EXIT_PREEMPTED, ConfigError
-from bridgetower.storage import place as place_of
+from bridgetower.io.storage import place as place_of
 from finetune.presets import DS_CONFIGS, PRESETS
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def run(config: FinetuneConfig) -> bool:
     stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
     with importing():  # DeepSpeed reads what read_launch has completed
-        from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
         from bridgetower.data.held_out import check_held_out
         from bridgetower.engine.run import Job, Work, execute
+        from bridgetower.run.prepare import build_tokenizer, data_cure, find_memory_config, precision_of
         from finetune import assemble, evaluation
 
     evaluation.check_selection(config, [place_of(shards).name for shards in data.eval_shards])
@@ -120,7 +120,7 @@ def run(config: FinetuneConfig) -> bool:
 
     def open_work() -> Work:
         from bridgetower.data.loader import micro_batches
-        from bridgetower.engine.score_table import print_scores
+        from bridgetower.evaluation.table import print_scores
 
         stream = assemble.build_stream(config, corpora, order, cut, place.rank, tokenizer)
         splits = assemble.build_splits(config, tokenizer)

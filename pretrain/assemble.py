@@ -7,20 +7,20 @@ from pathlib import Path
 
 import torch
 
-from bridgetower import draws
-from bridgetower.config.schema import RunConfig
+from bridgetower import rng
+from bridgetower.config.run import RunConfig
+from bridgetower.cost.counted import step_work
+from bridgetower.cost.devices import peak_flops
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
-from bridgetower.engine.evaluate import SplitScores, evaluate_split
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
-from bridgetower.flops import step_work
-from bridgetower.hardware import peak_flops
+from bridgetower.evaluation.pretraining import SplitScores, evaluate_split
+from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.model.compiled import compile_parts
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 
 
 def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:
@@ -39,7 +39,7 @@ def build_task(config: RunConfig, corpora: Sequence[str] = ()) -> PretrainTask:
         corpora: names of those that it is trained on.
     """
     check_vision_weights(config.model.vision)
-    torch.manual_seed(draws.key(config.seed, "weights") >> 1)
+    torch.manual_seed(rng.key(config.seed, "weights") >> 1)
     model = BridgeTower(config.model, config.objectives.heads)
     load_tower_weights(model)
     freeze_layers(model, vision=config.optim.frozen_vision_layers, text=config.optim.frozen_text_layers)

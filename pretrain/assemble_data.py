@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.data.corpora import Corpora, open_cache
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.order import Cut, Order

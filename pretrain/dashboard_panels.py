@@ -9,8 +9,8 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from bridgetower.config.schema import ObjectivesConfig
-from bridgetower.engine.score_table import LABELS
+from bridgetower.config.run import ObjectivesConfig
+from bridgetower.evaluation.table import LABELS
 from pretrain.paper_scores import PAPER_SCORES
 from pretrain.presets import PRESETS
 

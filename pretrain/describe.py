@@ -16,7 +16,7 @@ from bridgetower.config.cli import (
     run_command,
     show_usage_or_stop,
 )
-from bridgetower.config.models import MODELS
+from bridgetower.config.named_models import MODELS
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import ConfigError
 from pretrain.presets import PRESETS
@@ -41,7 +41,7 @@ def main(model: str = "", *unexpected: str, text_tokens: str = "13", tensors: st
         refuse_unknown(unexpected, overrides, ("text_tokens", "tensors"), USAGE)
         if "/" not in model and not Path(model).exists():
             raise ConfigError(unknown_name("model", model, [*PRESETS, *MODELS]))
-        from bridgetower.loading import load_model
+        from bridgetower.interop.open import load_model
 
         loaded = load_model(model)
         config, heads = loaded.config, tuple(loaded.heads)

@@ -12,7 +12,7 @@ import fire
 from fire.decorators import SetParseFn
 
 from bridgetower.config.cli import narrow_overrides, run_command, show_usage_or_stop, start_logging
-from bridgetower.config.schema import DataConfig
+from bridgetower.config.data import DataConfig
 from bridgetower.config.snapshot import RUN_FILE, read_run_config, read_run_file
 from bridgetower.data.corpora import Corpora, open_corpora
 from bridgetower.errors import BridgeTowerError, ConfigError, DataError
@@ -43,11 +43,11 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     place = launching.read_launch()
     start_logging(place.rank)
     # These import DeepSpeed, which reads what read_launch has completed.
-    from bridgetower.assembly import build_tokenizer
     from bridgetower.data.held_out import check_held_out
     from bridgetower.engine.checkpoint import find_checkpoint, read_description
-    from bridgetower.engine.evaluate import write_scores
-    from bridgetower.engine.score_table import print_scores
+    from bridgetower.evaluation.pretraining import write_scores
+    from bridgetower.evaluation.table import print_scores
+    from bridgetower.run.prepare import build_tokenizer
     from pretrain import assemble, assemble_data
 
     # One rank looks; if it finds pictures that were trained on, the launcher ends the others.

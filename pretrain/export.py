@@ -46,7 +46,7 @@ def main(
     from bridgetower.engine import launch
 
     launch.read_launch()  # before DeepSpeed is imported, which reads a run's checkpoint
-    from bridgetower.loading import load_model
+    from bridgetower.interop.open import load_model
 
     loaded = load_model(model, image_size_px=side)
     for head in filter(None, drop_heads.split(",")):

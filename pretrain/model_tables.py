@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bridgetower.config.schema import ComputeConfig, ModelConfig, ObjectivesConfig
-from bridgetower.flops import count_forward, count_step
+from bridgetower.config.compute import ComputeConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.run import ObjectivesConfig
+from bridgetower.cost.counted import count_forward, count_step
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import shapes_alone
 

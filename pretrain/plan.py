@@ -14,7 +14,7 @@ from bridgetower.config.cli import config_from_cli, parse_whole, run_command
 from bridgetower.config.deepspeed import read_named_memory_config
 from bridgetower.config.overrides import unknown_name, walk_fields
 from bridgetower.errors import ConfigError
-from bridgetower.files import write_atomically
+from bridgetower.io.files import write_atomically
 from pretrain.presets import DS_CONFIGS, PRESETS
 
 _FLAGS = {
@@ -75,7 +75,7 @@ def main(
     if json and not Path(json).parent.is_dir():
         raise ConfigError(f"--json={json}: there is no folder {Path(json).parent}. Make it, or use another path.")
     # What takes seconds to import stays behind the checks that do not need it.
-    from bridgetower.hardware import DEVICES
+    from bridgetower.cost.devices import DEVICES
     from bridgetower.model.bridgetower import complete_model_config
     from pretrain import plan_memory, plan_report
     from pretrain.plan_time import Cluster, Planner

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bridgetower.config.deepspeed import is_bf16
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.engine.optim import parameter_groups
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.init import shapes_alone
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 
 STAGES = (0, 1, 2, 3)
 _MASTER, _ADAM = 4, 8  # bytes a parameter: float32; mean and squared mean in float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bridgetower.capacity import count_published_step
+from bridgetower.cost.closed_form import count_published_step
 from bridgetower.errors import ConfigError
 from pretrain.plan_memory import STAGES, count_states, why_not_offered
 from pretrain.plan_time import (

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bridgetower.capacity import PARTS
+from bridgetower.cost.closed_form import PARTS
 
 _STAGE_COLUMNS = {
     "weights": "weights",

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from bridgetower.capacity import PARTS, StepCost, count_micro_batch, typical_texts
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
+from bridgetower.cost.closed_form import PARTS, StepCost, count_micro_batch, typical_texts
+from bridgetower.cost.devices import DEVICES, Device
 from bridgetower.data.order import Cut
 from bridgetower.errors import ConfigError
-from bridgetower.hardware import DEVICES, Device
-from bridgetower.rows import can_be_recorded
+from bridgetower.step.plan import can_be_recorded
 from pretrain.plan_memory import STAGES, Parameters, Splitting, States, count_states, why_not_offered
 
 # CUDA's context, NCCL's buffers and libraries' workspaces; docs/plan.md.

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bridgetower.config.models import MODELS
-from bridgetower.config.schema import (
+from bridgetower.config.data import DataConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.named_models import MODELS
+from bridgetower.config.optim import OptimConfig
+from bridgetower.config.run import (
     CheckpointConfig,
-    DataConfig,
     EngineConfig,
     EvaluationConfig,
-    ModelConfig,
     ObjectivesConfig,
-    OptimConfig,
     RunConfig,
     TrackerConfig,
 )

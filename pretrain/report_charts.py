@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bridgetower.engine.score_table import LABELS
+from bridgetower.evaluation.table import LABELS
 
 Lines = Sequence[Mapping[str, float]]
 Points = list[tuple[float, float]]

@@ -14,7 +14,7 @@ from fire.decorators import SetParseFn
 from torch.utils.data import Dataset
 
 from bridgetower.config.cli import config_from_cli, parse_bool, parse_whole, run_command
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.data.corpora import open_corpora
 from bridgetower.data.loader import prepared
 from bridgetower.data.order import cut_global_batch
@@ -85,7 +85,7 @@ def _stream(config: RunConfig, world_size: int, rank: int) -> PretrainStream:
     corpora = open_corpora(data.train_shards, data)
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, world_size, data.negative_group_size)
     # These take seconds to import, for the towers' sizes.
-    from bridgetower.assembly import build_tokenizer
+    from bridgetower.run.prepare import build_tokenizer
     from pretrain import assemble_data
 
     config = assemble_data.complete(config)

@@ -15,7 +15,7 @@ from fire.decorators import SetParseFn
 
 from bridgetower.config.cli import config_from_cli, importing, run_command, start_logging
 from bridgetower.config.deepspeed import merge_deepspeed_config
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.config.snapshot import Identity, check_resume
 from bridgetower.data.corpora import open_corpora
 from bridgetower.data.order import cut_global_batch
@@ -54,9 +54,9 @@ def run(config: RunConfig) -> bool:
     stop = StopRequests()  # from here on a request to stop is kept until a step is done
     start_logging(place.rank)
     with importing():  # DeepSpeed reads what read_launch has completed
-        from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
         from bridgetower.data.held_out import check_held_out
         from bridgetower.engine.run import Job, Work, execute
+        from bridgetower.run.prepare import build_tokenizer, data_cure, find_memory_config, precision_of
         from pretrain import assemble, assemble_data
 
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size)
@@ -92,8 +92,8 @@ def run(config: RunConfig) -> bool:
 
     def open_work() -> Work:
         from bridgetower.data.loader import micro_batches, recorded
-        from bridgetower.engine.evaluate import write_scores
-        from bridgetower.engine.score_table import print_scores
+        from bridgetower.evaluation.pretraining import write_scores
+        from bridgetower.evaluation.table import print_scores
 
         stream = assemble_data.build_stream(config, corpora, cut, place.rank, tokenizer)
         splits = assemble_data.build_splits(config, tokenizer)

@@ -19,7 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bridgetower.model import attention_kernels, kernels, row_attention, row_attention_kernels
+from bridgetower.kernels.triton import layer_kernels as kernels
+from bridgetower.kernels.triton import row_attention, row_attention_kernels
+from bridgetower.kernels.triton import short_attention_kernels as attention_kernels
 
 WIDTH, HEADS = 768, 12
 NORM = {"WIDTH": WIDTH, "BLOCK": 1024, "SHIFTS": True, "DROPS": True, "num_warps": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bridgetower.data.manifest import Manifest
+from bridgetower.shards.manifest import Manifest
 from data_prep.build import Settings, Show, build_corpus
 from data_prep.exclusion import Exclusion
 from data_prep.plan import planning

@@ -6,17 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import (
-    CUSTOM,
-    FusionConfig,
-    HeadsConfig,
-    ModelConfig,
-    ObjectivesConfig,
-    TextTowerConfig,
-    VisionTowerConfig,
-)
+from bridgetower.config.model import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.run import ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 
 PAD_ID = 1
 EVERY_OBJECTIVE = ObjectivesConfig(mlm=True, itm=True, itc=True)

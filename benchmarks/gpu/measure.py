@@ -34,7 +34,7 @@ from benchmarks.gpu.plan import Request, Section, fastest, plan, seconds_for
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_FAILED, ConfigError
-from bridgetower.files import write_atomically
+from bridgetower.io.files import write_atomically
 
 _FLAGS = {
     "out": "JSON file for the results (required)",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bridgetower.config.schema import ComputeConfig
+from bridgetower.config.compute import ComputeConfig
 
 EVERYTHING = ("vision", "text", "fusion")
 """Every part that compute.recompute knows."""

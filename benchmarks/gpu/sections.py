@@ -32,17 +32,19 @@ from benchmarks import step_sides
 from benchmarks.gpu import pipeline
 from benchmarks.gpu.plan import EVERYTHING, Request, Run, read_request
 from benchmarks.step import describe_machine
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.batch import PretrainBatch
-from bridgetower.capacity import Texts, count_micro_batch
+from bridgetower.config.compute import PLAIN, ComputeConfig
 from bridgetower.config.deepspeed import is_bf16, merge_deepspeed_config, read_memory_config
-from bridgetower.config.models import MODELS
-from bridgetower.config.schema import PLAIN, ComputeConfig, ModelConfig, OptimConfig
-from bridgetower.files import write_atomically
-from bridgetower.hardware import peak_flops
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.named_models import MODELS
+from bridgetower.config.optim import OptimConfig
+from bridgetower.cost.closed_form import Texts, count_micro_batch
+from bridgetower.cost.devices import peak_flops
+from bridgetower.io.files import write_atomically
+from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
-from bridgetower.model.compiled import compile_parts
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 
 _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 _PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "transformers", "timm", "open_clip_torch", "webdataset")
@@ -304,7 +306,7 @@ def measure_engine(request: Request, note: Note) -> None:
 
     def step() -> Tensor:
         nonlocal num_steps
-        torch.manual_seed(draws.key(0, "dropout", num_steps, 0, 0) >> 1)
+        torch.manual_seed(rng.key(0, "dropout", num_steps, 0, 0) >> 1)
         loss: Tensor = engine(batch)[0]
         engine.backward(loss)
         engine.step()

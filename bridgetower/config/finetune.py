@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bridgetower.config.schema import (
-    CheckpointConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    ReadingConfig,
-    TrackerConfig,
-    check_run,
-)
+from bridgetower.config.data import ReadingConfig
+from bridgetower.config.model import ModelConfig
+from bridgetower.config.optim import OptimConfig
+from bridgetower.config.run import CheckpointConfig, EngineConfig, TrackerConfig, check_run
 from bridgetower.errors import ConfigError
 
 TaskName = Literal["vqa", "snli_ve", "nlvr2", "retrieval"]

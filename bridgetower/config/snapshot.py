@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bridgetower.config.finetune import FinetuneConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.config.overrides import from_dict, to_dict
-from bridgetower.config.schema import ModelConfig, RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.errors import CheckpointError, ConfigError
-from bridgetower.files import write_atomically
+from bridgetower.io.files import write_atomically
 
 RUN_FILE = "run.json"
 

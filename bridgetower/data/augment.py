@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-from bridgetower import draws
+from bridgetower import rng
 
 U8 = npt.NDArray[np.uint8]
 Change = Callable[[Image.Image, bool], Image.Image]
@@ -77,11 +77,11 @@ class Augmentation:
 
     def _between(self, low: float, high: float) -> float:
         self._drawn += 1
-        return low + (high - low) * float(draws.uniform(self._key, self._drawn))
+        return low + (high - low) * float(rng.uniform(self._key, self._drawn))
 
     def _below(self, bound: int) -> int:
         self._drawn += 1
-        return int(draws.below(self._key, self._drawn, bound))
+        return int(rng.below(self._key, self._drawn, bound))
 
 
 def _at_strength(low: float, high: float) -> float:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bridgetower.config.schema import DataConfig, ReadingConfig
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import Manifest, load_manifest
-from bridgetower.data.shard_cache import Held, NotFetched, RemoteShard, ShardCache
+from bridgetower.config.data import DataConfig, ReadingConfig
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import short_names
-from bridgetower.storage import is_remote, place
+from bridgetower.io.files import short_names
+from bridgetower.io.storage import is_remote, place
+from bridgetower.shards.cache import Held, NotFetched, RemoteShard, ShardCache
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import Manifest, load_manifest
 
 _MAX_OPEN_SHARDS = 256
 # What is open cannot leave the cache.

@@ -9,18 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.batch import ImageBatch, TextBatch
-from bridgetower.config.schema import ReadingConfig
-from bridgetower.data import collate
+from bridgetower.config.data import ReadingConfig
+from bridgetower.data import choices as collate
 from bridgetower.data.corpora import Corpora, as_int64, open_corpora
 from bridgetower.data.images import load_image, load_whole_image
-from bridgetower.data.index import load_index
-from bridgetower.data.manifest import load_manifest
-from bridgetower.data.shard_cache import ShardCache
 from bridgetower.data.text import Tokenizer, pad
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import place
+from bridgetower.io.storage import place
+from bridgetower.shards.cache import ShardCache
+from bridgetower.shards.index import load_index
+from bridgetower.shards.manifest import load_manifest
 
 _READS_AT_ONCE = 16  # of files in an object store, each of which takes a while to answer
 
@@ -105,7 +105,7 @@ class HeldOutSplit:
             ids_TL,
             numbers,
             self.tokenizer,
-            stream=draws.key(seed, "held-out mlm"),
+            stream=rng.key(seed, "held-out mlm"),
             probability=self._mlm_probability,
         )
         return TextBatch(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bridgetower.data.augment import Augmentation
-from bridgetower.data.picture import MAX_IMAGE_PIXELS, open_picture
+from bridgetower.shards.decode import MAX_IMAGE_PIXELS, open_picture
 
 # Of longer images the ends are cut off before the resize: far from the centre crop, and of no size at all.
 _MAX_ASPECT = 64

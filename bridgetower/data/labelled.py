@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.batch import FinetuneBatch
 from bridgetower.config.finetune import FinetuneDataConfig, TaskName
 from bridgetower.data.augment import Augmentation
 from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_whole_image
 from bridgetower.data.order import Cut, Order
-from bridgetower.data.shard_cache import ShardCache
 from bridgetower.data.stream import I64, Loaded, PairStream
 from bridgetower.data.targets import target_of
 from bridgetower.data.text import Tokenizer, pad
+from bridgetower.shards.cache import ShardCache
 
 
 class LabelledStream(PairStream[FinetuneBatch]):
@@ -85,7 +85,7 @@ class LabelledStream(PairStream[FinetuneBatch]):
         )._replace(
             draw_B2=torch.from_numpy(
                 np.stack(
-                    [draws.uniform(draws.key(self.seed, f"hard {what}"), positions_B) for what in ("image", "text")],
+                    [rng.uniform(rng.key(self.seed, f"hard {what}"), positions_B) for what in ("image", "text")],
                     axis=1,
                 )
             ),
@@ -98,7 +98,7 @@ class LabelledStream(PairStream[FinetuneBatch]):
         for which, raw in enumerate((pair.image, pair.second_image)[: self._pictures]):
             augmentation = None
             if self.config.augmentation != "none":
-                key = draws.key(self.seed, "augmentation", position, which)
+                key = rng.key(self.seed, "augmentation", position, which)
                 augmentation = Augmentation(self.config.augmentation, key)
             load_whole_image(
                 raw,

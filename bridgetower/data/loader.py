@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bridgetower.batch import FinetuneBatch, PretrainBatch
-from bridgetower.data.shard_cache import Prefetcher
 from bridgetower.data.stream import PairStream
 from bridgetower.errors import BridgeTowerError, ConfigError, DataError, TrainingError
+from bridgetower.shards.cache import Prefetcher
 
 # A worker that is stuck for so long, in a file system that does not answer, shows where and ends itself.
 _WORKER_TIMEOUT_SECONDS = 600

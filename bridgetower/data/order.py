@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.errors import ConfigError, DataError
 
 I64 = npt.NDArray[np.int64]
@@ -148,8 +148,8 @@ class Order:
         window = np.searchsorted(plan.window_pair_start, positions, side="right") - 1
         start = plan.window_pair_start[window]
         size = plan.window_pair_start[window + 1] - start
-        window_keys = draws.bits(draws.key(self._seed, "order of pairs", epoch), window)
-        shuffled = start + draws.permute(window_keys, positions - start, size)
+        window_keys = rng.bits(rng.key(self._seed, "order of pairs", epoch), window)
+        shuffled = start + rng.permute(window_keys, positions - start, size)
         slot = np.searchsorted(plan.pair_end, shuffled, side="right")
         turn = plan.turn_order[slot]
         return Located(
@@ -166,7 +166,7 @@ class Order:
             return visit
         round_trip = (epoch * turns.per_epoch[turn] + turns.first[turn] + visit) % num_pairs
         # Where an epoch sees a part of a shard, it is not the beginning.
-        return draws.permute(draws.bits(draws.key(self._seed, "pairs of a part"), shard), round_trip, num_pairs)
+        return rng.permute(rng.bits(rng.key(self._seed, "pairs of a part"), shard), round_trip, num_pairs)
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
         num_turns = self._turns.shard.size
@@ -174,10 +174,10 @@ class Order:
         corpus_of_turn = self._corpus_of_shard[self._turns.shard]
         for corpus in np.unique(corpus_of_turn):
             own = np.flatnonzero(corpus_of_turn == corpus)
-            stream = draws.key(self._seed, "order of shards", epoch, int(corpus))
+            stream = rng.key(self._seed, "order of shards", epoch, int(corpus))
             # A random permutation, spread evenly over [0, 1) with a random jitter inside each slot.
-            slots = draws.shuffled(stream, own.size)
-            place[own] = (slots + draws.uniform(stream, own.size + np.arange(own.size))) / own.size
+            slots = rng.shuffled(stream, own.size)
+            place[own] = (slots + rng.uniform(stream, own.size + np.arange(own.size))) / own.size
         turn_order = np.argsort(place, kind="stable").astype(np.int64)
         pair_end = np.cumsum(self._turns.size[turn_order])
         window_pair_start = np.concatenate([[0], pair_end])[self._window_cuts]

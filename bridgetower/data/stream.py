@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.batch import FinetuneBatch, PretrainBatch
-from bridgetower.config.schema import DataConfig, ReadingConfig
-from bridgetower.data import collate
+from bridgetower.config.data import DataConfig, ReadingConfig
+from bridgetower.data import choices as collate
 from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_image
 from bridgetower.data.order import Cut, Located, Order
@@ -158,8 +158,8 @@ class PairStream(Dataset[Batch], Generic[Batch]):
                 raise
             corpus = self.corpora.corpus_of_shard[shard]
             for attempt in range(_TRIES):
-                drawn = draws.below(
-                    draws.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
+                drawn = rng.below(
+                    rng.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
                 )
                 try:
                     pair = self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn)))
@@ -248,7 +248,7 @@ class PretrainStream(PairStream[PretrainBatch]):
             ids_BL,
             positions_B,
             self.tokenizer,
-            stream=draws.key(self.seed, "mlm"),
+            stream=rng.key(self.seed, "mlm"),
             probability=self.mlm_probability,
         )
         if self.config.itm_negatives == "corpus":
@@ -281,8 +281,8 @@ class PretrainStream(PairStream[PretrainBatch]):
         for row in np.flatnonzero(wants_negative_B).tolist():
             own, position = pairs[row].pair, int(positions_B[row])
             for attempt in range(_TRIES):
-                stream = draws.key(self.seed, "itm of corpus", attempt)
-                drawn = int(draws.below(stream, position, self.corpora.pairs_of_corpus(own.corpus)))
+                stream = rng.key(self.seed, "itm of corpus", attempt)
+                drawn = int(rng.below(stream, position, self.corpora.pairs_of_corpus(own.corpus)))
                 shard, number = self.corpora.pair_of_corpus(own.corpus, drawn)
                 if self.corpora.image_id_of(shard, number) != own.image_id:
                     image_B[row], label_B[row] = len(pairs) + len(negatives), 0

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bridgetower import dist
 from bridgetower.errors import CheckpointError
-from bridgetower.files import sha256_of, write_atomically
+from bridgetower.io.files import sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 

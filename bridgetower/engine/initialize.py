@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from bridgetower.config.schema import OptimConfig
+from bridgetower.config.optim import OptimConfig
 from bridgetower.engine.optim import build_optimizer, parameter_groups, schedule
 from bridgetower.engine.zero import look_at_partitions
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridgetower import draws
+from bridgetower import rng
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
 from bridgetower.engine.grad_norms import grad_norms
 from bridgetower.engine.preemption import StopRequests
@@ -102,7 +102,7 @@ def train(
         for micro_step in range(plan.accumulation_steps):
             batch = to_device(next(batches), engine.device)
             # Dropout is a function of the step and the rank, so that there is no random state to lose.
-            torch.manual_seed(draws.key(plan.seed, "dropout", state.step, micro_step, rank) >> 1)
+            torch.manual_seed(rng.key(plan.seed, "dropout", state.step, micro_step, rank) >> 1)
             loss, metrics = engine(batch)
             engine.backward(loss)  # DeepSpeed divides by the accumulation steps
             if micro_step == plan.accumulation_steps - 1 and plan.is_reported(state.step + 1):

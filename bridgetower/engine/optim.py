@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridgetower.config.schema import OptimConfig
+from bridgetower.config.optim import OptimConfig
 
 _FUSION_PARTS = (
     "model.text_transform.",

@@ -17,14 +17,14 @@ from bridgetower.config.overrides import to_dict
 from bridgetower.config.snapshot import Identity, Settings, write_run_file
 from bridgetower.engine import launch as launching
 from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
-from bridgetower.engine.evaluate import forget_best_after
 from bridgetower.engine.initialize import build_engine
 from bridgetower.engine.loop import Plan, train
 from bridgetower.engine.preemption import StopRequests, stay_until_killed
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.engine.tracker import Tracker, read_metrics
 from bridgetower.errors import BridgeTowerError
-from bridgetower.files import claim_folder, write_atomically
+from bridgetower.evaluation.pretraining import forget_best_after
+from bridgetower.io.files import claim_folder, write_atomically
 
 logger = logging.getLogger("bridgetower.train")
 

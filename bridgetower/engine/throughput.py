@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from bridgetower import dist
-from bridgetower.hardware import host_memory_bytes
+from bridgetower.cost.devices import host_memory_bytes
 
 Batch = TypeVar("Batch")
 

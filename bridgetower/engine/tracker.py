@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bridgetower import dist
 from bridgetower.engine.wandb_mirror import Mirror
-from bridgetower.files import write_atomically
+from bridgetower.io.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

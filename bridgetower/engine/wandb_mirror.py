@@ -24,7 +24,7 @@ from typing import Any, Literal
 from requests.utils import get_netrc_auth
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import claim_folder, write_atomically
+from bridgetower.io.files import claim_folder, write_atomically
 
 logger = logging.getLogger("bridgetower.wandb")
 

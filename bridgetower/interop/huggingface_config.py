@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import BridgeTowerConfig, BridgeTowerTextConfig, BridgeTowerVisionConfig
 
-from bridgetower.config.schema import FusionConfig, HeadsConfig, ModelConfig
+from bridgetower.config.model import FusionConfig, HeadsConfig, ModelConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.published_towers import (
     HEAD_WIDTH,

@@ -6,7 +6,7 @@ import dataclasses
 
 from open_clip.transformer import QuickGELU, VisionTransformer
 
-from bridgetower.config.schema import CUSTOM, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.text_tower import complete_text_config

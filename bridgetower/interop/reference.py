@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop import names
 from bridgetower.interop.reference_config import PUBLISHED_EPS, heads_of, read_config, why_not_published, write_settings

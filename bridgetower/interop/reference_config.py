@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bridgetower.config.schema import FusionConfig, HeadsConfig, ModelConfig
+from bridgetower.config.model import FusionConfig, HeadsConfig, ModelConfig
 from bridgetower.errors import CheckpointError
 from bridgetower.interop.names import HEAD_OF_REFERENCE
 from bridgetower.interop.published_towers import HEAD_WIDTH, clip_tower, roberta_tower, why_no_clip, why_no_roberta

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bridgetower.config.model import ModelConfig
 from bridgetower.config.overrides import from_dict, to_dict
-from bridgetower.config.schema import ModelConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.strict import load_strictly
 from bridgetower.interop.weight_files import own_values, read_safetensors, write_whole

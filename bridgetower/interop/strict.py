@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.errors import CheckpointError
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.heads import HEADS

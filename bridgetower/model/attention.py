@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bridgetower.config.schema import FusionConfig
-from bridgetower.model import fused
-from bridgetower.model.cpu_attention import attend
-from bridgetower.model.dropout import drop
-from bridgetower.model.flash import Spans, attend_spans, attend_within_rows, even_spans, fits, takes_rows
-from bridgetower.model.fused import Shared, expand, project, project_add_norm
-from bridgetower.model.packing import Layout
+from bridgetower.config.model import FusionConfig
+from bridgetower.kernels import ops as fused
+from bridgetower.kernels.cpu import attend
+from bridgetower.kernels.dropout import drop
+from bridgetower.kernels.ops import Shared, expand, project, project_add_norm
+from bridgetower.kernels.spans import Spans, attend_spans, attend_within_rows, even_spans, fits, takes_rows
+from bridgetower.model.packed import Layout
 
 
 class Attention(nn.Module):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import FusionConfig
+from bridgetower.config.model import FusionConfig
+from bridgetower.kernels.ops import add_norm
 from bridgetower.model.attention import Attention, FeedForward
-from bridgetower.model.fused import add_norm
 from bridgetower.model.init import ZeroInitLinear
-from bridgetower.model.packing import Layout
+from bridgetower.model.packed import Layout
 
 # Of all bridges and of the norms before the first cross-modal layer (not fusion.layer_norm_eps).
 BRIDGE_EPS = 1e-5

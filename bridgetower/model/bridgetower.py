@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import ComputeConfig, ModelConfig
+from bridgetower.config.compute import ComputeConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.kernels.spans import takes_rooms
 from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder, Wanted
-from bridgetower.model.flash import takes_rooms
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
 from bridgetower.model.layer_gate import LayerGate
-from bridgetower.model.packing import Layout, padded
+from bridgetower.model.packed import Layout, padded
 from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
 from bridgetower.model.vision_tower import VisionTower, complete_vision_config, is_clip_tower, pixel_statistics
 

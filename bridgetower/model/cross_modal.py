@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bridgetower.config.schema import ComputeConfig, FusionConfig
+from bridgetower.config.compute import ComputeConfig
+from bridgetower.config.model import FusionConfig
+from bridgetower.kernels.ops import Shared, norm, share
 from bridgetower.model.attention import Attention, FeedForward
 from bridgetower.model.bridge import BRIDGE_EPS, build_bridge
-from bridgetower.model.fused import Shared, norm, share
-from bridgetower.model.packing import Layout
+from bridgetower.model.packed import Layout
 
 
 class AttentionMaps(NamedTuple):

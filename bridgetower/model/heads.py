@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.model.init import init_weights
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from bridgetower.config.schema import CUSTOM
+from bridgetower.config.model import CUSTOM
 from bridgetower.errors import ConfigError
 
 Config = TypeVar("Config")

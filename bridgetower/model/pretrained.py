@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import CUSTOM, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 

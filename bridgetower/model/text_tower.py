@@ -24,14 +24,14 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from bridgetower.config.schema import CUSTOM, TextTowerConfig
+from bridgetower.config.model import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
-from bridgetower.model import fused
-from bridgetower.model.cpu_attention import attend
-from bridgetower.model.flash import attend_spans, fits
-from bridgetower.model.fused import expand, project, project_add_norm
+from bridgetower.kernels import ops as fused
+from bridgetower.kernels.cpu import attend
+from bridgetower.kernels.ops import expand, project, project_add_norm
+from bridgetower.kernels.spans import attend_spans, fits
 from bridgetower.model.named_sizes import fill_sizes
-from bridgetower.model.packing import Layout, padded
+from bridgetower.model.packed import Layout, padded
 
 _CLASSES: dict[str, Any] = {
     "roberta": RobertaModel,

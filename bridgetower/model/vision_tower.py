@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bridgetower.config.schema import CUSTOM, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
-from bridgetower.model import fused
-from bridgetower.model.flash import attend_within_rows
-from bridgetower.model.fused import expand, norm, project_add_norm
+from bridgetower.kernels import ops as fused
+from bridgetower.kernels.ops import expand, norm, project_add_norm
+from bridgetower.kernels.spans import attend_within_rows
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.named_sizes import fill_sizes
 

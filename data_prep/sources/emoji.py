@@ -21,8 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from bridgetower.draws import hash64
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.rng import hash64
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bridgetower.data.sample import safe_key
+from bridgetower.shards.sample import safe_key
 from data_prep.karpathy import karpathy_images
 from data_prep.raw_files import raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions

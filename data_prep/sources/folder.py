@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import is_remote, place, reading
+from bridgetower.io.storage import is_remote, place, reading
+from bridgetower.shards.sample import safe_key
 from data_prep.raw_files import DiskDict, json_lines
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 

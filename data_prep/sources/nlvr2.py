@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
-from bridgetower.storage import reading
+from bridgetower.io.storage import reading
+from bridgetower.shards.sample import safe_key
 from data_prep.fields import name_of, refusal, text_of
 from data_prep.raw_files import json_lines, raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
+from bridgetower.shards.sample import safe_key
 from data_prep.fields import name_of, refusal, text_of
 from data_prep.raw_files import json_lines, raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions

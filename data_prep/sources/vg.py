@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.storage import reading
+from bridgetower.io.storage import reading
 from data_prep.fields import as_object, objects_of, text_of, whole_of, whole_or_none_of
 from data_prep.raw_files import json_items, raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions

@@ -25,10 +25,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bridgetower import draws
-from bridgetower.data.sample import safe_key
+from bridgetower import rng
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import place, reading
+from bridgetower.io.storage import place, reading
+from bridgetower.shards.sample import safe_key
 from data_prep.answers import NO_ANSWER, VOCABULARY_NAME, Vocabulary, normalize_answer, read_vocabulary
 from data_prep.fields import as_object, objects_of, text_of, whole_of
 from data_prep.raw_files import json_items, raw_folder, require_files
@@ -110,7 +110,7 @@ def split_images(
         if coco_id is not None and coco_id in karpathy_split
     }
     others = sorted(vg_id for vg_id, coco_id in coco_ids.items() if coco_id is None)
-    order = iter(draws.shuffled(draws.key(_SEED, "vgqa split"), len(others)))
+    order = iter(rng.shuffled(rng.key(_SEED, "vgqa split"), len(others)))
     for split in ("val", "test"):
         missing = held_out - sum(one == split for one in found.values())
         found |= {others[at]: split for at in islice(order, max(0, missing))}

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bridgetower.config.cli import parse_bool
-from bridgetower.data.sample import safe_key
 from bridgetower.errors import DataError
-from bridgetower.storage import place
+from bridgetower.io.storage import place
+from bridgetower.shards.sample import safe_key
 from data_prep.answers import (
     MIN_COUNT,
     NO_ANSWER,

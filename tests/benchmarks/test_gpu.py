@@ -20,7 +20,7 @@ from benchmarks.gpu import measure
 from benchmarks.gpu.pipeline import synthetic_photos, training_settings
 from benchmarks.gpu.plan import EVERYTHING, Request, Run, Section, plan, read_request, seconds_for
 from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_memory
-from bridgetower.config.models import MODELS
+from bridgetower.config.named_models import MODELS
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
 from bridgetower.errors import EXIT_FAILED, ConfigError

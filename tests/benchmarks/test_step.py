@@ -12,7 +12,7 @@ import torch
 from benchmarks import step
 from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.step_sides import MEAN_TOKENS, caption_lengths, make_batch
-from bridgetower.config.models import MODELS
+from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import complete_model_config

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from bridgetower.config.deepspeed import MEMORY_KEYS, is_bf16, merge_deepspeed_config, read_memory_config
-from bridgetower.config.schema import OptimConfig
+from bridgetower.config.optim import OptimConfig
 from bridgetower.errors import ConfigError
 from tests.conftest import REPO
 

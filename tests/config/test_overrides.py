@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from bridgetower.config.overrides import apply_overrides, from_dict, to_dict, walk_fields
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.errors import ConfigError
 from pretrain.presets import PRESETS, base_4m, tiny
 

@@ -10,7 +10,7 @@ import pytest
 
 from bridgetower.config.cli import config_from_cli
 from bridgetower.config.overrides import apply_overrides, from_dict, to_dict, walk_fields
-from bridgetower.config.schema import RunConfig
+from bridgetower.config.run import RunConfig
 from bridgetower.config.snapshot import Identity, check_same_run, read_run_config, read_run_file, write_run_file
 from bridgetower.errors import CheckpointError, ConfigError
 from pretrain.presets import PRESETS, tiny

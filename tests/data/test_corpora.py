@@ -12,8 +12,8 @@ import pytest
 
 from bridgetower.data import corpora as corpora_module
 from bridgetower.data.corpora import Corpora, Pair, as_int64
-from bridgetower.draws import hash64
 from bridgetower.errors import DataError
+from bridgetower.rng import hash64
 from tests.small_corpora import draw, file_of, write_corpus
 
 COUNTS = {"cats": [1, 2, 1, 3, 1], "dogs": [2, 2]}

@@ -12,8 +12,8 @@ import torch
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.images import load_image
 from bridgetower.data.text import Tokenizer
-from bridgetower.draws import hash64
 from bridgetower.errors import DataError
+from bridgetower.rng import hash64
 from tests.small_corpora import write_corpus
 
 COUNTS = [1, 3, 2, 1, 2, 1, 4]

@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision import transforms
 
 from bridgetower.data.images import load_image
-from bridgetower.data.picture import PictureTooLarge, open_picture
 from bridgetower.errors import DataError
-from tests.data.test_picture import with_orientation
+from bridgetower.shards.decode import PictureTooLarge, open_picture
+from tests.shards.test_decode import with_orientation
 from tests.small_corpora import draw, file_of
 
 SIZES = [(40, 40), (64, 48), (48, 64), (101, 67), (500, 60), (33, 200), (20, 20), (17, 9), (1, 1), (72, 200), (640, 10)]

@@ -16,7 +16,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import bridgetower.data.loader as loader_module
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import DataConfig
+from bridgetower.config.data import DataConfig
 from bridgetower.data.corpora import Corpora, as_int64
 from bridgetower.data.images import load_image
 from bridgetower.data.loader import micro_batches

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from bridgetower.batch import PretrainBatch
-from bridgetower.config.schema import DataConfig
+from bridgetower.config.data import DataConfig
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.loader import micro_batches, prepared
 from bridgetower.data.order import Cut, Order

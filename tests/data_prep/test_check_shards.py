@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import DataError
-from bridgetower.files import claim_folder
+from bridgetower.io.files import claim_folder
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 from data_prep.check_shards import main
 from data_prep.record import ImageFile, Record
 from tests.conftest import run_script

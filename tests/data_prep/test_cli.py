@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridgetower.data.manifest import load_manifest
+from bridgetower.shards.manifest import load_manifest
 from tests.conftest import run_script
 from tests.small_corpora import draw, file_of, write_corpus
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from bridgetower.data.index import RawSample, ShardReader
-from bridgetower.data.manifest import Manifest, load_manifest
+from bridgetower.shards.index import RawSample, ShardReader
+from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep.contact_sheet import contact_sheet
 from data_prep.record import ImageFile, Record
 from tests.small_corpora import build_records, file_of

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 
 SPLITS = ("train", "combination", "concept")
 TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")

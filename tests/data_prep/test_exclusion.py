@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bridgetower.data.index import ShardReader
 from bridgetower.errors import DataError
+from bridgetower.shards.index import ShardReader
 from data_prep.build_shards import main
 from data_prep.convert import convert, perceptual_hash
 from data_prep.exclusion import Exclusion, load_exclusion

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgetower.data.index import ShardReader
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import place as storage_place
+from bridgetower.io.storage import place as storage_place
+from bridgetower.shards.index import ShardReader
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import folder
 from tests.data_prep.layouts import folder as layout

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bridgetower.data.corpora import Corpora
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 from tests.conftest import run_script
 from tests.small_corpora import draw, file_of
 

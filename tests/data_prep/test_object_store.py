@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import place, read_part, reading
+from bridgetower.io.storage import place, read_part, reading
+from bridgetower.shards.manifest import load_manifest
 from tests.conftest import run_script
 from tests.object_store import object_store
 from tests.small_corpora import draw, file_of

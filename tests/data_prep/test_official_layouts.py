@@ -15,8 +15,8 @@ import pytest
 import webdataset
 from torchvision.transforms.functional import to_tensor
 
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import Manifest, load_manifest
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep import sources
 from data_prep.build_shards import main
 from data_prep.check_shards import main as check_shards

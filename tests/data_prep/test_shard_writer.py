@@ -22,10 +22,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bridgetower.data.index import index_path, scan_tar
-from bridgetower.data.manifest import Manifest, load_manifest
-from bridgetower.data.picture import flatten
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.shards.decode import flatten
+from bridgetower.shards.index import index_path, scan_tar
+from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep.build import State
 from data_prep.convert import convert, perceptual_hash, scaled_down
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject

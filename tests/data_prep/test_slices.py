@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.files import claim_folder
+from bridgetower.io.files import claim_folder
+from bridgetower.shards.manifest import load_manifest
 from data_prep.build_shards import main
 from tests.small_corpora import draw, file_of
 

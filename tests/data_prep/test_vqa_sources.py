@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
 from bridgetower.errors import ConfigError, DataError
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 from data_prep.build_shards import main
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import vgqa, vqav2

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from bridgetower.data.index import ShardReader
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.storage import place, read_part
+from bridgetower.io.storage import place, read_part
+from bridgetower.shards.index import ShardReader
 from data_prep.img2dataset_output import download_failure
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import cc3m, cc12m, sbu

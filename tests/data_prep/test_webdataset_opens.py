@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bridgetower.data.index import ShardReader
-from bridgetower.data.manifest import load_manifest
-from bridgetower.data.picture import open_picture
+from bridgetower.shards.decode import open_picture
+from bridgetower.shards.index import ShardReader
+from bridgetower.shards.manifest import load_manifest
 
 
 def read_with_webdataset(shards: Iterable[Path]) -> Iterable[tuple[str, Image.Image, str, dict[str, Any]]]:

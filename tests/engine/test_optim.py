@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from bridgetower.config.schema import ObjectivesConfig, OptimConfig
+from bridgetower.config.optim import OptimConfig
+from bridgetower.config.run import ObjectivesConfig
 from bridgetower.engine.optim import build_optimizer, chosen_implementation, lr_factor, parameter_groups, schedule
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 from pretrain.presets import PRESETS
 from tests.small_models import small_task
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bridgetower.config.deepspeed import merge_deepspeed_config, read_memory_config
-from bridgetower.config.schema import OptimConfig
+from bridgetower.config.optim import OptimConfig
 from bridgetower.engine import initialize
 from bridgetower.engine.zero import PartitionedZero
-from bridgetower.recorded import RecordedStep, Stages
+from bridgetower.step.cuda_graphs import RecordedStep, Stages
 from tests.conftest import REPO
 from tests.ranks import run_on_ranks
 

@@ -19,8 +19,8 @@ from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.images import load_whole_image
 from bridgetower.data.text import Tokenizer
-from bridgetower.engine.score_table import LABELS, format_score
 from bridgetower.errors import BridgeTowerError
+from bridgetower.evaluation.table import LABELS, format_score
 from bridgetower.interop.safetensors_file import load_safetensors, save_safetensors
 from bridgetower.model.bridgetower import BridgeTower
 from finetune.assemble import build_task, find_start

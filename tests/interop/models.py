@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bridgetower.config.schema import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
 from tests.interop.port import fill
 

@@ -26,8 +26,8 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from bridgetower.config.models import base
-from bridgetower.config.schema import FusionConfig
+from bridgetower.config.model import FusionConfig
+from bridgetower.config.named_models import base
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError
 from bridgetower.interop import huggingface, names

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgetower.config.models import MODELS, base, large
+from bridgetower.config.named_models import MODELS, base, large
 from bridgetower.interop import names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface
 from bridgetower.interop.reference import from_reference, reference_tensors, to_reference

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridgetower.config.schema import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig
+from bridgetower.config.model import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.published_towers import clip_tower, roberta_tower
 from bridgetower.interop.reference import from_reference, reference_tensors, to_reference

@@ -9,7 +9,7 @@ import stat
 import pytest
 import torch
 
-from bridgetower.config.schema import VisionTowerConfig
+from bridgetower.config.model import VisionTowerConfig
 from bridgetower.errors import CheckpointError
 from bridgetower.interop.safetensors_file import save_safetensors
 from bridgetower.interop.strict import load_strictly

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bridgetower.config.schema import BridgeForm, FusionConfig, ModelConfig
+from bridgetower.config.model import BridgeForm, FusionConfig, ModelConfig
 from bridgetower.model.bridge import build_bridge
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.cross_modal import CrossModalEncoder
-from bridgetower.model.packing import padded
+from bridgetower.model.packed import padded
 from tests.model.formulas import Formulas, close
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config
 

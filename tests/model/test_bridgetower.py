@@ -17,7 +17,7 @@ from transformers import (
     BridgeTowerVisionConfig,
 )
 
-from bridgetower.config.schema import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config, small_model
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgetower.config.models import base
-from bridgetower.config.schema import HeadsConfig, ModelConfig, TextTowerConfig
+from bridgetower.config.model import HeadsConfig, ModelConfig, TextTowerConfig
+from bridgetower.config.named_models import base
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.heads import HEADS, build_head

@@ -9,17 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bridgetower.config.models import MODELS, base, large
-from bridgetower.config.schema import (
-    CUSTOM,
-    ModelConfig,
-    ObjectivesConfig,
-    TextTowerConfig,
-    VisionTowerConfig,
-)
+from bridgetower.config.model import CUSTOM, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.named_models import MODELS, base, large
+from bridgetower.config.run import ObjectivesConfig
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.heads import build_head
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 from tests.model.formulas import Formulas, close
 from tests.small_models import random_batch, random_pixels, random_texts, shake, small_config
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BertConfig, CamembertConfig, RobertaConfig, XLMRobertaConfig
 
-from bridgetower.config.schema import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text, padding_id

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from bridgetower.model.heads import build_head
 from pretrain.presets import PRESETS

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import RobertaConfig, RobertaForMaskedLM, RobertaModel
 
+from bridgetower.config.model import ModelConfig
 from bridgetower.config.overrides import from_dict, to_dict
-from bridgetower.config.schema import ModelConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.pretrained import load_tower_weights, resize_positions

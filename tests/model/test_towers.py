@@ -8,7 +8,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
-from bridgetower.config.schema import CUSTOM, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.text_tower import TextTower
 from bridgetower.model.vision_tower import VisionTower
 from tests.small_models import random_pixels, random_texts, shake, small_config

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bridgetower.config.schema import ModelConfig
+from bridgetower.config.model import ModelConfig
 from bridgetower.errors import BridgeTowerError, ConfigError, DataError
 from bridgetower.model.bridgetower import BridgeTower
 from tests.model.formulas import close

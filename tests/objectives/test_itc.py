@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bridgetower.config.schema import HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
+from bridgetower.config.model import HeadsConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.heads import MAX_TEMPERATURE, MIN_TEMPERATURE, ITCHead
 from bridgetower.objectives.itc import image_text_contrast
 from tests.ranks import run_on_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridgetower.data.collate import mlm_weights
+from bridgetower.data.choices import mlm_weights
 from bridgetower.model.heads import MLMHead
 from bridgetower.objectives.mlm import masked_language_modeling
 from tests.small_models import shake, small_config

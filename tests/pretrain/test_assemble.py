@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bridgetower.assembly import build_tokenizer, data_cure, find_memory_config, precision_of
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.held_out import check_held_out
 from bridgetower.data.images import load_image
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError, DataError
+from bridgetower.run.prepare import build_tokenizer, data_cure, find_memory_config, precision_of
 from data_prep.record import ImageFile, Record
 from pretrain.assemble import build_task, find_yardstick, load_task
 from pretrain.assemble_data import build_splits

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bridgetower.config.overrides import walk_fields
-from bridgetower.engine.score_table import LABELS
 from bridgetower.errors import ConfigError
+from bridgetower.evaluation.table import LABELS
 from pretrain import dashboard
 from pretrain.paper_scores import PAPER_SCORES
 from pretrain.presets import PRESETS

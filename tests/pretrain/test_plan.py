@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from bridgetower.config.deepspeed import merge_deepspeed_config
+from bridgetower.cost.devices import DEVICES
 from bridgetower.errors import ConfigError
-from bridgetower.hardware import DEVICES
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 from pretrain import plan
 from pretrain.plan_memory import count_parameters, count_states, read_splitting
 from pretrain.plan_time import Cluster, Planner

@@ -13,7 +13,7 @@ from bridgetower.config.overrides import walk_fields
 from bridgetower.data.order import cut_global_batch
 from bridgetower.data.text import Tokenizer
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.task import PretrainTask
+from bridgetower.tasks.pretraining import PretrainTask
 from pretrain.assemble_data import complete
 from pretrain.presets import PRESETS, base_4m, large_4m, tiny
 from tests.conftest import REPO

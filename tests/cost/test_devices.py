@@ -1,0 +1,42 @@
+"""Peaks by the names that CUDA gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bridgetower.cost.devices import DEVICES, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_peak_by_name(monkeypatch, name, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops("cuda") == teraflops * 1e12
+
+
+def test_peak_of_the_unknown_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Voodoo 2")
+    assert peak_flops("cuda") is None and peak_flops("cpu") is None
+
+
+def test_devices_are_ordered_so_that_the_longest_name_is_found_first():
+    names = [device.cuda_name for device in DEVICES.values()]
+    for place, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:place])
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_device_has_figures_of_its_kind(device):
+    assert 1e14 < device.bf16_flops < 1e16 and device.fp32_flops < device.bf16_flops
+    assert 5e11 < device.memory_bytes_per_second < 1e13 and 24 <= device.memory_gb <= 300
+    assert 0 < device.mfu < 1 and 200 <= device.power_watts <= 1500 and device.source

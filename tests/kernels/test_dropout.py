@@ -1,0 +1,127 @@
+"""Dropout on a CPU: what is dropped, how often, and what is left of attention and of its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bridgetower.kernels.cpu import attend
+from bridgetower.kernels.dropout import draw_dropped, drop
+
+# Shapes: R rows, H heads, Q queries, N keys, d width of a head.
+R, H, Q, N, d = 3, 2, 5, 7, 4
+MASK_RN = torch.arange(N) < torch.tensor([[7], [1], [4]])
+
+
+def projections(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(R, H, rows, d, generator=rng, dtype=dtype).requires_grad_() for rows in (Q, N, N))
+    return query, key, value
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
+def test_share_that_is_dropped_is_the_probability_and_neighbours_know_nothing_of_each_other(dropout):
+    torch.manual_seed(0)
+    count = 1_000_001  # odd, and more than is drawn at once
+    is_dropped = draw_dropped((count,), dropout).double()
+    deviation = math.sqrt(dropout * (1 - dropout) / count)
+    assert abs(is_dropped.mean() - dropout) < 4 * deviation
+    for step in (1, 2, 2**18):  # halves of one word, words, blocks
+        both = (is_dropped[step:] * is_dropped[:-step]).mean()
+        assert abs(both - dropout**2) < 5 * math.sqrt(dropout**2 / count)
+
+
+def test_draws_are_those_of_torchs_generator():
+    torch.manual_seed(1)
+    first, second = draw_dropped((3, 5), 0.5), draw_dropped((3, 5), 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(draw_dropped((3, 5), 0.5), first) and not torch.equal(first, second)
+    assert draw_dropped((0, 5), 0.5).shape == (0, 5)
+
+
+def test_what_is_left_is_scaled_and_what_is_dropped_gets_no_gradient():
+    states = torch.linspace(1, 2, 1000, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(2)
+    left = drop(states, 0.25, True)
+    left.backward(torch.ones_like(left))
+    torch.manual_seed(2)
+    is_kept = ~draw_dropped((1000,), 0.25)
+    torch.testing.assert_close(left, states * is_kept / 0.75)
+    torch.testing.assert_close(states.grad, is_kept.double() / 0.75)
+
+
+@pytest.mark.parametrize(("dropout", "training"), [(0.1, False), (0.0, True)])
+def test_nothing_is_dropped_in_evaluation_or_without_dropout(dropout, training):
+    states = torch.linspace(-1, 1, 50)
+    assert torch.equal(drop(states, dropout, training), states)
+
+
+@pytest.mark.parametrize("mask_RN", [None, MASK_RN], ids=["every key", "some keys"])
+def test_attention_with_dropout_is_its_formula_with_the_same_draws_forward_and_backward(mask_RN):
+    dropout = 0.3
+    found, expected = projections(), projections()
+    torch.manual_seed(3)
+    attended = attend(*found, mask_RN, dropout)
+    torch.manual_seed(3)
+    is_kept = ~draw_dropped((R, H, Q, N), dropout)
+    query, key, value = expected
+    score = query @ key.transpose(2, 3) / math.sqrt(d)
+    if mask_RN is not None:
+        score = score.masked_fill(~mask_RN[:, None, None, :], float("-inf"))
+    plain = (score.softmax(dim=-1) * is_kept / (1 - dropout)) @ value
+    torch.testing.assert_close(attended, plain)
+    gradient = torch.randn_like(plain)
+    attended.backward(gradient)
+    plain.backward(gradient)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_attention_with_dropout_has_the_mean_of_attention_without():
+    parts = projections()
+    torch.manual_seed(4)
+    draws = torch.stack([attend(*parts, MASK_RN, 0.2).detach() for _ in range(2000)])
+    without = attend(*parts, MASK_RN, 0.0).detach()
+    torch.testing.assert_close(without, F.scaled_dot_product_attention(*parts, attn_mask=MASK_RN[:, None, None]))
+    assert ((draws.mean(dim=0) - without).abs() < 5 * draws.std(dim=0) / math.sqrt(2000)).all()
+
+
+def test_row_that_sees_no_key_is_a_number():
+    nothing = torch.zeros(R, N, dtype=torch.bool)
+    parts = projections()
+    attended = attend(*parts, nothing, 0.1)
+    attended.sum().backward()
+    assert attended.isfinite().all()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in parts)
+
+
+def test_recomputed_attention_drops_the_same():
+    gradients = []
+    for recompute in (False, True):
+        parts = projections()
+        torch.manual_seed(5)
+        attended = (
+            checkpoint(attend, *parts, None, 0.5, use_reentrant=False) if recompute else attend(*parts, None, 0.5)
+        )
+        attended.square().sum().backward()
+        gradients.append([part.grad for part in parts])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_in_bfloat16_keeps_its_shares_in_bfloat16_and_a_byte_each():
+    kept = []
+
+    def note(tensor):
+        kept.append((tensor.dtype, tuple(tensor.shape)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attend(*projections(torch.bfloat16), MASK_RN, 0.1)
+    shares = [dtype for dtype, shape in kept if shape == (R, H, Q, N)]
+    assert shares == [torch.bfloat16, torch.bool]

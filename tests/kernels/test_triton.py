@@ -1,0 +1,340 @@
+"""The Triton kernels beside torch's operators: on a GPU as they are, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bridgetower.config.compute import PLAIN, ComputeConfig
+from bridgetower.config.run import ObjectivesConfig
+from bridgetower.engine.loop import to_device
+from bridgetower.kernels import ops as fused
+from bridgetower.kernels import spans as flash
+from bridgetower.kernels.ops import share
+from bridgetower.kernels.spans import Spans
+from bridgetower.model import attention, text_tower
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.tasks.pretraining import PretrainTask
+from tests.conftest import REPO
+from tests.small_models import random_batch, shake, small_config
+from tests.step.test_plan import RECOMPUTED, assert_agree, computed
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+functions = pytest.importorskip("bridgetower.kernels.triton.functions", reason="this build of torch has no Triton")
+short_attention = pytest.importorskip("bridgetower.kernels.triton.short_attention")
+row_attention = pytest.importorskip("bridgetower.kernels.triton.row_attention")
+ROWS, WIDTHS = (1, 6, 37), (96, 128)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).requires_grad_()
+
+
+def norm_of(width: int) -> nn.LayerNorm:
+    layer = nn.LayerNorm(width, eps=1e-5).to(DEVICE)
+    shake(layer)
+    return layer
+
+
+def assert_same(
+    found: Sequence[Tensor], expected: Sequence[Tensor], leaves: Sequence[Tensor], *, tolerance: float = 1e-5
+) -> None:
+    """Values, and gradients of a random sum of them."""
+    factors = [torch.randn_like(value) for value in expected]
+    torch.testing.assert_close(list(found), list(expected), rtol=tolerance, atol=tolerance)
+    one, other = (
+        torch.autograd.grad(values, leaves, factors, retain_graph=True) for values in (list(found), list(expected))
+    )
+    torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def linear_of(width: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(width, outputs).to(DEVICE)
+    shake(layer)
+    return layer
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm(rows, width):
+    states, layer = drawn(rows, width), norm_of(width)
+    leaves = [states, *layer.parameters()]
+    assert_same(functions.norm(states, layer), (states, layer(states)), leaves)
+    assert_same(functions.norm(states, layer)[1:], [layer(states)], leaves)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm_of_a_sum(rows):
+    states, update, layer = drawn(rows, 96), drawn(rows, 96), norm_of(96)
+    assert_same(
+        [functions.add_norm(states, update, layer)], [layer(states + update)], [states, update, *layer.parameters()]
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_sum_of_a_projection_and_its_norm(rows):
+    states, inner, linear, layer = drawn(rows, 96), drawn(rows, 40), linear_of(40, 96), norm_of(96)
+    leaves = [states, inner, *linear.parameters(), *layer.parameters()]
+    total = states + linear(inner)
+    assert_same(functions.project_add_norm(states, inner, linear, layer, 0.0), (total, layer(total)), leaves)
+    assert_same(functions.project_add_norm(states, inner, linear, layer, 0.0)[1:], [layer(total)], leaves)
+
+
+def test_sum_with_dropout_keeps_the_share_that_it_should_and_drops_the_same_in_the_backward_pass():
+    states, inner, linear, layer = drawn(100, 96), drawn(100, 40), linear_of(40, 96), norm_of(96)
+    found = functions.project_add_norm(states, inner, linear, layer, 0.3)
+    is_left = (found[0] != states).float()
+    total = states + linear(inner) * is_left / 0.7
+    assert_same(found, (total, layer(total)), [states, inner, *linear.parameters(), *layer.parameters()])
+    assert float(is_left.mean()) == pytest.approx(0.7, abs=0.02)  # 9,600 draws: a deviation is 0.0047
+    # No row, column or neighbour has more than chance has it.
+    assert float(is_left.mean(dim=1).std()) == pytest.approx((0.21 / 96) ** 0.5, rel=0.2)
+    assert float(is_left.mean(dim=0).std()) == pytest.approx((0.21 / 100) ** 0.5, rel=0.3)
+    for one, other in ((is_left[1:], is_left[:-1]), (is_left[:, 1:], is_left[:, :-1])):
+        assert float((one * other).mean()) == pytest.approx(0.49, abs=0.02)
+
+
+def test_dropout_is_drawn_anew_by_torchs_generator():
+    states, linear, layer = drawn(8, 96), linear_of(96, 96), norm_of(96)
+
+    def dropped(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [functions.project_add_norm(states, states, linear, layer, 0.5)[0] for _ in range(2)]
+
+    first, second = dropped(1)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, dropped(1), (first, second)))
+    assert not torch.equal(dropped(2)[0], first)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("quick", [True, False])
+def test_expansion(rows, quick):
+    states, linear = drawn(rows, 40), linear_of(40, 300)
+    value = linear(states)
+    outer = value * torch.sigmoid(1.702 * value) if quick else F.gelu(value)
+    leaves = [states, *linear.parameters()]
+    assert_same(functions.expand(states, linear, quick=quick), (states, outer), leaves)
+    assert_same(functions.expand(states, linear, quick=quick)[1:], [outer], leaves)
+
+
+@pytest.mark.parametrize(("width", "parts"), [(128, 3), (256, 2), (96, 3), (128, 1)])
+def test_projections(width, parts):
+    states, linear = drawn(2, 37, 40), linear_of(40, parts * width)
+    leaves = [states, *linear.parameters()]
+    found = functions.project(states, linear.weight, linear.bias, parts)
+    projected = linear(states).chunk(parts, dim=-1)
+    assert_same(found, (states, *projected), leaves)
+    assert_same(found[1:], projected, leaves)
+
+
+def test_rows_that_are_read_more_than_once_or_never():
+    states, index = drawn(6, 5, 2, 96), torch.tensor([3, 0, 0, 5, 3, 1, 3], device=DEVICE)
+    shared = share(index, states[:, :, 1], kernels=True)
+    if shared.order_R is None:  # not on a GPU
+        order_R = index.argsort(stable=True)
+        shared = shared._replace(
+            order_R=order_R, start_Z=torch.searchsorted(index[order_R], torch.arange(7, device=DEVICE))
+        )
+    taken = functions.take(states[:, :, 1], *shared)  # rows that do not stand together
+    assert_same([taken], [states[:, :, 1].index_select(0, index)], [states])
+
+
+def starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def attend_row_by_row(query: Tensor, key: Tensor, value: Tensor, lengths, is_left=None, dropout=0.0) -> Tensor:
+    rows = []
+    queries, keys, values = (part.split(n) for part, n in zip((query, key, value), (*lengths, lengths[1]), strict=True))
+    for number, parts in enumerate(zip(queries, keys, values, strict=True)):
+        query_HTd, key_HSd, value_HSd = (part.transpose(0, 1) for part in parts)
+        share_HTS = (query_HTd @ key_HSd.transpose(1, 2) / query_HTd.shape[-1] ** 0.5).softmax(dim=-1)
+        if is_left is not None:
+            share_HTS = share_HTS * is_left[number] / (1 - dropout)
+        rows.append((share_HTS @ value_HSd).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([100, 70], [3, 17]), ([3, 0, 17], [90, 70, 90]), ([5, 1, 12], [5, 1, 12]), ([70, 1], [40, 50])],
+    ids=["images to texts", "texts to images, one without a query", "texts", "longer texts"],
+)
+def test_attention_with_a_short_side(queries, keys):
+    heads, width, dropout = 2, 16, 0.3
+    tolerance = 5e-3 if DEVICE.type == "cuda" else 1e-5  # a GPU's matrix units round float32 to 10 bits
+    query, joined = drawn(sum(queries), heads, width), drawn(sum(keys), 2, heads, width)
+    key, value = joined.unbind(1)
+    spans = Spans(starts(queries), max(queries)), Spans(starts(keys), max(keys))
+    leaves, lengths = [query, joined], (queries, keys)
+    assert_same(
+        [short_attention.attend_short(query, key, value, *spans, 0.0)],
+        [attend_row_by_row(query, key, value, lengths)],
+        leaves,
+        tolerance=tolerance,
+    )
+
+    def attend(values: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return short_attention.attend_short(query, key, values, *spans, dropout)
+
+    # Which shares are left is seen by values that are one for one key each.
+    is_left = [torch.zeros(heads, *shape, device=DEVICE) for shape in zip(queries, keys, strict=True)]
+    for piece in range(0, max(keys), width):
+        marks = torch.zeros(sum(keys), heads, width, device=DEVICE)
+        for part, count in zip(marks.split(keys), keys, strict=True):
+            ones = torch.eye(width, device=DEVICE)[: max(0, count - piece)]
+            part[piece : piece + len(ones)] = ones[:, None]
+        for found, part in zip(is_left, attend(marks).split(queries), strict=True):
+            place = found[:, :, piece : piece + width]
+            place.copy_((part.transpose(0, 1) > 0)[:, :, : place.shape[2]])
+    share_left = torch.cat([part.flatten() for part in is_left])
+    assert float(share_left.mean()) == pytest.approx(0.7, abs=5 * (0.21 / len(share_left)) ** 0.5)
+    assert_same(
+        [attend(value)], [attend_row_by_row(query, key, value, lengths, is_left, dropout)], leaves, tolerance=tolerance
+    )
+
+
+def attend_densely(states: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    parts = F.linear(states, weight, bias).chunk(3, dim=-1)
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+    share = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    return (share @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("length", [5, 37, 64, 71, 131], ids="{} positions".format)
+def test_attention_within_rows(length):
+    rows, heads, width = 2, 2, 16
+    on_gpu = DEVICE.type == "cuda"  # whose matrix units take halves
+    dtype, tolerance = (torch.float16, 5e-3) if on_gpu else (torch.float32, 1e-5)
+    linear = linear_of(heads * width, 3 * heads * width).to(dtype)
+    weight, bias = linear.weight, linear.bias
+    states = torch.randn(rows, length, heads * width, device=DEVICE, dtype=dtype).requires_grad_()
+    leaves = [states, weight, bias]
+    found = row_attention.attend_within_rows(states, weight, bias, heads)
+    attended = attend_densely(states, weight, bias, heads)
+    assert_same(found, (states, attended), leaves, tolerance=tolerance)
+    assert_same(found[1:], [attended], leaves, tolerance=tolerance)
+
+
+def test_attention_within_rows_whose_scores_are_all_far_below_zero():
+    heads, width, length = 2, 16, 37  # the last tile has keys that are not there
+    dtype, scale = (torch.float16, 4.0) if DEVICE.type == "cuda" else (torch.float32, 30.0)
+    linear = linear_of(heads * width, 3 * heads * width).to(dtype)
+    with torch.no_grad():
+        linear.bias[: heads * width] = scale / 4  # of queries
+        linear.bias[heads * width : 2 * heads * width] = -scale
+    weight, bias = linear.weight, linear.bias
+    states = torch.randn(2, length, heads * width, device=DEVICE, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        query, key, _ = F.linear(states, weight, bias).unflatten(-1, (3, heads, width)).unbind(2)
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / width**0.5
+    assert scores.max() < (-14 if dtype == torch.float16 else -100)
+    found = row_attention.attend_within_rows(states, weight, bias, heads)[1]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), [states, weight, bias]))
+
+
+def test_every_kernel_compiles_for_gpus(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = json.loads(done.stdout)
+    # Every function of these files that is one.
+    files = (REPO / "bridgetower/model").glob("*kernels.py")
+    sources = [file.read_text() for file in files]
+    assert compiled.keys() == {name for source in sources for name in re.findall(r"^def ([a-z]\w+)\(", source, re.M)}
+    # What has no place in registers goes to slow memory: a few numbers of one kernel.
+    assert {name for name, spilled in compiled.items() if spilled} <= {"few_queries_backward"}
+    assert max(compiled.values()) < 300
+
+
+def test_what_is_for_these_kernels():
+    assert short_attention.takes(325, 50, 64) and short_attention.takes(50, 325, 64)
+    assert not short_attention.takes(325, 325, 64)  # no side is short
+    assert not short_attention.takes(50, 325, 40)  # tiles are powers of two
+    assert not short_attention.takes(50, 325, 128)  # memory of a program
+    assert not short_attention.takes(50, 5000, 64)
+    images = torch.zeros(1, 325, 768, dtype=torch.bfloat16)
+    assert row_attention.takes(images, 12, 0.0)
+    assert not row_attention.takes(images, 12, 0.1)  # torch's are faster
+    assert not row_attention.takes(images.float(), 12, 0.0)  # matrix units would round it
+    assert not row_attention.takes(images, 6, 0.0) and not row_attention.takes(images[:0], 12, 0.0)
+    assert not row_attention.takes(torch.zeros(1, 577, 768, dtype=torch.bfloat16), 12, 0.0)
+
+
+def attend_spans_without_kernels(query, key, value, query_spans, key_spans, dropout, *, kernels: bool) -> Tensor:
+    if kernels:
+        pytest.fail("a kernel")
+    lengths = [spans.start_Z.diff().tolist() for spans in (query_spans, key_spans)]
+    return attend_row_by_row(query, key, value, lengths)
+
+
+@pytest.fixture
+def kernel_task(monkeypatch) -> PretrainTask:
+    """A model in float32 whose heads the kernels take, and the way that a GPU goes."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(fused, "fits", lambda states: True)
+        for module in (attention, flash, text_tower):
+            monkeypatch.setattr(module, "fits", lambda states, num_heads: True)
+        monkeypatch.setattr(row_attention, "takes", lambda states, num_heads, dropout: not dropout)  # float32, too
+    config = small_config(dropout=0.0)
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_layers=2),
+        text=dataclasses.replace(config.text, num_layers=2),
+        fusion=dataclasses.replace(config.fusion, width=128, num_heads=2, num_layers=2),
+    )
+    model = BridgeTower(config, ("mlm", "itm"))
+    shake(model)
+    return PretrainTask(model.to(DEVICE).train(), ObjectivesConfig(mlm=True, itm=True, itc=False))
+
+
+def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task, monkeypatch):
+    within_rows = row_attention.attend_within_rows
+    calls: list[Tensor] = []
+
+    def noted(states: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+        calls.append(states)
+        return within_rows(states, *arguments)
+
+    monkeypatch.setattr(row_attention, "attend_within_rows", noted)
+    # Recomputing draws the same, and runs each kernel once more.
+    assert_agree(kernel_task, to_device(random_batch(2), DEVICE), RECOMPUTED)
+    assert calls or DEVICE.type == "cuda"  # where it is not for float32
+
+
+def test_a_tower_without_a_norm_goes_without_its_kernel(kernel_task):
+    states = drawn(3, 40)
+    assert fused.norm(states, nn.Identity(), kernels=True)[1] is states
+
+
+def test_kernels_can_be_switched_off(kernel_task, monkeypatch):
+    if DEVICE.type == "cpu":  # which has no FlashAttention either
+        for module in (attention, text_tower):
+            monkeypatch.setattr(module, "attend_spans", attend_spans_without_kernels)
+    monkeypatch.setattr(fused, "_kernels", lambda: pytest.fail("a kernel"))
+    monkeypatch.setattr(flash, "_rows", lambda: pytest.fail("a kernel"))
+    batch = to_device(random_batch(2), DEVICE)
+    computed(kernel_task, batch, PLAIN)
+    kernel_task.model.compute = dataclasses.replace(ComputeConfig(), fuse_kernels=False)
+    computed(kernel_task, batch, ComputeConfig(fuse_kernels=False))
+    with pytest.raises(pytest.fail.Exception):
+        computed(kernel_task, batch, ComputeConfig())
