@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bridgetower.kernels.compiled import compile_parts
 from torch import Tensor
 
 from bridgetower import rng
@@ -24,10 +25,10 @@ from bridgetower.data.targets import num_classes
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.open import load_model
-from bridgetower.kernels.compiled import compile_parts
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights
+from bridgetower.model.sizes import complete_model_config
 from finetune.tasks import ClassifierTask, FinetuneTask, RetrievalTask
 
 # What the checkpoint decides and a preset is made for; everything else of model.* may differ.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bridgetower.kernels.compiled import compile_parts
 
 from bridgetower import rng
 from bridgetower.config.run import RunConfig
@@ -16,7 +17,6 @@ from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
 from bridgetower.evaluation.pretraining import SplitScores, evaluate_split
-from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.pretrained import check_vision_weights, load_tower_weights

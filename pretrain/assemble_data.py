@@ -10,7 +10,7 @@ from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 
 
 def complete(config: RunConfig) -> RunConfig:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bridgetower.kernels.compiled import compile_parts
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
@@ -42,8 +43,8 @@ from bridgetower.config.optim import OptimConfig
 from bridgetower.cost.closed_form import Texts, count_micro_batch
 from bridgetower.cost.devices import peak_flops
 from bridgetower.io.files import write_atomically
-from bridgetower.kernels.compiled import compile_parts
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 
 _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"

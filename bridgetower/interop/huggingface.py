@@ -36,8 +36,9 @@ from bridgetower.interop.huggingface_config import read_config, why_no_port, wri
 from bridgetower.interop.published_towers import TOWER_EPS
 from bridgetower.interop.strict import check_tensors, load_strictly, tensors_of
 from bridgetower.interop.weight_files import first_line, own_values, read_safetensors, read_torch_file, write_whole
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import WithoutInitialValues
+from bridgetower.model.sizes import complete_model_config
 
 _CLASSES: dict[str, Any] = {
     "mlm": BridgeTowerForMaskedLM,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from open_clip.transformer import QuickGELU, VisionTransformer
-
 from bridgetower.config.model import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import shapes_alone
+from bridgetower.model.named_vits import complete_vision_config
 from bridgetower.model.text_tower import complete_text_config
-from bridgetower.model.vision_tower import VisionTower, blocks_of, complete_vision_config
+from bridgetower.model.vision_tower import ClipViT, VisionTower, blocks_of, is_quick_gelu
 
 HEAD_WIDTH = 64
 """Channels of an attention head, in all towers of CLIP and RoBERTa, and in the published cross-modal layers."""
@@ -74,7 +73,7 @@ def roberta_tower(
 def why_no_clip(model: BridgeTower) -> list[str]:
     """What keeps a model's vision tower from being one of OpenAI's CLIP."""
     config, vit = model.config.vision, model.vision_tower.vit
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, ClipViT):
         return [f"model.vision.name={config.name} is no ViT of CLIP"]
     same_sizes = dataclasses.replace(config, name=CUSTOM, weights="none")
     with shapes_alone():
@@ -83,7 +82,7 @@ def why_no_clip(model: BridgeTower) -> list[str]:
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in clip.items()}:
         return [f"model.vision.name={config.name} has other tensors than a ViT of CLIP"]
     reasons = []
-    if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks_of(vit)):
+    if not all(is_quick_gelu(block.mlp.gelu) for block in blocks_of(vit)):
         reasons.append(f"model.vision.name={config.name} has GELU, and CLIP's ViT QuickGELU")
     if config.num_heads != config.width // HEAD_WIDTH:
         reasons.append(

@@ -22,7 +22,8 @@ from bridgetower.interop import names
 from bridgetower.interop.reference_config import PUBLISHED_EPS, heads_of, read_config, why_not_published, write_settings
 from bridgetower.interop.strict import check_tensors, load_strictly, tensors_of
 from bridgetower.interop.weight_files import own_values, read_torch_file, write_whole
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 
 logger = logging.getLogger(__name__)
 

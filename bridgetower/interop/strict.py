@@ -11,10 +11,11 @@ from torch import Tensor
 
 from bridgetower.config.model import ModelConfig
 from bridgetower.errors import CheckpointError
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS
 from bridgetower.model.init import WithoutInitialValues, shapes_alone
 from bridgetower.model.pretrained import fit_positions
+from bridgetower.model.sizes import complete_model_config
 
 _POSITION_TABLES = ("vision_tower.vit.positional_embedding", "vision_tower.vit.pos_embed")
 _MOST_NAMES = 40

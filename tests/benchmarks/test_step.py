@@ -15,7 +15,7 @@ from benchmarks.step_sides import MEAN_TOKENS, caption_lengths, make_batch
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 from tests.conftest import run_script
 
 

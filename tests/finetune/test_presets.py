@@ -8,7 +8,7 @@ import pytest
 
 from bridgetower.config.overrides import walk_fields
 from bridgetower.data.order import cut_global_batch
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 from finetune.assemble import complete_steps, evaluation_steps
 from finetune.presets import PRESETS, snli_ve_base
 from tests.conftest import REPO

@@ -14,7 +14,8 @@ from bridgetower.interop import names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface
 from bridgetower.interop.reference import from_reference, reference_tensors, to_reference
 from bridgetower.interop.reference_config import read_config, write_settings
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 from tests.interop.port import (
     Numbers,
     build_port,
