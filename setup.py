@@ -1,4 +1,4 @@
-"""Packages, metadata and requirements. Version ranges are what was tested together; tool settings are in pyproject.toml."""
+"""Packages, metadata and requirements. Version ranges were tested together. Tool settings are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -84,8 +84,8 @@ setup(
         "parquet": ["pyarrow>=20"],
         # scikit-image brings the photographs that benchmarks read.
         "benchmarks": ["scikit-image>=0.25,<1"],
-        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3. So data_prep/url_pictures.py
-        # lets uv create a separate environment for it on first use.
+        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3. data_prep/url_pictures.py
+        # therefore lets uv create a separate environment for it on first use.
         "download": ["uv>=0.9,<1"],
         # pretrain/dashboard.py builds W&B workspaces with it.
         "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(source, tmp_path_factory) -> Path:
-    """The python of an environment with this project's wheel and, beside it, the libraries of the one that runs the test.
+    """The python of a new environment that has this project's wheel, and the libraries of the environment of the test.
 
     The libraries' folder is only put on the path: its .pth files are not read, so an editable install of the checkout
     is not found.
@@ -101,7 +100,7 @@ def test_the_vocabularies_of_a_wheel_need_no_hub_and_no_repository(python, tmp_p
 
 
 def test_a_wheel_trains_tiny_in_an_empty_folder(python, emoji_shards, tmp_path):
-    os.symlink(emoji_shards.parent, tmp_path / "shards")  # where the preset looks for the demo corpus
+    (tmp_path / "shards").symlink_to(emoji_shards.parent)  # where the preset looks for the demo corpus
     steps = ("--optim.total_steps=2", "--tracker.every_steps=1", "--data.eval_shards=")
     run(python, tmp_path, "-m", "pretrain.train", "tiny", *steps)
     lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
