@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from bridgetower.config.model import FusionConfig
 from bridgetower.config.named_models import base
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError
-from bridgetower.interop import huggingface, names
+from bridgetower.interop import names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface, to_huggingface
 from bridgetower.interop.huggingface_config import write_config
 from bridgetower.model.bridgetower import BridgeTower
@@ -164,7 +165,7 @@ def test_no_bit_is_lost_in_any_floating_point_type(dtype, tmp_path):
 
 def test_of_two_heads_one_has_to_be_named():
     model = filled(BridgeTower(port_like_config(), ("mlm", "itm")))
-    with pytest.raises(CheckpointError, match=r"mlm, itm, a class of transformers has one\. Say which"):
+    with pytest.raises(CheckpointError, match=r"mlm, itm, but each class of transformers has one\. Choose one"):
         to_huggingface(model)
     assert isinstance(to_huggingface(model, "itm"), BridgeTowerForImageAndTextRetrieval)
     assert isinstance(to_huggingface(model, "none"), BridgeTowerModel)
@@ -251,7 +252,7 @@ def test_a_tokenizer_file_that_is_damaged_or_lacks_a_special_token_is_refused(tm
     file = tmp_path / "tokenizer.json"
     words = {"<s>": 0, "<pad>": 1, "</s>": 2}
     for content, said in (
-        ("{", "is no tokenizer of the library tokenizers"),
+        ("{", "is not a file of the library tokenizers"),
         (json.dumps({"model": {"type": "WordLevel", "vocab": words, "unk_token": "x"}}), "lacks <unk>, <mask>"),
     ):
         file.write_text(content)
@@ -356,7 +357,7 @@ def test_whole_numbers_in_place_of_weights_are_refused(saved, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["mlm_score.decoder.weight"] = tensors["mlm_score.decoder.weight"].to(torch.int8)
     write_folder(tmp_path, folder, tensors)
-    with pytest.raises(CheckpointError, match=r"1 of another type .*: mlm_score.decoder.weight torch.int8"):
+    with pytest.raises(CheckpointError, match=r"1 not of a floating-point .*: mlm_score\.decoder\.weight torch\.int8"):
         from_huggingface(tmp_path)
 
 
@@ -481,7 +482,7 @@ def test_a_norm_whose_epsilon_was_changed_by_hand_is_noticed():
 def test_the_contrastive_class_is_refused_and_all_else_of_it_can_be_had(tmp_path):
     config = port_config(contrastive_hidden_size=32, logit_scale_init_value=2.6592)
     theirs = BridgeTowerForContrastiveLearning(config).eval()
-    with pytest.raises(CheckpointError, match=r"no ITC heads .* drop_contrastive_heads=True"):
+    with pytest.raises(CheckpointError, match=r"not the published ITC heads.* drop_contrastive_heads=True"):
         from_huggingface(theirs)
     theirs.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="itc_cross_modal_head"):
@@ -494,12 +495,12 @@ def test_something_else_is_refused(tmp_path):
     roberta = RobertaModel(
         RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
-    with pytest.raises(CheckpointError, match="RobertaModel is no model of BridgeTower"):
+    with pytest.raises(CheckpointError, match="RobertaModel is not a BridgeTower model of transformers"):
         from_huggingface(roberta)
     roberta.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json .* model_type is 'roberta'"):
         from_huggingface(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder of transformers"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub name"):
         from_huggingface(tmp_path / "nowhere")
 
 
@@ -512,7 +513,7 @@ def test_a_folder_without_weights_or_with_a_pointer_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match="git lfs pull"):
         from_huggingface(tmp_path)
     pointer.write_bytes((saved[0] / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         from_huggingface(tmp_path)
 
 
@@ -520,7 +521,7 @@ def test_a_hub_name_that_cannot_be_had_is_refused(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to the hub")
 
-    monkeypatch.setattr(huggingface, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"BridgeTower/bridgetower-base .* no route to the hub"):
         from_huggingface("BridgeTower/bridgetower-base")
 
@@ -554,7 +555,7 @@ def test_another_epsilon_is_said_and_does_not_change_the_weights(tmp_path, caplo
     config = dataclasses.replace(port_like_config(), fusion=_fusion(layer_norm_eps=1e-12))
     model = filled(BridgeTower(config, ("mlm",)))
     save_huggingface(model, tmp_path)
-    assert "an epsilon of 1e-05 in all norms, this model 1e-12" in caplog.text
+    assert "an epsilon of 1e-05 in all norms, this model has 1e-12" in caplog.text
     assert from_huggingface(tmp_path).config.fusion.layer_norm_eps == 1e-5
     assert_same(from_huggingface(tmp_path, layer_norm_eps=1e-12), model)
 

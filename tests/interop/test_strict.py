@@ -54,7 +54,7 @@ def test_faults_are_listed_with_the_source():
     weights["text_pooler.bias"] = torch.zeros(3)
     weights["surplus"] = torch.zeros(1)
     del weights["image_pooler.bias"]
-    with pytest.raises(CheckpointError, match=r"^runs/x does not hold this model, tensor for tensor:\n") as caught:
+    with pytest.raises(CheckpointError, match=r"^runs/x does not hold exactly this model's tensors:\n") as caught:
         load_strictly(small_config(), (), weights, "runs/x")
     assert "1 missing: image_pooler.bias (40,)" in str(caught.value)
     assert "1 not expected: surplus (1,)" in str(caught.value)
