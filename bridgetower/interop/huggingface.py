@@ -266,8 +266,8 @@ def _drop_contrastive_heads(tensors: Mapping[str, Tensor], source: str, is_allow
         raise CheckpointError(
             f"{source} has the heads of {_CONTRASTIVE_CLASS} ({', '.join(contrastive)}). They are not the published "
             "ITC heads: the image head reads the transformed state where the published one reads the vision tower's, a "
-            "third head reads the pooled pair, and all were trained with another loss. To load everything else, give "
-            "drop_contrastive_heads=True."
+            "third head reads the pooled pair, and all were trained with another loss. To load everything else, use "
+            "bridgetower.interop.huggingface.from_huggingface(..., drop_contrastive_heads=True)."
         )
     return {name: value for name, value in tensors.items() if name not in contrastive}
 

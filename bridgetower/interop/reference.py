@@ -161,7 +161,7 @@ def _infer_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], so
     except ConfigError as error:
         raise CheckpointError(
             f"No model can be built from the shapes in {source}: {error} If the file is complete, give the model's "
-            "configuration: from_reference(path, config=...)."
+            "configuration: bridgetower.interop.reference.from_reference(path, config=...)."
         ) from error
 
 

@@ -147,7 +147,8 @@ def _check_widths(widths: Mapping[str, int], source: str) -> None:
         if width % HEAD_WIDTH:
             raise CheckpointError(
                 f"The {part} of {source} has a width of {width}, which does not divide into attention heads of "
-                f"{HEAD_WIDTH} channels as published. Give the configuration: from_reference(path, config=...)."
+                f"{HEAD_WIDTH} channels as published. Give the configuration: "
+                "bridgetower.interop.reference.from_reference(path, config=...)."
             )
 
 
