@@ -1,7 +1,7 @@
 """The configuration of Hugging Face's port, translated in both directions; options of one side alone are refused.
 
 Source: transformers 5.23.0, models/bridgetower/configuration_bridgetower.py and modeling_bridgetower.py. Numbers such
-as :1133 are lines of the latter.
+as :1108 are lines of the latter.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_config(theirs: BridgeTowerConfig, source: str, layer_norm_eps: float | 
                 max_tokens=_CAPTION_TOKENS,
                 dropout=text.hidden_dropout_prob,
             ),
-            # The port builds its cross-modal layers from the text tower's configuration (:1133) and ignores the
+            # The port builds its cross-modal layers from the text tower's configuration (:1108) and ignores the
             # number of heads and the dropout of its own.
             fusion=FusionConfig(
                 width=theirs.hidden_size,
@@ -121,14 +121,14 @@ def _list_unsupported(theirs: BridgeTowerConfig) -> list[str]:
         (
             vision.hidden_size >= HEAD_WIDTH and vision.hidden_size % (vision.hidden_size // HEAD_WIDTH) == 0,
             f"vision_config.hidden_size={vision.hidden_size}",
-            f"divisible by its number of heads, hidden_size // {HEAD_WIDTH} (:103)",
+            f"divisible by its number of heads, hidden_size // {HEAD_WIDTH} (modeling_bridgetower.py:110)",
         ),
         (
             num_blocks == text.num_hidden_layers,
             f"vision_config.num_hidden_layers={vision.num_hidden_layers} with remove_last_layer="
             f"{vision.remove_last_layer}",
             f"as many blocks as text_config.num_hidden_layers={text.num_hidden_layers}, because the port pairs block i "
-            "with text layer i (:1299), and this program pairs the towers' last layers",
+            "with text layer i (modeling_bridgetower.py:1288), and this program pairs the towers' last layers",
         ),
     ]
     return [f"{option}, which has to be {supported}" for is_supported, option, supported in checks if not is_supported]

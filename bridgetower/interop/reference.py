@@ -90,7 +90,7 @@ def to_reference(model: BridgeTower, path: str | Path) -> None:
         CheckpointError: the published code cannot build this model, or the file cannot be written.
     """
     path = Path(path)
-    tensors = reference_tensors(model)
+    tensors = build_reference_tensors(model)
     if model.config.fusion.layer_norm_eps != PUBLISHED_EPS:
         logger.warning(
             "The published code has an epsilon of %s in the cross-modal layers and the MLM head, this model has %s. In "
@@ -109,7 +109,7 @@ def to_reference(model: BridgeTower, path: str | Path) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
-def reference_tensors(model: BridgeTower) -> dict[str, Tensor]:
+def build_reference_tensors(model: BridgeTower) -> dict[str, Tensor]:
     """Return a model's tensors by their published names, with those that the published code registers and never reads.
 
     The unread ones are zeros, except the position ids and the temperature. A pretraining checkpoint has 707 parameters

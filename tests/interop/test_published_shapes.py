@@ -12,7 +12,7 @@ from torch import Tensor
 from bridgetower.config.named_models import MODELS, base, large
 from bridgetower.interop import names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface
-from bridgetower.interop.reference import from_reference, reference_tensors, to_reference
+from bridgetower.interop.reference import build_reference_tensors, from_reference, to_reference
 from bridgetower.interop.reference_config import read_config, write_settings
 from bridgetower.model.bridgetower import BridgeTower, complete_model_config
 from tests.interop.models import assert_same
@@ -90,7 +90,7 @@ def test_states_logits_and_gradients_equal_hugging_faces(name):
 @pytest.mark.parametrize("name", ["base", "large"])
 def test_a_pretraining_checkpoint_has_the_published_tensors(name):
     with torch.device("meta"):
-        tensors = reference_tensors(BridgeTower(PRESETS[name](), ("mlm", "itm")))
+        tensors = build_reference_tensors(BridgeTower(PRESETS[name](), ("mlm", "itm")))
     positions = tensors.pop("text_transformer.embeddings.position_ids")
     assert positions.shape == (1, 514) and positions.dtype == torch.int64  # the only one that is no parameter
     assert (len(tensors), sum(value.numel() for value in tensors.values())) == COUNTS[name]
@@ -104,7 +104,7 @@ PUBLISHED = ["base", "large", "meter", "meter_fusion", "meter_original", *(f"bas
 def test_the_configuration_is_read_from_the_shapes_of_a_checkpoint(name):
     with torch.device("meta"):
         model = BridgeTower(MODELS[name](), ("mlm", "itm"))
-    config = complete_model_config(read_config(reference_tensors(model), write_settings(model), "the weights"))
+    config = complete_model_config(read_config(build_reference_tensors(model), write_settings(model), "the weights"))
     if not model.config.fusion.num_bridged and model.config.fusion.num_layers:
         # METER's classifiers are as wide as the pooled pair. No head of this checkpoint shows it.
         config = replace(config, heads=replace(config.heads, classifier_scale=2.0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bridgetower.config.model import CUSTOM, FusionConfig, HeadsConfig, ModelConfig, TextTowerConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.published_towers import find_clip_config, find_roberta_config
-from bridgetower.interop.reference import from_reference, reference_tensors, to_reference
+from bridgetower.interop.reference import build_reference_tensors, from_reference, to_reference
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.pretrained import resize_positions
 from tests.interop.models import assert_same, filled, port_like_config
@@ -154,7 +154,7 @@ def test_the_names_of_a_pretraining_checkpoint_are_the_published_ones():
                 expected |= with_both(*(f"{layer}.{attention}.self.{part}" for part in ("query", "key", "value")))
                 expected |= with_both(f"{layer}.{attention}.output.dense", f"{layer}.{attention}.output.LayerNorm")
             expected |= with_both(f"{layer}.intermediate.dense", f"{layer}.output.dense", f"{layer}.output.LayerNorm")
-    assert set(reference_tensors(published_model())) == expected
+    assert set(build_reference_tensors(published_model())) == expected
 
 
 # Files as Lightning writes them.
@@ -232,7 +232,7 @@ def old_lightning(monkeypatch):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_with_everything_that_lightning_saves_is_read(zipped, tmp_path):
     model = published_model()
-    content = lightning_1_5(reference_tensors(model))
+    content = lightning_1_5(build_reference_tensors(model))
     torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=zipped)
     assert_same(from_reference(tmp_path / "last.ckpt"), model)
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_with_everything_that_lightning_saves_is_read(zipped, tmp_p
 def test_an_original_meter_checkpoint_is_read(old_lightning, tmp_path):
     # It has one block fewer than the text tower, no temperature, CLIP's word embeddings, and a class as a key.
     model = filled(BridgeTower(meter_config(), ("mlm", "itm")))
-    tensors = reference_tensors(model)
+    tensors = build_reference_tensors(model)
     del tensors["temperature"]
     tensors["vit_model.token_embedding.weight"] = torch.zeros(49408, 128)
     content = lightning_1_5(tensors) | {
@@ -256,14 +256,14 @@ def test_an_original_meter_checkpoint_is_read(old_lightning, tmp_path):
 
 def test_a_file_of_a_state_dict_alone_is_read(tmp_path):
     model = published_model()
-    torch.save(reference_tensors(model), tmp_path / "weights.pth")
+    torch.save(build_reference_tensors(model), tmp_path / "weights.pth")
     assert_same(from_reference(tmp_path / "weights.pth"), model)
 
 
 def test_the_numbered_norms_of_early_checkpoints_are_read(tmp_path):
     model = published_model()
     tensors = {}
-    for name, value in reference_tensors(model).items():
+    for name, value in build_reference_tensors(model).items():
         for m in ("text", "image"):
             name = name.replace(f"cross_modal_{m}_layernorm.", f"cross_modal_{m}_layernorm.0.")
             for k in range(2):
@@ -279,7 +279,7 @@ def test_the_number_of_attention_heads_is_read_from_the_settings_of_the_file(tmp
     model = filled(BridgeTower(dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, num_heads=8))))
     to_reference(model, tmp_path / "model.ckpt")
     assert from_reference(tmp_path / "model.ckpt").config.fusion.num_heads == 8
-    torch.save({"state_dict": reference_tensors(model)}, tmp_path / "bare.ckpt")
+    torch.save({"state_dict": build_reference_tensors(model)}, tmp_path / "bare.ckpt")
     assert from_reference(tmp_path / "bare.ckpt").config.fusion.num_heads == 2  # 64 channels each, as published
 
 
@@ -298,7 +298,7 @@ def test_the_position_table_is_resized_as_published(side, patches, tmp_path):
 
 
 def test_a_norm_under_both_names_is_refused(tmp_path):
-    tensors = reference_tensors(published_model())
+    tensors = build_reference_tensors(published_model())
     tensors["cross_modal_text_layernorm.0.bias"] = torch.zeros(128)
     torch.save(tensors, tmp_path / "both.ckpt")
     with pytest.raises(CheckpointError, match=r"1 not expected: cross_modal_text_layernorm\.0\.bias"):
@@ -309,7 +309,7 @@ def test_a_norm_under_both_names_is_refused(tmp_path):
 
 
 def test_no_tensor_that_is_read_may_be_missing(tmp_path):
-    tensors = reference_tensors(published_model(("mlm", "itm", "itc"), num_layers=1, fusion_layers=1))
+    tensors = build_reference_tensors(published_model(("mlm", "itm", "itc"), num_layers=1, fusion_layers=1))
     path = tmp_path / "model.ckpt"
     refused = set()
     for name in tensors:
@@ -322,7 +322,7 @@ def test_no_tensor_that_is_read_may_be_missing(tmp_path):
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed(tmp_path):
-    tensors = reference_tensors(published_model())
+    tensors = build_reference_tensors(published_model())
     del tensors["cross_modal_text_layers.2.crossattention.self.key.bias"]
     del tensors["itm_score.fc.bias"]
     tensors["cross_modal_text_layers.1.output.dense.scale"] = torch.zeros(3)
@@ -353,14 +353,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(tmp_path):
 )
 def test_a_tensor_that_nothing_reads_may_be_missing(unused, tmp_path):
     model = published_model()
-    tensors = reference_tensors(model)
+    tensors = build_reference_tensors(model)
     del tensors[unused]
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
     assert_same(from_reference(tmp_path / "model.ckpt"), model)
 
 
 def test_the_temperature_of_a_model_with_an_itc_head_may_not_be_missing(tmp_path):
-    tensors = reference_tensors(published_model(("itc",)))
+    tensors = build_reference_tensors(published_model(("itc",)))
     del tensors["temperature"]
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match=r"1 missing: temperature \(\)"):
@@ -403,7 +403,7 @@ def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
 
 
 def test_a_classifier_of_one_layer_is_refused(tmp_path):
-    tensors = reference_tensors(published_model(("itm",)))
+    tensors = build_reference_tensors(published_model(("itm",)))
     tensors |= {"vqa_classifier.0.weight": torch.zeros(17, 256), "vqa_classifier.0.bias": torch.zeros(17)}
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match=r"vqa_classifier of one layer \(task_head_layers=1\)"):
@@ -438,7 +438,7 @@ class Evil:
 def test_a_file_that_carries_code_is_refused_and_its_code_is_not_run(form, position, tmp_path):
     trace, path = tmp_path / "trace", tmp_path / "model.ckpt"
     evil = Evil(os.mkdir, str(trace))
-    content: dict[str, Any] = {"state_dict": reference_tensors(published_model()), "hyper_parameters": {}}
+    content: dict[str, Any] = {"state_dict": build_reference_tensors(published_model()), "hyper_parameters": {}}
     if position == "state_dict":
         content["state_dict"]["itm_score.fc.bias"] = evil
     elif position == "hyper_parameters":
@@ -464,7 +464,7 @@ def test_no_builtin_that_runs_code_is_let_through(call, tmp_path):
 
 def test_an_instance_of_the_one_class_that_is_let_through_is_an_empty_placeholder(old_lightning, tmp_path):
     model = published_model()
-    content = lightning_1_5(reference_tensors(model))
+    content = lightning_1_5(build_reference_tensors(model))
     instance = old_lightning()
     instance.__dict__["payload"] = [1]
     torch.save(content | {"callbacks": {"a": instance}}, tmp_path / "model.ckpt")
@@ -505,7 +505,7 @@ def test_a_file_that_is_not_there_or_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(zipped, fraction, tmp_path):
     path = tmp_path / "model.ckpt"
-    torch.save({"state_dict": reference_tensors(published_model())}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": build_reference_tensors(published_model())}, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with pytest.raises(CheckpointError, match=r"not a complete file of torch\.save"):
         from_reference(path)
@@ -592,7 +592,7 @@ def test_a_parameter_that_is_a_view_into_a_buffer_is_written_without_the_buffer(
         parameter.data = buffer[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
     to_reference(model, tmp_path / "model.ckpt")
-    size = sum(value.nbytes for value in reference_tensors(model).values())
+    size = sum(value.nbytes for value in build_reference_tensors(model).values())
     assert Path(tmp_path / "model.ckpt").stat().st_size < 1.2 * size
     assert_same(from_reference(tmp_path / "model.ckpt"), model)
 
