@@ -165,7 +165,7 @@ def test_what_cannot_be_loaded_is_answered_with_what_can(run, tmp_path):
     for path, said in (
         ("empty", "without a model in it. What can be loaded:"),
         ("nowhere", "There is no .*nowhere. What can be loaded:"),
-        ("cut.safetensors", "no whole safetensors file"),
+        ("cut.safetensors", "not a complete safetensors file"),
         ("foreign.safetensors", "was not exported by this program"),
     ):
         with pytest.raises(CheckpointError, match=said):

