@@ -22,8 +22,12 @@ from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.labelled import LabelledSplit
 from bridgetower.data.loader import prepared
 from bridgetower.engine.loop import to_device
+from bridgetower.engine.score_file import EVAL_NAME
 from bridgetower.errors import CheckpointError, ConfigError
-from bridgetower.evaluation.pretraining import EVAL_NAME, RECALL_AT, SplitScores, evaluate_split, write_scores
+from bridgetower.evaluation.pretraining import evaluate_split
+from bridgetower.evaluation.recall import RECALL_AT
+from bridgetower.evaluation.score_file import write_scores
+from bridgetower.evaluation.scorer import SplitScores
 from bridgetower.interop.safetensors_file import save_safetensors
 from bridgetower.tasks.pretraining import PretrainTask
 from finetune.tasks import ClassifierTask, FinetuneTask

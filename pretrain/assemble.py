@@ -15,7 +15,8 @@ from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
-from bridgetower.evaluation.pretraining import SplitScores, evaluate_split
+from bridgetower.evaluation.pretraining import evaluate_split
+from bridgetower.evaluation.scorer import SplitScores
 from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers

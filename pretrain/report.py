@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bridgetower.config.cli import refuse_unknown, run_command
 from bridgetower.config.snapshot import RUN_FILE, read_run_file
+from bridgetower.engine.score_file import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.evaluation.pretraining import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.evaluation.table import LABELS, format_score
 from bridgetower.io.files import short_names, write_atomically
 from bridgetower.shards.manifest import Manifest, load_manifest

@@ -92,7 +92,7 @@ def run(config: RunConfig) -> bool:
 
     def open_work() -> Work:
         from bridgetower.data.loader import micro_batches, recorded
-        from bridgetower.evaluation.pretraining import write_scores
+        from bridgetower.evaluation.score_file import write_scores
         from bridgetower.evaluation.table import print_scores
 
         stream = assemble_data.build_stream(config, corpora, cut, place.rank, tokenizer)

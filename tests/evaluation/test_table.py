@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridgetower.evaluation.pretraining import SplitScores
+from bridgetower.evaluation.scorer import SplitScores
 from bridgetower.evaluation.table import LABELS, format_score, print_scores
 
 

@@ -129,7 +129,7 @@ def test_scores_stand_beside_what_guessing_gives(tmp_path):
     shown = " ".join(Tags(render(folder)).text.split())
     assert "ITM balanced accuracy (random negatives)75.0%test split, guessing 50.0%" in shown
     assert "text-to-image R@1, with ITM50.0% guessing 1.0%" in shown
-    assert "MLM loss (nats a token)1.500" in shown and "after step 20" in shown
+    assert "MLM loss (nats per token)1.500" in shown and "after step 20" in shown
 
 
 def test_curves_are_drawn_of_the_metrics_that_are_there(tmp_path):
