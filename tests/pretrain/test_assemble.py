@@ -15,9 +15,9 @@ from bridgetower.data.held_out import check_held_out
 from bridgetower.data.images import load_image
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import CheckpointError, ConfigError, DataError
-from bridgetower.run.prepare import build_tokenizer, data_cure, find_memory_config, precision_of
+from bridgetower.run.prepare import build_tokenizer, find_memory_config, precision_of, suggest_faster_data
 from data_prep.record import ImageFile, Record
-from pretrain.assemble import build_task, find_yardstick, load_task
+from pretrain.assemble import build_task, find_reference_speed, load_task
 from pretrain.assemble_data import build_splits
 from pretrain.presets import DS_CONFIGS, tiny
 from tests.conftest import REPO, run_script
@@ -88,8 +88,8 @@ def test_held_out_pictures_are_resized_as_exactly_as_those_of_training(tmp_path)
 
 def test_where_data_are_slow_workers_are_raised_as_far_as_there_are_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(32))
-    assert "Raise --data.workers=3 to 7:" in data_cure(configured(data__workers="3").data, ranks=4)
-    assert "--short_side_px" in data_cure(configured(data__workers="7").data, ranks=4)
+    assert "Raise --data.workers=3 to 7:" in suggest_faster_data(configured(data__workers="3").data, local_ranks=4)
+    assert "--short_side_px" in suggest_faster_data(configured(data__workers="7").data, local_ranks=4)
 
 
 def test_auto_computes_in_bfloat16_where_the_processor_does():
@@ -128,6 +128,6 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_speed_is_compared_with_the_work_that_the_settings_leave():
     own, plain = (
-        find_yardstick(configured(compute__share_images=share), CPU).flops_of_pair(10) for share in ("yes", "no")
+        find_reference_speed(configured(compute__share_images=share), CPU).flops_of_pair(10) for share in ("yes", "no")
     )
-    assert 0 < own < plain and find_yardstick(configured(), CPU).peak_flops is None
+    assert 0 < own < plain and find_reference_speed(configured(), CPU).peak_flops is None
