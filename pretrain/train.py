@@ -34,7 +34,7 @@ USAGE = "Usage: python pretrain/train.py PRESET|RUN.json [--section.field=value 
 
 
 def main(preset: str = "", *unexpected: str, local_rank: str = "0", **overrides: str) -> None:
-    """Train ``preset`` with dotted overrides. The deepspeed launcher adds ``local_rank``."""
+    """Pretrain ``preset`` with dotted overrides. The deepspeed launcher adds ``local_rank``."""
     config = config_from_cli(PRESETS, preset, unexpected, overrides, USAGE)
     if not run(config):
         sys.exit(EXIT_PREEMPTED)

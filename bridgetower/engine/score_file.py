@@ -1,4 +1,4 @@
-"""``eval.json`` and ``predictions.json`` of a run folder: their names, and what a resumed run takes back from them."""
+"""``eval.json`` and ``predictions.json`` of a run folder, and what a resumed run takes back in them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from bridgetower import dist
 from bridgetower.io.files import write_atomically
 
 EVAL_NAME = "eval.json"
+"""Scores of the last evaluation, and which weights are the best so far."""
 PREDICTIONS_NAME = "predictions.json"
+"""Sample predictions of the last evaluation."""
 
 
 def forget_best_after(run_folder: Path, step: int) -> None:
-    """Remove the best weights from eval.json if they belong to a later step: the run resumes from before it."""
+    """Delete the entry of the best weights from eval.json if they come from a later step than ``step``.
+
+    A run that resumes from before that step has not reached them; it would compare its next scores with them.
+    """
     path = run_folder / EVAL_NAME
     if dist.rank() != 0 or not path.is_file():
         return
