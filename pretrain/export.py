@@ -38,7 +38,7 @@ def main(
         show_usage_or_stop("model", unknown, USAGE)
     refuse_unknown(unexpected, unknown, ("format", "out", "image_size_px", "drop_heads"), USAGE)
     if not out or not format:
-        raise ConfigError(f"--format and --out are both required. {USAGE.splitlines()[0]}")
+        raise ConfigError(f"--format and --out are both needed. {USAGE.splitlines()[0]}")
     if format not in _FORMATS:
         raise ConfigError(unknown_name("format", format, _FORMATS))
     side = parse_whole("image_size_px", image_size_px, 1) if image_size_px else None

@@ -48,11 +48,11 @@ def encode_captions(context: ScoringContext) -> EncodedCaptions:
     """Encode the captions, a batch per rank in turn, and send each batch to all ranks."""
     scorer, split, device = context.scorer, context.split, context.device
     states, masks, embeddings = [], [], []
-    for number, first in enumerate(range(0, split.num_captions, context.batch_size)):
+    for index, first in enumerate(range(0, split.num_captions, context.batch_size)):
         batch = split.text_batch(first, context.batch_size, seed=context.seed)
         mask_TL = batch.attention_mask_TL.to(device)
         masks.append(mask_TL)
-        owner = number % dist.world_size()
+        owner = index % dist.world_size()
         encoded = scorer.text_features(batch.clean_ids_TL.to(device), mask_TL) if owner == dist.rank() else None
         states.append(dist.from_rank(owner, None if encoded is None else encoded.states_KBND, device))
         if scorer.objectives.itc:

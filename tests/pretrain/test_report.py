@@ -89,15 +89,15 @@ def test_report_can_be_written_elsewhere_without_touching_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["nowhere"], "There is no nowhere/run.json"),
         (["nowhere", "--oout=x"], "Unknown flag --oout. Did you mean --out?"),
     ],
 )
-def test_wrong_command_exits_2(words, said):
+def test_wrong_command_exits_2(words, expected):
     result = run_script("pretrain/report.py", *words, code=2)
-    assert result.stderr.startswith("error: ") and said in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and expected in result.stderr and "Traceback" not in result.stderr
 
 
 def test_captions_and_words_with_html_in_them_are_shown_as_they_are(tmp_path):

@@ -66,22 +66,22 @@ BEFORE_STARTING = {
 }
 
 
-def refused(tmp_path, words, wrong, cure):
+def refused(tmp_path, words, wrong, suggestion):
     result = run_script("pretrain/train.py", *words, *([f"--run_root={tmp_path / 'runs'}"] if words else []), code=2)
-    assert result.stderr.startswith("error: ") and wrong in result.stderr and cure in result.stderr
+    assert result.stderr.startswith("error: ") and wrong in result.stderr and suggestion in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
-def test_wrong_command_exits_2_with_the_cure(tmp_path, case):
+def test_wrong_command_exits_2_with_a_suggestion(tmp_path, case):
     refused(tmp_path, *AT_ONCE[case])
 
 
 @pytest.mark.parametrize("case", BEFORE_STARTING)
 def test_wrong_setting_exits_2_before_anything_is_started(tmp_path, emoji_shards, case):
-    words, wrong, cure = BEFORE_STARTING[case]
-    refused(tmp_path, [word.replace("SHARDS", str(emoji_shards / "concept")) for word in words], wrong, cure)
+    words, wrong, suggestion = BEFORE_STARTING[case]
+    refused(tmp_path, [word.replace("SHARDS", str(emoji_shards / "concept")) for word in words], wrong, suggestion)
 
 
 def overwrite_an_image_that_only_the_second_rank_reads(folder, config):
