@@ -19,7 +19,7 @@ from tests.small_corpora import build_records, draw, file_of
 SMALL = tuple(flag for flag in SMALL_MODEL if not flag.startswith("--optim"))
 COLOURS = ("red", "green", "blue")
 NUM_ANSWERS = 5
-PAIRS_PER_IMAGE = 3
+PAIRS_PER_PICTURE = 3
 
 
 def write_task(folder: Path, task: str, split: str, images: int, *, first: int = 0) -> Path:
@@ -37,14 +37,14 @@ def write_task(folder: Path, task: str, split: str, images: int, *, first: int =
         files = [raw / f"{number}-{side}.png" for side in (0, 1)]
         for side, path in enumerate(files):
             path.write_bytes(file_of(draw(number + 7 * side, 30, 20 + number % 3)))
-        annotations = [_annotation(task, number, which) for which in range(PAIRS_PER_IMAGE)]
+        annotations = [_annotation(task, number, which) for which in range(PAIRS_PER_PICTURE)]
         records.append(
             Record(
                 key=f"p{number}",
                 image=ImageFile(path=files[0]),
                 second_image=ImageFile(path=files[1]) if task == "nlvr2" else None,
                 image_id=f"{task}:{number}",
-                captions=tuple(f"is picture {number} {COLOURS[which]}" for which in range(PAIRS_PER_IMAGE)),
+                captions=tuple(f"is picture {number} {COLOURS[which]}" for which in range(PAIRS_PER_PICTURE)),
                 annotations=() if task == "retrieval" else tuple(annotations),
                 split=split,
             )

@@ -29,7 +29,7 @@ from finetune.train import main, run
 from pretrain.report import render
 from tests.conftest import REPO, run_script
 from tests.finetune.conftest import PRESET_OF, restored_process, scores_of
-from tests.finetune.corpora import PAIRS_PER_IMAGE, settings
+from tests.finetune.corpora import PAIRS_PER_PICTURE, settings
 from tests.integration.runs import (
     assert_same_tensors,
     last_checkpoint,
@@ -90,7 +90,7 @@ def test_its_scores_count_every_pair_once(learned, root):
     model = bridgetower.load_model(folder)
     corpora, side = Corpora([root / task / "dev"]), model.config.image_size_px
     pair_scores = []
-    for number in range(3 * PAIRS_PER_IMAGE):
+    for number in range(3 * PAIRS_PER_PICTURE):
         pair = corpora.read(*corpora.pair_of_corpus(0, number))
         ids = torch.from_numpy(Tokenizer("emoji").encode([pair.caption], 40)[0])[None]
         image_files = [raw for raw in (pair.image, pair.second_image) if raw]
@@ -127,7 +127,7 @@ def test_retrieval_reranks_the_best_of_itc_by_itm_on_whole_images(root, train, s
     more |= {"evaluation__rerank_top_k": str(top_k), "evaluation__rerank_score": score}
     folder = train("retrieval", f"ranked-{score}", 1, **more)
     model, corpora = bridgetower.load_model(folder).eval(), Corpora([shards])
-    pairs = [corpora.read(*corpora.pair_of_corpus(0, number)) for number in range(8 * PAIRS_PER_IMAGE)]
+    pairs = [corpora.read(*corpora.pair_of_corpus(0, number)) for number in range(8 * PAIRS_PER_PICTURE)]
     with torch.no_grad():
         raws = list(dict.fromkeys(pair.image for pair in pairs))
         whole = [load_whole_image(raw, model.config.image_size_px, "here") for raw in raws]
