@@ -121,7 +121,7 @@ def test_report_needs_nothing_but_itself(root):
 # Writes down what the browser makes of the page: pictures it cannot draw, and whether it has to be scrolled sideways.
 # The page is not loaded before the pictures that are added to it.
 PROBE = """<script>
-  const shown = [...document.querySelectorAll('.picture')].map(e => getComputedStyle(e).backgroundImage.slice(5, -2));
+  const shown = [...document.querySelectorAll('.image')].map(e => getComputedStyle(e).backgroundImage.slice(5, -2));
   const layers = [...document.images].map(image => image.src);
   const images = [...shown, ...layers].map(address => {
     const image = document.createElement('img');
