@@ -130,9 +130,6 @@ def start(launch: Launch, threads_per_rank: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if launch.device.type == "cuda":
         torch.cuda.set_device(launch.device)
-    else:
-        # The CPU's flash attention has a slow bfloat16 backward: the tiny preset trains twice as fast without it.
-        torch.backends.cuda.enable_flash_sdp(False)
     # Where DeepSpeed looks for ninja when it builds an optimiser; a venv need not be activated to be used.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # DeepSpeed 0.19.8 calls it by its old name at every step, for which torch 2.14 warns every user.
