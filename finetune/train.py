@@ -64,7 +64,7 @@ def run(config: FinetuneConfig) -> bool:
     # What takes seconds to import stays behind the checks that do not need it.
     with importing():
         from bridgetower.engine import launch as launching
-        from bridgetower.engine.optim import chosen_implementation
+        from bridgetower.engine.optim import choose_implementation
         from bridgetower.engine.preemption import StopRequests
 
     place = launching.read_launch()
@@ -96,7 +96,7 @@ def run(config: FinetuneConfig) -> bool:
     tokenizer = build_tokenizer(config.model)
     identity = Identity(
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
-        optimizer=chosen_implementation(config.optim, place.device),
+        optimizer=choose_implementation(config.optim, place.device),
         precision=precision_of(memory),
         contrast_pairs=cut.micro_batch_size * cut.world_size if is_retrieval else 0,
     )

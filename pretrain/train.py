@@ -47,7 +47,7 @@ def run(config: RunConfig) -> bool:
     # What takes seconds to import stays behind the checks that do not need it.
     with importing():
         from bridgetower.engine import launch as launching
-        from bridgetower.engine.optim import chosen_implementation
+        from bridgetower.engine.optim import choose_implementation
         from bridgetower.engine.preemption import StopRequests
 
     place = launching.read_launch()
@@ -67,7 +67,7 @@ def run(config: RunConfig) -> bool:
     check_held_out(data, corpora if place.rank == 0 else None)
     identity = Identity(
         data_digests={str(path): m.digest() for path, m in zip(corpora.folders, corpora.manifests, strict=True)},
-        optimizer=chosen_implementation(config.optim, place.device),
+        optimizer=choose_implementation(config.optim, place.device),
         precision=precision_of(memory),
         contrast_pairs=cut.micro_batch_size * cut.world_size if config.objectives.itc else 0,
     )

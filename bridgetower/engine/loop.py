@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridgetower import rng
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
-from bridgetower.engine.grad_norms import grad_norms
+from bridgetower.engine.grad_norms import measure_grad_norms
 from bridgetower.engine.preemption import StopRequests
 from bridgetower.engine.throughput import DataAdvice, Throughput, Yardstick, memory_figures
 from bridgetower.engine.tracker import Means, Tracker
@@ -106,7 +106,7 @@ def train(
             loss, metrics = engine(batch)
             engine.backward(loss)  # DeepSpeed divides by the accumulation steps
             if micro_step == plan.accumulation_steps - 1 and plan.is_reported(state.step + 1):
-                norms = grad_norms(engine.module, engine.device)
+                norms = measure_grad_norms(engine.module, engine.device)
             engine.step()  # changes weights on the last micro-step only
             means.add({**metrics, "loss/total": torch.stack([loss.detach().float(), torch.ones_like(loss)])})
         state.step += 1

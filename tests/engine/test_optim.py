@@ -11,7 +11,13 @@ from torch import nn
 
 from bridgetower.config.optim import OptimConfig
 from bridgetower.config.run import ObjectivesConfig
-from bridgetower.engine.optim import build_optimizer, chosen_implementation, lr_factor, parameter_groups, schedule
+from bridgetower.engine.optim import (
+    build_optimizer,
+    build_schedule,
+    choose_implementation,
+    compute_lr_factor,
+    group_parameters,
+)
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.tasks.pretraining import PretrainTask
 from pretrain.presets import PRESETS
@@ -35,7 +41,7 @@ def published_task(preset, itc=False) -> PretrainTask:
 
 def names_by_group(task, optim) -> dict[str, list[str]]:
     names = {id(parameter): name for name, parameter in task.named_parameters()}
-    return {group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(task, optim)}
+    return {group["name"]: [names[id(p)] for p in group["params"]] for group in group_parameters(task, optim)}
 
 
 # Reference_spec 3.1: tensors and parameters of each group of the published code (base, large). It counts what does not
@@ -63,7 +69,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_groups_are_the_published_ones_to_the_parameter(preset):
-    groups = parameter_groups(published_task(preset), settings(decay_like_reference=True))
+    groups = group_parameters(published_task(preset), settings(decay_like_reference=True))
     found = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups}
     assert found == PUBLISHED[preset]
 
@@ -86,7 +92,7 @@ def test_frozen_parameters_are_in_none():
 
 def test_each_group_has_its_rate_and_its_decay():
     optim = settings(base_lr=2e-5, fusion_lr_scale=5.0, head_lr_scale=50.0, weight_decay=0.05)
-    groups = {group["name"]: group for group in parameter_groups(published_task("base_4m"), optim)}
+    groups = {group["name"]: group for group in group_parameters(published_task("base_4m"), optim)}
     rates = {"base": 2e-5, "fusion": 1e-4, "head": 1e-3}
     assert len(groups) == 6
     for name, group in groups.items():
@@ -137,32 +143,32 @@ def test_decay_like_the_reference_adds_clips_vectors_and_the_temperature_and_not
 
 def test_rate_rises_linearly_from_zero_and_falls_linearly_to_zero():
     optim = settings(total_steps=100, warmup_fraction=0.1)
-    assert lr_factor(0, optim) == 0  # as published, the first step changes nothing
-    assert lr_factor(5, optim) == 0.5
-    assert lr_factor(10, optim) == 1
-    assert lr_factor(55, optim) == 0.5
-    assert lr_factor(99, optim) == pytest.approx(1 / 90)
-    assert lr_factor(100, optim) == lr_factor(101, optim) == 0
-    changes = [after - before for before, after in pairwise(lr_factor(step, optim) for step in range(101))]
+    assert compute_lr_factor(0, optim) == 0  # as published, the first step changes nothing
+    assert compute_lr_factor(5, optim) == 0.5
+    assert compute_lr_factor(10, optim) == 1
+    assert compute_lr_factor(55, optim) == 0.5
+    assert compute_lr_factor(99, optim) == pytest.approx(1 / 90)
+    assert compute_lr_factor(100, optim) == compute_lr_factor(101, optim) == 0
+    changes = [after - before for before, after in pairwise(compute_lr_factor(step, optim) for step in range(101))]
     assert changes[:10] == pytest.approx([1 / 10] * 10) and changes[10:] == pytest.approx([-1 / 90] * 90)
 
 
 def test_published_rate_peaks_after_ten_thousand_steps():
-    assert max(range(0, 100_001, 100), key=lambda step: lr_factor(step, settings())) == 10_000
+    assert max(range(0, 100_001, 100), key=lambda step: compute_lr_factor(step, settings())) == 10_000
 
 
 @pytest.mark.parametrize(("total", "fraction"), [(1, 0.1), (9, 0.1), (5, 0.0)])
 def test_run_too_short_for_a_warm_up_begins_at_its_peak(total, fraction):
-    assert lr_factor(0, settings(total_steps=total, warmup_fraction=fraction)) == 1
+    assert compute_lr_factor(0, settings(total_steps=total, warmup_fraction=fraction)) == 1
 
 
 def test_schedule_keeps_the_ratios_between_groups_at_every_step():
     optim = settings(total_steps=12, warmup_fraction=0.25, fusion_lr_scale=5.0, head_lr_scale=50.0)
-    optimizer = build_optimizer(parameter_groups(small_task(), optim), optim, CPU)
-    scheduler = schedule(optim)(optimizer)
+    optimizer = build_optimizer(group_parameters(small_task(), optim), optim, CPU)
+    scheduler = build_schedule(optim)(optimizer)
     for step in range(13):
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        base = 1e-5 * lr_factor(step, optim)
+        base = 1e-5 * compute_lr_factor(step, optim)
         assert rates["base"] == rates["base_no_decay"] == pytest.approx(base)
         assert rates["fusion"] == pytest.approx(5 * base) and rates["head"] == pytest.approx(50 * base)
         optimizer.step()
@@ -179,7 +185,7 @@ def test_schedule_keeps_the_ratios_between_groups_at_every_step():
     ],
 )
 def test_auto_is_deepspeeds_on_a_gpu_and_torchs_on_a_cpu_and_both_can_be_asked_for(setting, device, chosen):
-    assert chosen_implementation(settings(implementation=setting), device) == chosen
+    assert choose_implementation(settings(implementation=setting), device) == chosen
 
 
 def test_optimizer_is_adamw_with_decoupled_decay_and_the_settings_of_the_run():
