@@ -12,7 +12,7 @@ from bridgetower.config.run import RunConfig
 from bridgetower.cost.counted import step_work
 from bridgetower.cost.devices import peak_flops
 from bridgetower.data.held_out import HeldOutSplit
-from bridgetower.engine.checkpoint import load_weights
+from bridgetower.engine.checkpoint_files import load_weights
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.errors import CheckpointError
 from bridgetower.evaluation.pretraining import SplitScores, evaluate_split

@@ -105,7 +105,7 @@ def _train(job: Job, task: nn.Module, work: Work, stop: StopRequests) -> bool:
     engine = build_engine(task, config.optim, job.deepspeed, place.device)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     state = TrainState()
-    newest = checkpoints.newest_good()
+    newest = checkpoints.find_newest_intact()
     if newest is None and config.resume not in ("auto", "never"):
         newest = find_checkpoint(Path(config.resume))
     if newest is not None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint, load_file, read_description
+from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
+from bridgetower.engine.checkpoint_files import load_file, read_description
 from bridgetower.errors import CheckpointError
 
 
@@ -54,13 +55,13 @@ def test_description_of_another_version_is_refused(tmp_path):
 
 
 def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
-    assert Checkpoints(tmp_path / "checkpoints", 3).newest_good() is None
+    assert Checkpoints(tmp_path / "checkpoints", 3).find_newest_intact() is None
 
 
 def test_checkpoints_that_are_all_damaged_are_an_error_and_not_a_fresh_start(tmp_path):
     (tmp_path / "step0000005").mkdir()
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is intact"):
-        Checkpoints(tmp_path, 3).newest_good()
+        Checkpoints(tmp_path, 3).find_newest_intact()
 
 
 class Engine:
@@ -93,6 +94,6 @@ def test_checkpoints_of_later_steps_that_a_run_came_back_from_never_push_out_goo
             damage(tmp_path / f"step0000{step}")
     # The run goes on from 200 and saves at 250, before the damaged ones.
     saved = checkpoints.save(Engine(), TrainState(step=250))
-    assert checkpoints.newest_good() == saved
+    assert checkpoints.find_newest_intact() == saved
     assert (tmp_path / "latest").read_text() == "step0000250"
     assert not [path for path in tmp_path.glob("step*") if path.name > "step0000250"]

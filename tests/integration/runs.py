@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridgetower.engine.checkpoint import load_file, load_weights
+from bridgetower.engine.checkpoint_files import load_file, load_weights
 from tests.conftest import run_script
 
 # A model that trains in seconds and has every part: two bridged layers, three objectives, two parameter rates.

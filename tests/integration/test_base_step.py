@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bridgetower.engine.checkpoint import load_file, load_weights
+from bridgetower.engine.checkpoint_files import load_file, load_weights
 from tests.conftest import REPO, command_line, run_script, script_environment
 
 # Published: backbone with RoBERTa's unused pooler, which does not exist here; MLM head; ITM head.

@@ -14,7 +14,7 @@ from transformers import BridgeTowerForImageAndTextRetrieval, BridgeTowerForMask
 
 import bridgetower
 from bridgetower.engine.checkpoint import load_file as load_checkpoint_file
-from bridgetower.engine.checkpoint import load_master_weights, load_weights
+from bridgetower.engine.checkpoint_files import load_master_weights, load_weights
 from bridgetower.errors import CheckpointError
 from tests.conftest import run_script
 from tests.integration.runs import last_checkpoint

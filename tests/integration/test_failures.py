@@ -36,7 +36,7 @@ def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(root, emoji_shards
         timeout=300,
     )
     assert process.returncode == 2, process.stderr
-    assert "The checkpoint could not be saved" in process.stderr and "make room" in process.stderr
+    assert "The checkpoint could not be saved" in process.stderr and "free space" in process.stderr
     assert "Traceback" not in process.stderr
     assert {file.name: file.read_bytes() for file in (checkpoints / "step0000002").iterdir()} == before
     assert {path.name for path in checkpoints.glob("*step*")} == {"step0000002"}

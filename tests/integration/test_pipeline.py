@@ -177,4 +177,4 @@ def test_sigint_saves_and_exits_75(root, emoji_shards):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors
