@@ -20,10 +20,10 @@ from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoi
 from bridgetower.engine.initialize import build_engine
 from bridgetower.engine.loop import Plan, train
 from bridgetower.engine.preemption import StopRequests, stay_until_killed
+from bridgetower.engine.score_file import forget_best_after
 from bridgetower.engine.throughput import Yardstick
 from bridgetower.engine.tracker import Tracker, read_metrics
 from bridgetower.errors import BridgeTowerError
-from bridgetower.evaluation.pretraining import forget_best_after
 from bridgetower.io.files import claim_folder, write_atomically
 
 logger = logging.getLogger("bridgetower.train")

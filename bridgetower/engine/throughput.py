@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from bridgetower import dist
-from bridgetower.cost.devices import host_memory_bytes
 
 Batch = TypeVar("Batch")
 
@@ -97,6 +98,11 @@ class Throughput:
                 figures["speed/mfu"] = flops / self._yardstick.peak_flops
         self._begin()
         return figures
+
+
+def host_memory_bytes() -> int:
+    """Read the resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def memory_figures(device: torch.device) -> dict[str, float]:
