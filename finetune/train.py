@@ -103,7 +103,7 @@ def run(config: FinetuneConfig) -> bool:
     job = Job(
         config=config,
         identity=identity,
-        place=place,
+        launch=place,
         started_from=check_resume(folder, config, identity),
         deepspeed=merge_deepspeed_config(
             memory,
@@ -113,7 +113,7 @@ def run(config: FinetuneConfig) -> bool:
         ),
         accumulation_steps=cut.accumulation_steps,
         evaluate_every_steps=assemble.evaluation_steps(config, order.num_pairs),
-        data_cure=data_cure(data, place.local_world_size),
+        data_suggestion=data_cure(data, place.local_world_size),
     )
     task = assemble.build_task(config, start)
     del start  # the weights are in the task

@@ -13,7 +13,7 @@ from bridgetower.cost.counted import step_work
 from bridgetower.cost.devices import peak_flops
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint_files import load_weights
-from bridgetower.engine.throughput import Yardstick
+from bridgetower.engine.throughput import ReferenceSpeed
 from bridgetower.errors import CheckpointError
 from bridgetower.evaluation.pretraining import SplitScores, evaluate_split
 from bridgetower.kernels.compiled import compile_parts
@@ -23,13 +23,13 @@ from bridgetower.model.pretrained import check_vision_weights, load_tower_weight
 from bridgetower.tasks.pretraining import PretrainTask
 
 
-def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:
+def find_yardstick(config: RunConfig, device: torch.device) -> ReferenceSpeed:
     """What speed is compared with: operations of a pair, and of the device in a second, by its name.
 
     To be called before there is a process group.
     """
     work = step_work(config.model, config.objectives, config.compute)
-    return Yardstick(flops_of_pair=work.of_pair, peak_flops=peak_flops(device.type))
+    return ReferenceSpeed(flops_per_pair=work.of_pair, peak_flops=peak_flops(device.type))
 
 
 def build_task(config: RunConfig, corpora: Sequence[str] = ()) -> PretrainTask:

@@ -75,7 +75,7 @@ def run(config: RunConfig) -> bool:
     job = Job(
         config=config,
         identity=identity,
-        place=place,
+        launch=place,
         started_from=check_resume(folder, config, identity),
         deepspeed=merge_deepspeed_config(
             memory,
@@ -85,8 +85,8 @@ def run(config: RunConfig) -> bool:
         ),
         accumulation_steps=cut.accumulation_steps,
         evaluate_every_steps=config.evaluation.every_steps,
-        yardstick=assemble.find_yardstick(config, place.device) if place.device.type == "cuda" else None,
-        data_cure=data_cure(data, place.local_world_size),
+        reference_speed=assemble.find_yardstick(config, place.device) if place.device.type == "cuda" else None,
+        data_suggestion=data_cure(data, place.local_world_size),
     )
     task = assemble.build_task(config, corpora.names)
 

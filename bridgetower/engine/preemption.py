@@ -36,7 +36,7 @@ class StopRequests:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._received = number
 
-    def agreed(self, device: torch.device) -> bool:
+    def agree(self, device: torch.device) -> bool:
         """True on all ranks if one of them was asked to stop. Every rank must call it at the same step."""
         return dist.any_rank(self._received is not None, device)
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
-from bridgetower.engine.loop import Plan, train
+from bridgetower.engine.loop import TrainingPlan, train
 from bridgetower.engine.tracker import Tracker
 from bridgetower.errors import TrainingError
 from tests.small_models import random_batch
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     total_steps=4,
     accumulation_steps=1,
     global_batch_size=4,
@@ -69,7 +69,7 @@ def run(tmp_path, saved, plan=PLAN, evaluate=lambda step: {}, stops_at=0, **lost
     )
     state = TrainState()
     services = {"tracker": tracker, "checkpoints": saved, "evaluate": evaluate}
-    services["stop"] = SimpleNamespace(agreed=lambda device: state.step == stops_at)
+    services["stop"] = SimpleNamespace(agree=lambda device: state.step == stops_at)
     engine = Engine(**{"grad_norm": 1.0, "weight": 0.5, **lost})
     try:
         return train(engine, repeat(random_batch()), plan, state, rank=0, world_size=1, **services)
