@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bridgetower.engine.tracker import Means, Tracker, _time_left, read_metrics
+from bridgetower.engine.tracker import Means, Tracker, _format_time, read_metrics
 from bridgetower.errors import ConfigError
 from tests.conftest import REPO
 from tests.wandb_files import read_history
@@ -147,8 +147,8 @@ def test_resumed_run_sends_only_what_was_not_sent(tmp_path):
 @pytest.mark.parametrize(
     ("hours", "said"), [(55, "2 d 7 h"), (5.2, "5 h 12 min"), (0.05, "3 min"), (40 / 3600, "40 s")]
 )
-def test_time_left_is_said_as_people_say_it(hours, said):
-    assert _time_left(hours) == said
+def test_format_time_is_said_as_people_say_it(hours, said):
+    assert _format_time(hours) == said
 
 
 LIVE = """
