@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BridgeTowerForImageAndTextRetrieval, BridgeTowerForMaskedLM, BridgeTowerProcessor
 
 import bridgetower
-from bridgetower.engine.checkpoint import load_file as load_checkpoint_file
+from bridgetower.engine.checkpoint_files import load_file as load_checkpoint_file
 from bridgetower.engine.checkpoint_files import load_master_weights, load_weights
 from bridgetower.errors import CheckpointError
 from tests.conftest import run_script
@@ -79,7 +79,7 @@ def test_optimiser_file_that_is_missing_is_noticed(run, tmp_path):
     shutil.copytree(last_checkpoint(run.parent, "run"), copy)
     next(copy.glob("*zero_pp_rank_1*")).unlink()
     assert load_checkpoint_file(copy / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"optimiser files of .* hold .* a file is missing"):
+    with pytest.raises(CheckpointError, match=r"optimizer files of .* hold .* a file is missing"):
         load_master_weights(copy)
 
 

@@ -69,7 +69,7 @@ def test_a_requeued_and_then_signalled_job_ends_like_an_undisturbed_one(jobs, em
     jobs.cluster.call("scancel", "--signal=USR1", number)
     assert jobs.end(number) == "COMPLETED", jobs.log(number)
     assert jobs.cluster.job(number)["Restarts"] == "2"
-    assert "stopped with a checkpoint; queueing the job again" in jobs.log(number)
+    assert "stopped with a checkpoint; requeueing the job" in jobs.log(number)
     assert "rank 1 on n2, restart 2" in jobs.rank_logs(number)["rank00001.log"]
     assert_like_undisturbed(jobs, "disturbed")
 
@@ -105,7 +105,7 @@ def test_a_job_whose_node_dies_comes_back(jobs, emoji, undisturbed):
     wait_for(lambda: steps_done(jobs, "crashed") >= 8, 120)
     jobs.cluster.crash_node("n2")
     wait_for(lambda: jobs.cluster.job(number)["Restarts"] == "1", 120)
-    assert "does not answer; queueing the job again" in jobs.log(number)
+    assert "does not answer; requeueing the job" in jobs.log(number)
     # Slurm takes the node for dead only now. One that answers before that would be told to end what it does not run.
     wait_for(lambda: "down" in jobs.cluster.call("sinfo", "-hN", "-p", "main", "-n", "n2", "-o", "%T"), 120)
     jobs.cluster.start_node("n2")
@@ -118,7 +118,7 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, emoji):
     wait_for(lambda: steps_done(jobs, "cancelled") >= 3, 120)
     jobs.cluster.call("scancel", number)
     assert jobs.end(number) == "CANCELLED", jobs.log(number)
-    wait_for(lambda: "saved; the same command goes on" in jobs.log(number), 20)
+    wait_for(lambda: "saved; the same command resumes" in jobs.log(number), 20)
     assert (jobs.root / "cancelled/checkpoints/latest").exists()
 
 
