@@ -74,7 +74,7 @@ _NEEDED_NAMES: dict[type, str] = {
 }
 
 
-class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc, valid-type]  # DeepSpeed has no types
+class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """DeepSpeed's optimizer of ZeRO stages 1 and 2, with the same results.
 
     Stage 1 with bfloat16 has an optimizer of its own in DeepSpeed, which stays as it is.

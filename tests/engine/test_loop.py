@@ -1,4 +1,4 @@
-"""What the training loop saves, and what it refuses to."""
+"""What the training loop saves, and what it refuses to save."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAN = TrainingPlan(
 
 
 class Engine:
-    """An engine whose loss is always fine; what becomes of gradient and weights is up to the test."""
+    """An engine whose loss is always finite. Its gradient and weights are as the test wants them."""
 
     def __init__(self, grad_norm: float, weight: float) -> None:
         self.module, self.device, self.skipped_steps = nn.Linear(1, 1), torch.device("cpu"), 0
@@ -53,8 +53,8 @@ class Engine:
         return self.grad_norm
 
 
-class Saved(Checkpoints):
-    """Notes what would have been saved."""
+class NotedCheckpoints(Checkpoints):
+    """Notes the steps that would have been saved."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -78,31 +78,31 @@ def run(tmp_path, saved, plan=PLAN, evaluate=lambda step: {}, stops_at=0, **lost
 
 
 def test_run_whose_figures_are_finite_is_saved_at_every_step(tmp_path):
-    saved = Saved()
+    saved = NotedCheckpoints()
     run(tmp_path, saved)
     assert saved.steps == [1, 2, 3, 4]
 
 
-def test_what_is_evaluated_is_saved_before_and_a_stop_does_not_wait_for_it(tmp_path):
-    rarely, saved, seen = replace(PLAN, checkpoint_every_steps=100, evaluate_every_steps=2), Saved(), []
+def test_each_evaluation_comes_after_a_checkpoint_and_a_stop_does_not_wait_for_it(tmp_path):
+    plan, saved, seen = replace(PLAN, checkpoint_every_steps=100, evaluate_every_steps=2), NotedCheckpoints(), []
 
     def evaluate(step: int) -> dict[str, float]:
         seen.append((step, list(saved.steps)))
         return {}
 
-    assert run(tmp_path, saved, rarely, evaluate)
+    assert run(tmp_path, saved, plan, evaluate)
     assert seen == [(2, [2]), (4, [2, 4])]
-    assert not run(tmp_path, saved, rarely, evaluate, stops_at=2)
+    assert not run(tmp_path, saved, plan, evaluate, stops_at=2)
     assert len(seen) == 2 and saved.steps == [2, 4, 2]
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [({"grad_norm": float("nan")}, "optim/grad_norm is nan"), ({"weight": float("inf")}, "a weight is nan")],
     ids=["gradient", "weight"],
 )
-def test_nothing_is_saved_once_gradient_or_weights_are_lost_though_the_loss_looks_fine(tmp_path, lost, said):
-    saved = Saved()
-    with pytest.raises(TrainingError, match=f"{said} at step 1.*lower optim.base_lr"):
+def test_nothing_is_saved_once_gradient_or_weights_are_not_finite_even_if_the_loss_is(tmp_path, lost, message):
+    saved = NotedCheckpoints()
+    with pytest.raises(TrainingError, match=f"{message} at step 1.*lower optim.base_lr"):
         run(tmp_path, saved, **lost)
     assert saved.steps == []

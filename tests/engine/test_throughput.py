@@ -1,4 +1,4 @@
-"""Speed as it is reported."""
+"""The reported speed, memory and waiting for data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_pauses_are_reported_and_not_counted():
 
 def test_memory_of_this_process():
     before = measure_memory(torch.device("cpu"))["memory/host_gb"]
-    # A tensor may be given memory that another test has left.
+    # A tensor could get memory that another test has freed, so map new memory.
     with mmap.mmap(-1, 100_000_000) as block:
         block.write(b"\1" * len(block))
         after = measure_memory(torch.device("cpu"))["memory/host_gb"]
@@ -49,12 +49,12 @@ def test_memory_of_this_process():
 
 
 def slow_batches(seconds: float) -> Iterator[int]:
-    for number in range(4):
+    for batch in range(4):
         time.sleep(seconds)
-        yield number
+        yield batch
 
 
-def test_the_share_of_time_that_is_spent_waiting_for_batches_is_reported():
+def test_the_fraction_of_time_spent_waiting_for_batches_is_reported():
     throughput = Throughput()
     for _ in throughput.watch(slow_batches(0.05)):
         time.sleep(0.05)
@@ -66,11 +66,11 @@ def test_the_share_of_time_that_is_spent_waiting_for_batches_is_reported():
     assert throughput.report(1, 10.0)["data/wait_fraction"] == 0.0
 
 
-def test_a_loader_that_holds_steps_up_is_said_in_a_line_with_its_cure_and_not_with_every_report(caplog):
+def test_a_loader_that_holds_up_steps_is_logged_with_a_suggestion_but_not_at_every_report(caplog):
     logging.getLogger("bridgetower").propagate = True
     advice = DataAdvice("Raise --data.workers=2 to 7.")
     with caplog.at_level(logging.INFO, "bridgetower"):
-        advice.check(0.9)  # the start, in which workers begin
+        advice.check(0.9)  # the first report, while the workers start
         advice.check(0.05)
         assert not caplog.records
         for _ in range(20):

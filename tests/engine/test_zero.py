@@ -16,6 +16,9 @@ from unittest import mock
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime import engine as deepspeed_engine
+from deepspeed.runtime.base_optimizer import BackwardHookStateManager
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, IPGBucket
 from torch import Tensor, nn
 
 from bridgetower.config.deepspeed import merge_deepspeed_config, read_memory_config
@@ -73,7 +76,7 @@ def train_net(rank: int, precision: str, installed: AbstractContextManager[Any],
     optim = OptimConfig(base_lr=1e-2, total_steps=100, implementation="torch")
     with installed:
         engine = build_engine(net, optim, settings, torch.device("cpu"))
-    assert zero.engine_module.DeepSpeedZeroOptimizer is zero.DeepSpeedZeroOptimizer, "nothing stays replaced"
+    assert deepspeed_engine.DeepSpeedZeroOptimizer is DeepSpeedZeroOptimizer, "nothing stays replaced"
     dtype = next(net.parameters()).dtype
     generator = torch.Generator().manual_seed(rank)
     losses, norms, weights = [], [], []
@@ -96,8 +99,7 @@ def train_all(rank: int, folder: Path) -> None:
         results[precision] = {
             "ours": [train_net(rank, precision, nullcontext(), records=records) for records in (False, True)],
             "theirs": [
-                train_net(rank, precision, installed)
-                for installed in (another_version(), name_that_is_gone(zero.IPGBucket))
+                train_net(rank, precision, installed) for installed in (another_version(), name_that_is_gone(IPGBucket))
             ],
         }
     torch.save(results, folder / f"{rank}.pt")
@@ -134,7 +136,7 @@ def test_the_installed_deepspeed_is_the_tried_one():
 def test_another_version_is_said_in_one_line_and_nothing_is_replaced(caplog):
     logging.getLogger("bridgetower").propagate = True
     with another_version(), caplog.at_level(logging.WARNING, "bridgetower"), zero.partitioned_zero():
-        assert zero.engine_module.DeepSpeedZeroOptimizer is zero.DeepSpeedZeroOptimizer
+        assert deepspeed_engine.DeepSpeedZeroOptimizer is DeepSpeedZeroOptimizer
     (record,) = caplog.records
     assert "the installed version is 0.99.0" in record.getMessage()
     assert f"pip install deepspeed=={zero.TRIED_VERSION}" in record.getMessage()
@@ -147,7 +149,7 @@ def test_a_missing_name_is_a_mismatch(owner):
 
 
 def test_an_engine_that_constructs_another_optimizer_is_a_mismatch():
-    with mock.patch.object(zero.engine_module, "DeepSpeedZeroOptimizer", object):
+    with mock.patch.object(deepspeed_engine, "DeepSpeedZeroOptimizer", object):
         assert "does not construct DeepSpeedZeroOptimizer" in zero.find_mismatch()
 
 
@@ -162,9 +164,9 @@ def test_a_module_that_is_gone_is_a_mismatch_and_no_error():
 
 def test_the_engines_name_is_restored_after_an_error():
     with pytest.raises(ZeroDivisionError), zero.partitioned_zero():
-        assert zero.engine_module.DeepSpeedZeroOptimizer is zero.PartitionedZero
+        assert deepspeed_engine.DeepSpeedZeroOptimizer is zero.PartitionedZero
         raise ZeroDivisionError
-    assert zero.engine_module.DeepSpeedZeroOptimizer is zero.DeepSpeedZeroOptimizer
+    assert deepspeed_engine.DeepSpeedZeroOptimizer is DeepSpeedZeroOptimizer
 
 
 def test_every_private_name_that_is_used_is_checked():
@@ -179,9 +181,9 @@ def test_every_private_name_that_is_used_is_checked():
         return {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == variable}
 
     defined = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
-    replaced = {name for name in defined if hasattr(zero.DeepSpeedZeroOptimizer, name)} - {"__init__"}
+    replaced = {name for name in defined if hasattr(DeepSpeedZeroOptimizer, name)} - {"__init__"}
     used = (attributes("self") - {"__dict__"} - (defined - replaced)) | replaced
     listed = {owner: set(names.split()) for owner, names in zero._NEEDED_NAMES.items()}
-    assert listed[zero.DeepSpeedZeroOptimizer] == used | {"param_idx_in_group", "_zero_padding"}
-    assert listed[zero.IPGBucket] == attributes("bucket")
-    assert listed[zero.BackwardHookStateManager] == attributes("state")
+    assert listed[DeepSpeedZeroOptimizer] == used | {"param_idx_in_group", "_zero_padding"}
+    assert listed[IPGBucket] == attributes("bucket")
+    assert listed[BackwardHookStateManager] == attributes("state")
