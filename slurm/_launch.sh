@@ -47,7 +47,8 @@ find_python() {
     python=("${PYTHON:-.venv/bin/python}")
     container_flags=()
     if [ -n "${MODULES:-}" ] && [ -z "$is_dry" ]; then
-        [ "$(type -t module)" = function ] || fail "MODULES=$MODULES is set, but this node has no command 'module'."
+        [ "$(type -t module)" = function ] || fail "MODULES=$MODULES is set, but this node has no command 'module'." \
+            "Leave MODULES out; PYTHON or CONTAINER may be enough."
         # shellcheck disable=SC2086  # several names, separated by spaces
         module load $MODULES || fail "\`module load $MODULES\` failed. \`module avail\` lists the modules."
     fi
@@ -58,7 +59,8 @@ find_python() {
         else
             local runner
             runner=$(command -v apptainer || command -v singularity) ||
-                fail "CONTAINER=$CONTAINER is set, but this node has neither pyxis (srun --container-image) nor apptainer."
+                fail "CONTAINER=$CONTAINER is set, but this node has neither pyxis (srun --container-image) nor apptainer." \
+                    "Load apptainer with MODULES, or set PYTHON instead of CONTAINER."
             python=("$runner" exec --nv --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD" "$CONTAINER"
                 "${python[@]}")
         fi

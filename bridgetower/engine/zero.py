@@ -124,7 +124,7 @@ class PartitionedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpee
 
     @cached_property
     def _fills_whole_buckets(self) -> bool:
-        """True where a bucket may be filled at once.
+        """True if a bucket may be filled at once.
 
         Reduced gradients must be added to the rank's float32 partition, so that nobody reads them from the bucket
         later: DeepSpeed's stage 2 does so if the weights are in bfloat16.
@@ -294,8 +294,8 @@ def _find_names(owner: type) -> set[str]:
 def partitioned_zero() -> Iterator[None]:
     """Let ``deepspeed.initialize`` construct `PartitionedZero` where it would construct its own ZeRO-1/2 optimizer.
 
-    DeepSpeed has no setting for the class, so its engine's name for it is replaced while the context is open. An
-    optimizer that was constructed under another class would already have its hooks and buffers.
+    DeepSpeed has no setting for the class, so the engine's name for it is replaced while the context is open. An
+    optimizer cannot be exchanged later: by then it has registered its hooks and moved the weights into its buffers.
     """
     mismatch = find_mismatch()
     if mismatch:
@@ -334,6 +334,6 @@ def read_local_gradient(parameter: nn.Parameter) -> Tensor | None:
 def skip_inference_build() -> None:
     """Keep ``deepspeed.init_distributed`` from building an extension that only serves inference.
 
-    The build takes 71 s on a CPU, and fails without g++.
+    The build takes 71 s on a CPU, and fails without g++. A DeepSpeed without this table of extensions is left alone.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
