@@ -12,8 +12,8 @@ from bridgetower.config.run import RunConfig
 from bridgetower.cost.counted import step_work
 from bridgetower.cost.devices import peak_flops
 from bridgetower.data.held_out import HeldOutSplit
-from bridgetower.engine.checkpoint import load_weights
-from bridgetower.engine.throughput import Yardstick
+from bridgetower.engine.checkpoint_files import load_weights
+from bridgetower.engine.throughput import ReferenceSpeed
 from bridgetower.errors import CheckpointError
 from bridgetower.evaluation.pretraining import evaluate_split
 from bridgetower.evaluation.scorer import SplitScores
@@ -24,13 +24,13 @@ from bridgetower.model.pretrained import check_vision_weights, load_tower_weight
 from bridgetower.tasks.pretraining import PretrainTask
 
 
-def find_reference_speed(config: RunConfig, device: torch.device) -> Yardstick:
+def find_reference_speed(config: RunConfig, device: torch.device) -> ReferenceSpeed:
     """Return what speed is reported against: operations per pair, and the device's peak operations per second.
 
     To be called before there is a process group, because counting runs the task itself.
     """
     work = step_work(config.model, config.objectives, config.compute)
-    return Yardstick(flops_of_pair=work.of_pair, peak_flops=peak_flops(device.type))
+    return ReferenceSpeed(flops_per_pair=work.of_pair, peak_flops=peak_flops(device.type))
 
 
 def build_task(config: RunConfig, ops: Ops | None = None, corpora: Sequence[str] = ()) -> PretrainTask:

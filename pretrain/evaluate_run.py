@@ -44,7 +44,8 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     start_logging(launch.rank)
     # These import DeepSpeed, which reads environment variables that read_launch has completed.
     from bridgetower.data.held_out import check_held_out
-    from bridgetower.engine.checkpoint import find_checkpoint, read_description
+    from bridgetower.engine.checkpoint import find_checkpoint
+    from bridgetower.engine.checkpoint_files import read_description
     from bridgetower.evaluation.score_file import write_scores
     from bridgetower.evaluation.table import print_scores
     from bridgetower.run.prepare import build_tokenizer, choose_run_ops

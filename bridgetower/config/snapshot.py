@@ -77,13 +77,21 @@ class Identity:
 
 
 def write_run_file(
-    folder: Path, config: Settings, identity: Identity, *, world_size: int, device: str, started_from: str = ""
+    folder: Path,
+    config: Settings,
+    identity: Identity,
+    *,
+    world_size: int,
+    device: str,
+    started_from: str = "",
+    kernels: str = "",
 ) -> None:
     """Write ``run.json`` for a run that starts or goes on.
 
     Args:
         device: what it runs on, for people.
         started_from: the checkpoint of another run, or empty.
+        kernels: what computes the layers.
     """
     content = {
         "config": to_dict(config),
@@ -91,6 +99,7 @@ def write_run_file(
         "started_from": started_from,
         "world_size": world_size,
         "device": device,
+        "kernels": kernels,
         "command": sys.argv,
         "commit": find_commit(),
         "python": platform.python_version(),

@@ -68,8 +68,8 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def _from_run(place: Path, image_size_px: int | None) -> BridgeTower:
-    # Only this needs DeepSpeed, whose import takes seconds.
-    from bridgetower.engine.checkpoint import find_checkpoint, load_master_weights
+    from bridgetower.engine.checkpoint import find_checkpoint
+    from bridgetower.engine.checkpoint_files import load_master_weights
 
     run = place.parent.parent if place.parent.name == "checkpoints" else place
     config, heads = read_model_config(run / RUN_FILE)

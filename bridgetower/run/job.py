@@ -12,9 +12,9 @@ from bridgetower.config.snapshot import Identity, Settings, check_resume
 from bridgetower.data.corpora import Corpora
 from bridgetower.data.order import Cut
 from bridgetower.engine.launch import Launch
-from bridgetower.engine.optim import chosen_implementation
+from bridgetower.engine.optim import choose_implementation
 from bridgetower.engine.run import Job, Work
-from bridgetower.engine.throughput import Yardstick
+from bridgetower.engine.throughput import ReferenceSpeed
 from bridgetower.evaluation.scorer import SplitScores
 from bridgetower.evaluation.table import print_scores
 from bridgetower.run.prepare import precision_of, suggest_faster_data
@@ -30,7 +30,7 @@ def build_job(
     kernels: str,
     has_contrast: bool,
     evaluate_every_steps: int,
-    reference_speed: Yardstick | None = None,
+    reference_speed: ReferenceSpeed | None = None,
 ) -> Job:
     """Describe a run for the engine, and check that its folder may be used with these settings.
 
@@ -50,14 +50,14 @@ def build_job(
         data_digests={
             str(folder): manifest.digest() for folder, manifest in zip(corpora.folders, corpora.manifests, strict=True)
         },
-        optimizer=chosen_implementation(config.optim, launch.device),
+        optimizer=choose_implementation(config.optim, launch.device),
         precision=precision_of(memory),
         contrast_pairs=cut.micro_batch_size * cut.world_size if has_contrast else 0,
     )
     return Job(
         config=config,
         identity=identity,
-        place=launch,
+        launch=launch,
         started_from=check_resume(Path(config.run_root) / config.name, config, identity),
         deepspeed=merge_deepspeed_config(
             memory,
@@ -68,8 +68,8 @@ def build_job(
         accumulation_steps=cut.accumulation_steps,
         evaluate_every_steps=evaluate_every_steps,
         kernels=kernels,
-        yardstick=reference_speed,
-        data_cure=suggest_faster_data(config.data, launch.local_world_size),
+        reference_speed=reference_speed,
+        data_suggestion=suggest_faster_data(config.data, launch.local_world_size),
     )
 
 

@@ -128,6 +128,6 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_reference_speed_counts_the_work_that_the_settings_leave():
     shared, plain = (
-        find_reference_speed(configured(compute__share_images=share), CPU).flops_of_pair(10) for share in ("yes", "no")
+        find_reference_speed(configured(compute__share_images=share), CPU).flops_per_pair(10) for share in ("yes", "no")
     )
     assert 0 < shared < plain and find_reference_speed(configured(), CPU).peak_flops is None

@@ -137,11 +137,11 @@ def test_a_container_image_without_a_runtime_is_an_error(site):
 @pytest.mark.parametrize(
     ("folder", "words", "env", "message"),
     [
-        (".", ["slurm/pretrain_base.sh"], {}, "this runs inside a job: `slurm/submit.sh"),
+        (".", ["slurm/pretrain_base.sh"], {}, "this runs inside a job: submit it with `slurm/submit.sh"),
         ("slurm", ["pretrain_base.sh"], {"SLURM_JOB_ID": "1"}, "submit from the root of the repository"),
         (".", ["slurm/pretrain_base.sh"], {"SLURM_JOB_ID": "1"}, "cannot import bridgetower"),
         (".", ["slurm/pretrain_base.sh"], {"SLURM_JOB_ID": "1", "MODULES": "cuda"}, "no command 'module'"),
-        (".", ["slurm/pretrain_base.sh", "--dry-run"], {"SITE_ENV": "none.env"}, "SITE_ENV=none.env is no file"),
+        (".", ["slurm/pretrain_base.sh", "--dry-run"], {"SITE_ENV": "none.env"}, "SITE_ENV=none.env is not a file"),
         (".", ["slurm/pretrain_base.sh", "--dry-run"], {"RANKS_PER_NODE": "4"}, "but the job has 64 tasks on 8 nodes"),
         (".", ["slurm/build_shards.sh", "cc3m"], {"SLURM_JOB_ID": "1"}, "runs as a job array: sbatch --array"),
         (".", ["slurm/submit.sh", "--nodes=3"], {}, "which script?"),
