@@ -68,8 +68,9 @@ def run(config: FinetuneConfig) -> bool:
     with importing():  # after start_process, which completes the environment that DeepSpeed reads
         from bridgetower.data.held_out import check_held_out
         from bridgetower.engine.run import execute
+        from bridgetower.kernels.choose import choose_ops
         from bridgetower.run.job import build_job
-        from bridgetower.run.prepare import build_order, build_tokenizer, choose_run_ops, find_memory_config
+        from bridgetower.run.prepare import build_order, build_tokenizer, find_memory_config
         from finetune import assemble, evaluation
 
     evaluation.check_selection(config)
@@ -89,7 +90,7 @@ def run(config: FinetuneConfig) -> bool:
     start = assemble.find_start(config, Path(config.run_root) / config.name)
     config = assemble.complete_steps(dataclasses.replace(config, model=start.config), order.num_pairs)
     tokenizer = build_tokenizer(config.model)
-    ops = choose_run_ops(config.compute, launch.device)
+    ops = choose_ops(launch.device, compiled=config.compute.compile)
     job = build_job(
         config,
         corpora,

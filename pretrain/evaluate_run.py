@@ -48,7 +48,8 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     from bridgetower.engine.checkpoint_files import read_description
     from bridgetower.evaluation.score_file import write_scores
     from bridgetower.evaluation.table import print_scores
-    from bridgetower.run.prepare import build_tokenizer, choose_run_ops
+    from bridgetower.kernels.choose import choose_ops
+    from bridgetower.run.prepare import build_tokenizer
     from pretrain import assemble, assemble_data
 
     # Rank 0 alone compares the images; if it finds some that were trained on, the launcher ends the others.
@@ -57,7 +58,7 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     launching.start(launch, config.engine.threads_per_rank)
     try:
         checkpoint = find_checkpoint(path)
-        ops = choose_run_ops(config.compute, launch.device)
+        ops = choose_ops(launch.device, fuse_kernels=config.compute.fuse_kernels, compiled=config.compute.compile)
         task = assemble.load_task(config, checkpoint, precision, ops).to(launch.device)
         results = assemble.evaluate_splits(task, assemble_data.build_splits(config, tokenizer), config, launch.device)
         step = read_description(checkpoint)["step"]

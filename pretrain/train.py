@@ -57,8 +57,9 @@ def run(config: RunConfig) -> bool:
     with importing():  # after start_process, which completes the environment that DeepSpeed reads
         from bridgetower.data.held_out import check_held_out
         from bridgetower.engine.run import execute
+        from bridgetower.kernels.choose import choose_ops
         from bridgetower.run.job import build_job
-        from bridgetower.run.prepare import build_tokenizer, choose_run_ops, find_memory_config
+        from bridgetower.run.prepare import build_tokenizer, find_memory_config
         from pretrain import assemble, assemble_data
 
     cut = cut_global_batch(data.global_batch_size, data.micro_batch_size, launch.world_size, data.negative_group_size)
@@ -67,7 +68,7 @@ def run(config: RunConfig) -> bool:
     tokenizer = build_tokenizer(config.model)
     # Rank 0 alone compares the images; if it finds held-out ones among the training data, the launcher ends the others.
     check_held_out(data, corpora if launch.rank == 0 else None)
-    ops = choose_run_ops(config.compute, launch.device)
+    ops = choose_ops(launch.device, fuse_kernels=config.compute.fuse_kernels, compiled=config.compute.compile)
     job = build_job(
         config,
         corpora,

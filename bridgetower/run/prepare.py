@@ -1,4 +1,4 @@
-"""What a run of either kind prepares from its settings: DeepSpeed file, kernels, tokenizer and order of the pairs."""
+"""What a run of either kind prepares from its settings: DeepSpeed file, tokenizer and order of the pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.data import ReadingConfig
 from bridgetower.config.deepspeed import is_bf16, read_named_memory_config
 from bridgetower.config.model import CUSTOM, ModelConfig
@@ -19,8 +18,6 @@ from bridgetower.data.order import Order
 from bridgetower.data.text import Tokenizer
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import ConfigError
-from bridgetower.kernels.choose import choose_ops
-from bridgetower.kernels.ops import Ops
 from bridgetower.model.text_tower import padding_id
 
 
@@ -39,11 +36,6 @@ def find_memory_config(engine: EngineConfig, folder: Path, device: torch.device)
 def precision_of(memory: Mapping[str, object]) -> str:
     """Return the precision of the weights in forward and backward: bf16 or fp32."""
     return "bf16" if is_bf16(memory) else "fp32"
-
-
-def choose_run_ops(compute: ComputeConfig, device: torch.device) -> Ops:
-    """Choose what computes the layers of a run's model: once, before the model is built."""
-    return choose_ops(device, fuse_kernels=compute.fuse_kernels, compiled=compute.compile)
 
 
 def build_tokenizer(model: ModelConfig) -> Tokenizer:

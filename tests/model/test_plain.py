@@ -18,7 +18,8 @@ from bridgetower.tasks.pretraining import PretrainTask
 from tests.conftest import REPO
 from tests.small_models import EVERY_OBJECTIVE, random_batch, shake, small_config, small_task
 
-Losses, Gradients = dict[str, float], dict[str, Tensor]
+Losses = dict[str, float]
+Gradients = dict[str, Tensor]
 
 
 def plain_model(task: PretrainTask) -> PlainBridgeTower:
@@ -143,7 +144,8 @@ def variants() -> dict[str, ModelConfig]:
         name: dataclasses.replace(config, fusion=dataclasses.replace(fusion, **change))
         for name, change in changes.items()
     }
-    text, vision = (dataclasses.replace(tower, width=40, num_heads=2) for tower in (config.text, config.vision))
+    text = dataclasses.replace(config.text, width=40, num_heads=2)
+    vision = dataclasses.replace(config.vision, width=40, num_heads=2)
     no_layer = dataclasses.replace(fusion, num_layers=0)
     configs["no cross-modal layer"] = dataclasses.replace(config, text=text, vision=vision, fusion=no_layer)
     tied = dataclasses.replace(config.heads, mlm_tied=True)
