@@ -38,9 +38,7 @@ def main(preset: str = "", *unexpected: str, **given: str) -> None:
     """Print the pairs of some steps of ``preset`` with dotted overrides."""
     flags = {name: given.pop(name) for name in _FLAGS if name in given}
     config = config_from_cli(PRESETS, preset, unexpected, given, USAGE)
-    numbers = {
-        name: parse_whole(name, flags.get(name, default), minimum) for name, default, minimum in _WHOLE_NUMBERS
-    }
+    numbers = {name: parse_whole(name, flags.get(name, default), minimum) for name, default, minimum in _WHOLE_NUMBERS}
     decode = parse_bool("decode", flags.get("decode", "false"))
     world_size = numbers["world_size"]
     ranks = range(world_size)

@@ -1,4 +1,4 @@
-"""What ``pretrain/trace.py`` prints: one line of JSON per pair, computed from the seed and the position in the stream."""
+"""What ``pretrain/trace.py`` prints: one line of JSON per pair, computed from the seed and the stream position."""
 
 from __future__ import annotations
 

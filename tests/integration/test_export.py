@@ -163,8 +163,8 @@ def test_what_cannot_be_loaded_is_answered_with_what_can(run, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     for path, said in (
-        ("empty", "without a model in it. What can be loaded:"),
-        ("nowhere", "There is no .*nowhere. What can be loaded:"),
+        ("empty", "There is no model in the folder .*empty. `load_model` opens:"),
+        ("nowhere", "There is no file or folder .*nowhere. `load_model` opens:"),
         ("cut.safetensors", "no whole safetensors file"),
         ("foreign.safetensors", "was not exported by this program"),
     ):
