@@ -198,7 +198,7 @@ def test_export_that_lacks_a_tensor_lists_it(run, tmp_path):
         (["RUN", "--format=huggingface", "--out=OUT"], "no class for the head(s) itc"),
         (["RUN", "--format=huggingface", "--out=OUT", "--drop_heads=vqa"], "Unknown head vqa"),
         (["RUN", "--format=reference", "--out=OUT", "--image_size_px=100"], "is not a multiple of"),
-        (["/nowhere/at/all", "--format=reference", "--out=OUT"], "There is no /nowhere/at/all"),
+        (["/nowhere/at/all", "--format=reference", "--out=OUT"], "There is no file or folder /nowhere/at/all"),
     ],
 )
 def test_wrong_export_exits_2_with_the_cure_and_writes_nothing(run, tmp_path, arguments, said):
