@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the Python to use, or says what this machine lacks.
+# Prints the Python to use, or an error that says what this machine lacks.
 set -u
 
 lacks() {
@@ -21,7 +21,7 @@ done
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     lacks "$python cannot make virtual environments. On Debian and Ubuntu: \`apt-get install python3-venv\`."
 
-# What builds them is CXX or else c++, whatever other compilers there are.
+# DeepSpeed's builds call CXX, or c++ if it is not set. No other compiler counts, even if there is one.
 compiler=${CXX:-c++}
 command -v "${compiler%% *}" >/dev/null 2>&1 ||
     lacks "no C++ compiler was found: there is no command ${compiler%% *}${CXX:+, which CXX names}; DeepSpeed builds its

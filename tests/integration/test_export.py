@@ -163,8 +163,8 @@ def test_error_of_what_cannot_be_loaded_lists_what_can(run, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     for path, message in (
-        ("empty", "without a model in it. What can be loaded:"),
-        ("nowhere", "There is no .*nowhere. What can be loaded:"),
+        ("empty", "There is no model in the folder .*empty. `load_model` opens:"),
+        ("nowhere", "There is no file or folder .*nowhere. `load_model` opens:"),
         ("cut.safetensors", "not a complete safetensors file"),
         ("foreign.safetensors", "was not exported by this program"),
     ):
@@ -198,7 +198,7 @@ def test_export_that_lacks_a_tensor_lists_it(run, tmp_path):
         (["RUN", "--format=huggingface", "--out=OUT"], "no class for the head(s) itc"),
         (["RUN", "--format=huggingface", "--out=OUT", "--drop_heads=vqa"], "Unknown head vqa"),
         (["RUN", "--format=reference", "--out=OUT", "--image_size_px=100"], "is not a multiple of"),
-        (["/nowhere/at/all", "--format=reference", "--out=OUT"], "There is no /nowhere/at/all"),
+        (["/nowhere/at/all", "--format=reference", "--out=OUT"], "There is no file or folder /nowhere/at/all"),
     ],
 )
 def test_wrong_export_exits_2_with_a_suggestion_and_writes_nothing(run, tmp_path, arguments, message):

@@ -1,4 +1,4 @@
-"""``pretrain/trace.py`` shows what the model is given, at any step and however the run is cut."""
+"""``pretrain/trace.py`` shows what the model is given, at any step and however many ranks the run has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.conftest import run_script
 
 
 def lines_of(capsys, shards, *flags: str) -> list[dict[str, Any]]:
-    """What the command prints, without what says how the run is cut."""
+    """What the command prints, without the fields that depend on how the run is cut into ranks and micro-steps."""
     words = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
     trace.main("tiny", **{"data.train_shards": str(shards / "train"), **words})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return [{k: v for k, v in line.items() if k not in ("rank", "micro_step")} for line in lines]
 
 
-def test_a_step_is_the_same_however_it_is_asked_for(emoji_shards, capsys):
+def test_a_step_does_not_depend_on_ranks_micro_batches_workers_or_decoding(emoji_shards, capsys):
     expected = lines_of(capsys, emoji_shards, "--from_step=900", "--steps=2")
     assert [line["position"] for line in expected] == list(range(899 * 64, 901 * 64))
     assert {line["step"] for line in expected} == {900, 901}
@@ -32,7 +32,7 @@ def test_a_step_is_the_same_however_it_is_asked_for(emoji_shards, capsys):
         assert lines_of(capsys, emoji_shards, "--from_step=900", "--steps=2", *flags) == expected
 
 
-def test_one_rank_alone_is_its_part_of_the_step(emoji_shards, capsys):
+def test_the_ranks_one_after_another_are_the_whole_step(emoji_shards, capsys):
     whole = lines_of(capsys, emoji_shards, "--world_size=2")
     ranks = [lines_of(capsys, emoji_shards, "--world_size=2", f"--rank={rank}") for rank in (0, 1)]
     assert [*ranks[0], *ranks[1]] == whole and len(ranks[1]) == 32
@@ -53,7 +53,7 @@ def test_the_command_prints_json_and_nothing_else(emoji_shards):
     [
         ({"from_step": "0"}, "--from_step=0 must be 1 or more"),
         ({"steps": "x"}, "--steps=x is not a whole number"),
-        ({"rank": "2", "world_size": "2"}, r"--rank=2 is not one of the 2 rank\(s\)"),
+        ({"rank": "2", "world_size": "2"}, "--rank=2 does not exist: ranks are counted from 0, and --world_size=2"),
         ({"form_step": "3"}, "Unknown setting --form_step"),
         ({"world_size": "3"}, "does not divide into micro-batches"),
     ],
