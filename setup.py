@@ -73,7 +73,7 @@ setup(
         # Photographs for benchmarks.
         "benchmarks": ["scikit-image>=0.25,<1"],
         # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3: uv makes an environment of
-        # its own for it when it is first used (data_prep/url_pictures.py).
+        # its own for it when it is first used (data_prep.url_images.py).
         "download": ["uv>=0.9,<1"],
         # W&B workspaces as code.
         "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],

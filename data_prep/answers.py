@@ -146,7 +146,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
     return Vocabulary(answers)
 
 
-def soft_scores(answers: Iterable[str], vocabulary: Vocabulary, *, normalize: bool = True) -> dict[int, float]:
+def score_answers(answers: Iterable[str], vocabulary: Vocabulary, *, normalize: bool = True) -> dict[int, float]:
     """How right each answer of the vocabulary is: 0.3, 0.6 or 0.9 if one, two or three people gave it, 1 if more did.
 
     Args:

@@ -23,7 +23,7 @@ from bridgetower.io.files import claim_folder
 from bridgetower.io.storage import is_remote, publish_bytes, reading
 from bridgetower.shards.index import index_path
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
-from data_prep.contact_sheet import SHEET_NAME, contact_sheet
+from data_prep.contact_sheet import SHEET_NAME, draw_contact_sheet
 from data_prep.exclusion import Exclusion
 from data_prep.plan import Plan, PlannedSplit
 from data_prep.record import ImagePolicy
@@ -34,9 +34,9 @@ from data_prep.shard_writer import (
     Outcome,
     Progress,
     build_shard,
-    finished,
-    input_digest,
-    writing,
+    compute_input_digest,
+    explain_write_errors,
+    load_outcome,
 )
 
 _POLL_SECONDS = 0.2
@@ -150,7 +150,7 @@ def build_corpus(
             folder = out / split.name
             manifests[split.name] = _publish(folder, split, [j for j in jobs if j.folder == folder], outcomes, settings)
         for name, content in (extra_files or {}).items():
-            with writing(out / name):
+            with explain_write_errors(out / name):
                 publish_bytes(out / name, content)
     return manifests
 
@@ -204,7 +204,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     elif is_foreign:
         raise ConfigError(f"{folder} already holds shards that this program did not build. Use another --out.")
     else:
-        with writing(known):
+        with explain_write_errors(known):
             publish_bytes(known, json.dumps(settings, indent=1).encode())
 
 
@@ -316,7 +316,7 @@ def _build(job: Job) -> Outcome:
 def _look_up(jobs: Sequence[Job], workers: int) -> list[Outcome | None]:
     """What other jobs have finished."""
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        return list(threads.map(lambda job: finished(job, input_digest(job), check_content=False), jobs))
+        return list(threads.map(lambda job: load_outcome(job, compute_input_digest(job), check_content=False), jobs))
 
 
 def _publish(
@@ -329,18 +329,18 @@ def _publish(
         split=recorded.pop("split"),
         settings=recorded,
         attribution=settings.attribution,
-        totals=add_up([outcome.totals for outcome in own], split.rejects),
+        totals=add_totals([outcome.totals for outcome in own], split.rejects),
         shards=tuple(outcome.entry for outcome in own if outcome.entry.samples),
     )
     assert manifest.totals.rows == split.rows, (manifest.totals, split)
-    with writing(folder / MANIFEST_NAME):
+    with explain_write_errors(folder / MANIFEST_NAME):
         _remove_beyond(folder, len(own))
-        publish_bytes(folder / SHEET_NAME, contact_sheet(folder, manifest, settings.seed))
+        publish_bytes(folder / SHEET_NAME, draw_contact_sheet(folder, manifest, settings.seed))
         write_manifest(folder, manifest)
     return manifest
 
 
-def add_up(parts: Sequence[Totals], source_rejects: Mapping[str, int]) -> Totals:
+def add_totals(parts: Sequence[Totals], source_rejects: Mapping[str, int]) -> Totals:
     """The totals of a corpus from those of its shards and what the source itself dropped."""
     rejects = Counter(source_rejects)
     image_rejects: Counter[str] = Counter()
@@ -367,6 +367,6 @@ def _remove_beyond(folder: Path, num_shards: int) -> None:
             index_path(shard).unlink(missing_ok=True)
 
 
-def num_cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use: a Slurm job has a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

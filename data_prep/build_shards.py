@@ -27,9 +27,9 @@ from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
 from bridgetower.io.storage import is_remote, place
 from bridgetower.shards.manifest import Manifest
-from data_prep.build import Settings, Slice, build_corpus, num_cores
+from data_prep.build import Settings, Slice, build_corpus, count_cores
 from data_prep.exclusion import load_exclusion
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.progress import ProgressLine
 from data_prep.record import ImagePolicy, SourceOptions
 
@@ -117,12 +117,12 @@ def main(
     part, only_merge = _slice(slice), parse_bool("merge", merge)
     if part is not None and only_merge:
         raise ConfigError(f"--slice={slice} and --merge contradict each other: give one.")
-    num_workers = parse_whole("workers", workers or str(num_cores()), 0)
+    num_workers = parse_whole("workers", workers or str(count_cores()), 0)
     folder = place(out)
     room = _scratch(folder, scratch)
     with (
         ProgressLine(source, parse_whole("progress_seconds", progress_seconds, 0)) as progress,
-        planning(module.records(options), seed=settings.seed, scratch=room, on_progress=progress.planned) as plan,
+        make_plan(module.records(options), seed=settings.seed, scratch=room, on_progress=progress.planned) as plan,
     ):
         result = build_corpus(
             plan,

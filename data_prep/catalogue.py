@@ -213,6 +213,6 @@ def catalogue() -> dict[str, Corpus]:
     }
 
 
-def tars_folder(split: str) -> str:
+def get_tar_folder(split: str) -> str:
     """Where the pictures of a list of URLs go below --out."""
     return f"{TARS_FOLDER}/{split}" if split else TARS_FOLDER

@@ -36,11 +36,11 @@ from bridgetower.shards.decode import open_picture
 from bridgetower.shards.index import Index, index_bytes, index_path, load_index, samples_of_tar, scan_tar
 from bridgetower.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.shards.sample import IMAGE_SUFFIXES, clean_caption, parse_record
-from data_prep.build import num_cores
-from data_prep.exclusion import is_telling
-from data_prep.index_shards import INDEXED, scan_foreign
-from data_prep.local import each_shard, local_copy, shard_folder
-from data_prep.shard_writer import STATE_FOLDER, writing
+from data_prep.build import count_cores
+from data_prep.exclusion import is_distinctive
+from data_prep.index_shards import INDEXED, scan_foreign_tar
+from data_prep.local import copy_locally, map_shards, require_shard_folder
+from data_prep.shard_writer import STATE_FOLDER, explain_write_errors
 
 _FLAGS = {
     "decode": "pictures to decode in each shard: all, none, or a number of random ones (default 100)",
@@ -118,13 +118,13 @@ def main(
 ) -> None:
     """Check the shards of folders."""
     refuse_unknown((), unknown, list(_FLAGS), _USAGE)
-    places = [shard_folder(folder, _USAGE) for folder in folders or [""]]
+    places = [require_shard_folder(folder, _USAGE) for folder in folders or [""]]
     if duplicates not in ("error", "report"):
         raise ConfigError(f"--duplicates={duplicates} is neither error nor report.")
     to_decode = {"all": -1, "none": 0}.get(decode)
     if to_decode is None:
         to_decode = parse_whole("decode", decode, 0)
-    num_workers = parse_whole("workers", workers or str(num_cores()), 1)
+    num_workers = parse_whole("workers", workers or str(count_cores()), 1)
     corpora = [_check_corpus(place, to_decode, num_workers) for place in places]
     shared = list(_duplicates(corpora))
     console = Console(highlight=False, soft_wrap=True)
@@ -176,7 +176,7 @@ def _check_corpus(folder: Path, to_decode: int, workers: int) -> _Corpus:
     for name in leftovers:
         findings.append(_Finding(name, "is what an interrupted build left behind"))
     calls = [(folder / name, listed.get(name), to_decode, foreign) for name in sorted(there)]
-    corpus.shards = each_shard(f"checking {folder}", _check_shard, calls, workers)
+    corpus.shards = map_shards(f"checking {folder}", _check_shard, calls, workers)
     for shard in corpus.shards:
         findings.extend(shard.findings)
     findings.extend(_repeated_keys(corpus))
@@ -216,7 +216,7 @@ def _check_shard(shard: Path, entry: ShardEntry | None, to_decode: int, foreign:
     if not _SHARD_NAME.fullmatch(name):
         wrong("has a name that is not letters, digits, _ and - with .tar")
     try:
-        with local_copy(shard) as local:
+        with copy_locally(shard) as local:
             index = _true_index(shard, local, foreign)
             found = _read_shard(local, name, index, to_decode, findings, is_foreign=foreign is not None)
             size, digest = local.stat().st_size, sha256_of(local)
@@ -257,12 +257,12 @@ def _true_index(shard: Path, local: Path, foreign: _Foreign | None) -> Index:
         known = None
     if known is not None:
         # Which pictures cannot be decoded is not found out again.
-        every, _ = scan_foreign(local, shard.name, decode=False)
+        every, _ = scan_foreign_tar(local, shard.name, decode=False)
         kept = every[np.isin(every["image_offset"], known["image_offset"])]
         kept["first_pair"] = np.cumsum(kept["num_captions"], dtype=np.int64) - kept["num_captions"]
         if kept.tobytes() == known.tobytes():
             return known
-    return scan_foreign(local, shard.name, decode=foreign.decode)[0]
+    return scan_foreign_tar(local, shard.name, decode=foreign.decode)[0]
 
 
 def _read_shard(
@@ -297,7 +297,7 @@ def _read_shard(
             wrong = _wrong_in_record(record, content.get("txt"), is_foreign=is_foreign)
             findings.extend(_Finding(where, what, name) for what in wrong)
             phash = record.get("phash")
-            if isinstance(phash, str) and re.fullmatch("[0-9a-f]{16}", phash) and is_telling(int(phash, 16)):
+            if isinstance(phash, str) and re.fullmatch("[0-9a-f]{16}", phash) and is_distinctive(int(phash, 16)):
                 phashes.append(int(phash, 16))
             if number in chosen:
                 findings.extend(_wrong_pictures(record, content, where, name, is_foreign=is_foreign))
@@ -405,7 +405,7 @@ def _repair_claimed(corpus: _Corpus) -> str:
     folder = corpus.folder
     bad = {finding.bad_shard for finding in corpus.findings if finding.bad_shard}
     kept = [shard for shard in corpus.shards if shard.name not in bad]
-    with writing(folder):
+    with explain_write_errors(folder):
         for name in sorted(bad):
             for file in (folder / name, index_path(folder / name)):
                 _move(file, folder / _QUARANTINE / file.name)
@@ -413,7 +413,7 @@ def _repair_claimed(corpus: _Corpus) -> str:
             leftover.unlink()
         for shard in kept:
             if not shard.has_index:
-                with local_copy(folder / shard.name) as local:
+                with copy_locally(folder / shard.name) as local:
                     index = _true_index(folder / shard.name, local, corpus.foreign)
                 publish_bytes(index_path(folder / shard.name), index_bytes(index))
         entries = [shard.entry for shard in kept if shard.entry is not None and shard.entry.samples]

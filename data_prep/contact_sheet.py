@@ -25,7 +25,7 @@ _LETTERS, _LINES = 33, 4
 _PAPER, _FRAME, _INK = "white", "#e8e8e8", "#202020"
 
 
-def contact_sheet(folder: Path, manifest: Manifest, seed: int) -> bytes:
+def draw_contact_sheet(folder: Path, manifest: Manifest, seed: int) -> bytes:
     """The sheet as a PNG; which samples it shows is a function of the seed.
 
     Args:

@@ -45,18 +45,18 @@ class Exclusion:
         """True if one of the names of the image is excluded."""
         if not len(self.ids):
             return False
-        names = np.array([hash64(name) for name in image_names(image_id, meta)], np.uint64)
+        names = np.array([hash64(name) for name in list_image_names(image_id, meta)], np.uint64)
         at = np.searchsorted(self.ids, names)
         return bool((self.ids[np.minimum(at, len(self.ids) - 1)] == names).any())
 
     def has_hash(self, phash: int) -> bool:
         """True if an excluded image looks like it."""
-        if not len(self.hashes) or not is_telling(phash):
+        if not len(self.hashes) or not is_distinctive(phash):
             return False
         return bool((np.bitwise_count(self.hashes ^ np.uint64(phash)) <= self.distance).any())
 
 
-def image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
+def list_image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
     """All names that an image has in the data sets that it is in."""
     if image_id:
         yield image_id
@@ -65,7 +65,7 @@ def image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
             yield f"{prefix}:{meta[name]}"
 
 
-def is_telling(phash: int) -> bool:
+def is_distinctive(phash: int) -> bool:
     """False for the hash of a plain picture, which says nothing about it."""
     return _MIN_DETAIL_BITS <= phash.bit_count() <= 64 - _MIN_DETAIL_BITS
 
@@ -93,8 +93,8 @@ def load_exclusion(manifests: Sequence[str], distance: int) -> Exclusion:
                     f"--exclude={name}: its samples have no perceptual hash ({record.get('phash')!r}). Build these "
                     "shards again with this version."
                 ) from None
-            ids += [hash64(one) for one in image_names(record["image_id"], record)]
-            if is_telling(phash):
+            ids += [hash64(one) for one in list_image_names(record["image_id"], record)]
+            if is_distinctive(phash):
                 hashes.append(phash)
     if not manifests:
         return Exclusion()

@@ -35,12 +35,12 @@ from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError
 from bridgetower.io.files import claim_folder, write_atomically
 from bridgetower.io.storage import is_remote, place
-from data_prep.catalogue import Corpus, RemoteFile, catalogue, tars_folder
-from data_prep.http_files import download_file, http_session
+from data_prep.catalogue import Corpus, RemoteFile, catalogue, get_tar_folder
+from data_prep.http_files import download_file, open_session
 from data_prep.img2dataset_output import Downloads
 from data_prep.raw_files import require_files
 from data_prep.unpack import unpack
-from data_prep.url_pictures import INSTALL, download_pictures, find_img2dataset
+from data_prep.url_images import INSTALL, download_images, find_img2dataset
 from data_prep.web_corpora import WebCorpus
 
 _FLAGS = {
@@ -134,7 +134,7 @@ def _list(source: str, corpus: Corpus, folder: Path) -> None:
 
 
 def _fetch(corpus: Corpus, folder: Path, mirror: str) -> None:
-    session = http_session()
+    session = open_session()
     with _Bar() as bar:
         for file in corpus.files:
             address = _address(file.url, mirror)
@@ -177,8 +177,8 @@ def _fetch_pictures(corpus: WebCorpus, folder: Path, program: str, processes: in
     tables = require_files(folder, [part.table for part in corpus.parts], corpus.name)
     results: dict[str, Downloads] = {}
     for part, table in zip(corpus.parts, tables, strict=True):
-        target = folder / tars_folder(part.split)
-        results[part.split] = download_pictures(
+        target = folder / get_tar_folder(part.split)
+        results[part.split] = download_images(
             program, corpus.rows(table), target, processes=processes, max_rows=max_rows
         )
     _print_links(results)
@@ -199,7 +199,7 @@ def _print_links(results: Mapping[str, Downloads]) -> None:
 def _say_what_is_left(source: str, corpus: Corpus, folder: Path) -> None:
     for request in corpus.by_hand:
         print(f"Still to be had by hand: {request.what}. {request.how}")
-    if corpus.urls is not None and not (folder / tars_folder(corpus.urls.parts[0].split)).is_dir():
+    if corpus.urls is not None and not (folder / get_tar_folder(corpus.urls.parts[0].split)).is_dir():
         print("The pictures are not there yet: run the command with --images.")
     elif not corpus.by_hand:
         print(f"Done. Next: python data_prep/build_shards.py {source} --raw={folder} --out=shards/{source}")

@@ -11,7 +11,7 @@ _MAX_SHOWN = 80
 _CURE = "Correct the row, or copy or download the file as its owner publishes it."
 
 
-def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+def get_text(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field that is a text, which may be empty.
 
     Args:
@@ -22,11 +22,11 @@ def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise refusal(row, name, where, "a text")
+        raise field_error(row, name, where, "a text")
     return value
 
 
-def name_of(row: Mapping[str, Any], name: str, where: str) -> str:
+def get_file_name(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field that is the name of a file or folder, and no path that could lead anywhere else.
 
     Raises:
@@ -34,11 +34,11 @@ def name_of(row: Mapping[str, Any], name: str, where: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str) or value in ("", ".", "..") or any(sign in value for sign in "/\\\0"):
-        raise refusal(row, name, where, "the name of a file or folder, without a path")
+        raise field_error(row, name, where, "the name of a file or folder, without a path")
     return value
 
 
-def whole_of(row: Mapping[str, Any], name: str, where: str) -> int:
+def get_whole_number(row: Mapping[str, Any], name: str, where: str) -> int:
     """A field that is a whole number.
 
     Raises:
@@ -46,20 +46,20 @@ def whole_of(row: Mapping[str, Any], name: str, where: str) -> int:
     """
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise refusal(row, name, where, "a whole number")
+        raise field_error(row, name, where, "a whole number")
     return value
 
 
-def whole_or_none_of(row: Mapping[str, Any], name: str, where: str) -> int | None:
+def get_optional_whole_number(row: Mapping[str, Any], name: str, where: str) -> int | None:
     """A field that is a whole number, or null, or not there.
 
     Raises:
         DataError: it is something else.
     """
-    return None if row.get(name) is None else whole_of(row, name, where)
+    return None if row.get(name) is None else get_whole_number(row, name, where)
 
 
-def objects_of(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+def get_objects(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     """A field that is a list of JSON objects, which may be empty.
 
     Raises:
@@ -67,11 +67,11 @@ def objects_of(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, 
     """
     value = row.get(name)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise refusal(row, name, where, "a list of JSON objects")
+        raise field_error(row, name, where, "a list of JSON objects")
     return value
 
 
-def as_object(value: Any, where: str) -> dict[str, Any]:
+def require_object(value: Any, where: str) -> dict[str, Any]:
     """An element of an array that is a JSON object.
 
     Raises:
@@ -82,7 +82,7 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def refusal(row: Mapping[str, Any], name: str, where: str, wanted: str) -> DataError:
+def field_error(row: Mapping[str, Any], name: str, where: str, wanted: str) -> DataError:
     """The error for a field that is not what it has to be.
 
     Args:

@@ -27,7 +27,7 @@ Show = Callable[[int, int | None], None]
 """Is told how many bytes are there, and how many there will be (None: the server does not say)."""
 
 
-def http_session() -> requests.Session:
+def open_session() -> requests.Session:
     """A session that asks again when a server is busy."""
     session = requests.Session()
     retry = Retry(

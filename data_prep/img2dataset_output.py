@@ -49,7 +49,7 @@ _FAILURES = (
 )
 
 
-def download_failure(status: str) -> str:
+def classify_failure(status: str) -> str:
     """What went wrong with a download in a word or two: there are tens of thousands of messages, but few reasons."""
     code = _HTTP_CODE.search(status)
     if code is not None:
@@ -95,14 +95,14 @@ def read_stats(file: Path) -> Downloads:
     failures: Counter[str] = Counter()
     for status, count in statuses.items():
         if status != _DONE:
-            failures[download_failure(status)] += count
+            failures[classify_failure(status)] += count
     unknown = rows - pictures - failures.total()  # img2dataset forgets messages when there are too many
     if unknown > 0:
         failures["other"] += unknown
     return Downloads(rows=rows, pictures=pictures, failures=failures)
 
 
-def all_stats(folder: Path) -> Downloads:
+def sum_stats(folder: Path) -> Downloads:
     """The sum over a folder.
 
     Raises:
@@ -113,7 +113,7 @@ def all_stats(folder: Path) -> Downloads:
     return sum((read_stats(file) for file in files), Downloads())
 
 
-def downloaded_records(folder: Path, split: str) -> Iterator[Record | Reject]:
+def read_downloaded_records(folder: Path, split: str) -> Iterator[Record | Reject]:
     """A record per picture in the tars of a folder, and the rows whose download failed.
 
     Raises:

@@ -24,11 +24,11 @@ from bridgetower.io.storage import publish_bytes, reading
 from bridgetower.shards.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.shards.sample import IMAGE_SUFFIXES, parse_record
-from data_prep.build import add_up, num_cores
+from data_prep.build import add_totals, count_cores
 from data_prep.convert import Rejected, convert
-from data_prep.local import each_shard, local_copy, shard_folder
+from data_prep.local import copy_locally, map_shards, require_shard_folder
 from data_prep.record import ImagePolicy
-from data_prep.shard_writer import STATE_FOLDER, writing
+from data_prep.shard_writer import STATE_FOLDER, explain_write_errors
 
 _FLAGS = {
     "source": "name of the corpus in the manifest (default: that of the folder)",
@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Index the tars of a folder."""
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
-    place = shard_folder(folder, _USAGE)
+    place = require_shard_folder(folder, _USAGE)
     with reading(place):
         shards = sorted(place.glob("*.tar"))
         if (place / STATE_FOLDER).is_dir():
@@ -64,21 +64,21 @@ def main(
     if not shards:
         raise DataError(f"{place} has no *.tar files to index.")
     checked = parse_bool("decode", decode)
-    found = each_shard(
+    found = map_shards(
         "indexing",
         _index,
         [(shard, checked) for shard in shards],
-        parse_whole("workers", workers or str(num_cores()), 1),
+        parse_whole("workers", workers or str(count_cores()), 1),
     )
     manifest = Manifest(
         source=source or place.name,
         split="",
         settings={INDEXED: "tars of others", "decode": checked},
         attribution="",
-        totals=add_up([totals for _, totals in found], {}),
+        totals=add_totals([totals for _, totals in found], {}),
         shards=tuple(entry for entry, _ in found if entry.samples),
     )
-    with writing(place / MANIFEST_NAME):
+    with explain_write_errors(place / MANIFEST_NAME):
         write_manifest(place, manifest)
     totals = manifest.totals
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in totals.image_rejects.items()) or "none"
@@ -91,8 +91,8 @@ def main(
 
 def _index(shard: Path, decode: bool) -> tuple[ShardEntry, Totals]:
     """Write the index of one tar; runs in a worker."""
-    with local_copy(shard) as local:
-        index, totals = scan_foreign(local, shard.name, decode=decode)
+    with copy_locally(shard) as local:
+        index, totals = scan_foreign_tar(local, shard.name, decode=decode)
         entry = ShardEntry(
             name=shard.name,
             samples=len(index),
@@ -100,12 +100,12 @@ def _index(shard: Path, decode: bool) -> tuple[ShardEntry, Totals]:
             bytes=local.stat().st_size,
             sha256=sha256_of(local),
         )
-    with writing(index_path(shard)):
+    with explain_write_errors(index_path(shard)):
         publish_bytes(index_path(shard), index_bytes(index))
     return entry, totals
 
 
-def scan_foreign(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals]:
+def scan_foreign_tar(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals]:
     """The row index of a tar of another tool, without the samples that cannot be used.
 
     Args:

@@ -21,7 +21,7 @@ from bridgetower.io.storage import is_remote, place, reading
 T = TypeVar("T")
 
 
-def shard_folder(text: str, usage: str) -> Path:
+def require_shard_folder(text: str, usage: str) -> Path:
     """The folder of an argument.
 
     Raises:
@@ -38,7 +38,7 @@ def shard_folder(text: str, usage: str) -> Path:
 
 
 @contextmanager
-def local_copy(file: Path) -> Iterator[Path]:
+def copy_locally(file: Path) -> Iterator[Path]:
     """The file itself, or of a remote one a copy that is gone afterwards.
 
     Raises:
@@ -54,7 +54,7 @@ def local_copy(file: Path) -> Iterator[Path]:
         yield copy
 
 
-def each_shard(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> list[T]:
+def map_shards(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> list[T]:
     """Call a function for each shard, on several cores, with a progress bar. Returns: what it gives, in order.
 
     Raises:

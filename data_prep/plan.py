@@ -81,7 +81,7 @@ class Plan:
 
 
 @contextmanager
-def planning(
+def make_plan(
     entries: Iterable[Record | Reject],
     *,
     seed: int,

@@ -17,7 +17,7 @@ from bridgetower.io.storage import reading
 from data_prep.record import SourceOptions
 
 
-def raw_folder(options: SourceOptions, source: str, layout: str) -> Path:
+def require_raw_folder(options: SourceOptions, source: str, layout: str) -> Path:
     """The folder of --raw.
 
     Args:
@@ -52,7 +52,7 @@ def require_files(folder: Path, names: Sequence[str], source: str) -> list[Path]
     return paths
 
 
-def json_items(file: Path, prefix: str) -> Iterator[Any]:
+def read_json_items(file: Path, prefix: str) -> Iterator[Any]:
     """The elements of an array in a JSON file of any size, one at a time.
 
     Args:
@@ -69,7 +69,7 @@ def json_items(file: Path, prefix: str) -> Iterator[Any]:
             raise DataError(f"{file} is not JSON, or was cut short ({error}). Copy or download it again.") from error
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place for errors.
 
     Raises:
@@ -92,7 +92,7 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def delimited_rows(
+def read_delimited_rows(
     file: Path, *, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_NONE
 ) -> Iterator[tuple[str, list[str]]]:
     """The rows of a table of text, each with its place for errors. Never reads a row into another one.

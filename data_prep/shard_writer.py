@@ -98,12 +98,12 @@ def build_shard(job: Job, exclusion: Exclusion, note: Note) -> Outcome:
     Raises:
         DataError: it cannot be written.
     """
-    digest = input_digest(job)
-    outcome = finished(job, digest, check_content=True)
+    digest = compute_input_digest(job)
+    outcome = load_outcome(job, digest, check_content=True)
     if outcome is not None:
         note(Progress(samples=job.count, rejects=Counter(outcome.totals.rejects)))
         return outcome
-    with writing(job.shard):
+    with explain_write_errors(job.shard):
         # Until all of its shards are there again, the folder is not a corpus; and shard and index are two files: only
         # what is noted afterwards belongs together.
         (job.folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def build_shard(job: Job, exclusion: Exclusion, note: Note) -> Outcome:
             temporary.unlink(missing_ok=True)
 
 
-def input_digest(job: Job) -> str:
+def compute_input_digest(job: Job) -> str:
     """Changes when the shard's content would; a local image file counts as another when its size or time is."""
     digest = hashlib.sha256()
     policy = [_WRITER_VERSION, job.source, dataclasses.asdict(job.images), job.keep_repeats, job.exclusion_digest]
@@ -152,7 +152,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns
 
 
-def finished(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
+def load_outcome(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
     """What an earlier run wrote down for a shard, if its input and its files are still the same.
 
     Args:
@@ -174,7 +174,7 @@ def finished(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Say what to do when the disk or the store refuses."""
     cure = "Make room or correct the permissions, and run the command again: finished shards are kept."
     try:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from bridgetower.errors import DataError
 from bridgetower.io.storage import is_remote, reading
 from bridgetower.shards.sample import safe_key
-from data_prep.img2dataset_output import downloaded_records
-from data_prep.raw_files import DiskDict, delimited_rows, json_items, raw_folder, require_files
+from data_prep.img2dataset_output import read_downloaded_records
+from data_prep.raw_files import DiskDict, read_delimited_rows, read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, Record, Reject, SourceOptions
 
 TARS_FOLDER = "webdataset"
@@ -61,27 +61,27 @@ class WebCorpus:
     """BridgeTower's pictures are named by their row in the table; otherwise as in their URL."""
 
 
-def caption_url_rows(file: Path) -> Iterator[Row]:
+def read_caption_url_rows(file: Path) -> Iterator[Row]:
     """CC3M's table: caption, tab, URL. A further tab belongs to the caption.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
-    for _, cells in delimited_rows(file, delimiter="\t"):
+    for _, cells in read_delimited_rows(file, delimiter="\t"):
         yield Row(" ".join(cells[:-1]), cells[-1]) if len(cells) > 1 else Row("".join(cells), "")
 
 
-def url_caption_rows(file: Path) -> Iterator[Row]:
+def read_url_caption_rows(file: Path) -> Iterator[Row]:
     """CC12M's table: URL, tab, caption. A further tab belongs to the caption.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
-    for _, cells in delimited_rows(file, delimiter="\t"):
+    for _, cells in read_delimited_rows(file, delimiter="\t"):
         yield Row(" ".join(cells[1:]), cells[0] if cells else "")
 
 
-def column_rows(file: Path) -> Iterator[Row]:
+def read_column_rows(file: Path) -> Iterator[Row]:
     """SBU's JSON of columns, read twice at the same time, as captions and URLs stand far from each other.
 
     Raises:
@@ -89,7 +89,7 @@ def column_rows(file: Path) -> Iterator[Row]:
     """
     number = -1
     try:
-        columns = zip(json_items(file, "image_urls.item"), json_items(file, "captions.item"), strict=True)
+        columns = zip(read_json_items(file, "image_urls.item"), read_json_items(file, "captions.item"), strict=True)
         for number, (url, caption) in enumerate(columns):
             if not isinstance(url, str) or not isinstance(caption, str):
                 raise DataError(
@@ -104,14 +104,14 @@ def column_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"{file} has no rows: it needs the arrays image_urls and captions. Download it again.")
 
 
-def web_records(options: SourceOptions, corpus: WebCorpus) -> Iterator[Record | Reject]:
+def read_web_records(options: SourceOptions, corpus: WebCorpus) -> Iterator[Record | Reject]:
     """The records of a corpus in whichever of the three layouts it is there.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: there is none of the layouts or more than one, or a file is not as described.
     """
-    raw = raw_folder(options, corpus.name, "the pictures in one of three layouts, see --help")
+    raw = require_raw_folder(options, corpus.name, "the pictures in one of three layouts, see --help")
     found = _layouts(raw, corpus)
     if not found:
         raise DataError(
@@ -139,7 +139,7 @@ def _layouts(raw: Path, corpus: WebCorpus) -> dict[str, Callable[[], Iterator[Re
             found[f"ViLT's layout ({listed[0].list_pictures}/)"] = partial(_list_records, raw, corpus, listed)
         for base in (raw, raw / TARS_FOLDER):
             if _has_tars(base):
-                found[f"img2dataset's tars in {base}"] = partial(downloaded_records, base, corpus.parts[0].split)
+                found[f"img2dataset's tars in {base}"] = partial(read_downloaded_records, base, corpus.parts[0].split)
             folders = {part.split: base / part.split for part in corpus.parts if part.split}
             folders = {split: folder for split, folder in folders.items() if _has_tars(folder)}
             if folders:
@@ -165,7 +165,7 @@ def _has_tars(folder: Path) -> bool:
 
 def _split_tars(folders: dict[str, Path]) -> Iterator[Record | Reject]:
     for split, folder in folders.items():
-        yield from downloaded_records(folder, split)
+        yield from read_downloaded_records(folder, split)
 
 
 def _table_records(raw: Path, corpus: WebCorpus, parts: list[Part]) -> Iterator[Record | Reject]:
@@ -232,7 +232,7 @@ def _list_records(raw: Path, corpus: WebCorpus, parts: list[Part]) -> Iterator[R
     files = require_files(raw, [part.list_file for part in parts], corpus.name)
     for part, file in zip(parts, files, strict=True):
         number = -1
-        for number, entry in enumerate(json_items(file, "item")):
+        for number, entry in enumerate(read_json_items(file, "item")):
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry)):
                 raise DataError(f"{file}: entry {number} is {str(entry)[:80]!r}; each one is [path, caption].")
             path, caption = entry

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_prep.record import ImagePolicy, Record, Reject, SourceOptions
-from data_prep.web_corpora import Part, WebCorpus, caption_url_rows, web_records
+from data_prep.web_corpora import Part, WebCorpus, read_caption_url_rows, read_web_records
 
 FLAGS: dict[str, str] = {}
 KEEP_REPEATS = False
@@ -49,7 +49,7 @@ CORPUS = WebCorpus(
             list_pictures="images_val",
         ),
     ),
-    rows=caption_url_rows,
+    rows=read_caption_url_rows,
     is_named_by_row=True,
 )
 
@@ -61,4 +61,4 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
         ConfigError: --raw is missing.
         DataError: there is none of the layouts or more than one, or a file is not as described above.
     """
-    yield from web_records(options, CORPUS)
+    yield from read_web_records(options, CORPUS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_prep.karpathy import COCO_ATTRIBUTION, coco_records
+from data_prep.karpathy import COCO_ATTRIBUTION, read_coco_records
 from data_prep.record import ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -30,4 +30,4 @@ def records(options: SourceOptions) -> Iterator[Record]:
         ConfigError: --raw is missing.
         DataError: the file of captions is missing, or not as published.
     """
-    yield from coco_records(options, "coco")
+    yield from read_coco_records(options, "coco")

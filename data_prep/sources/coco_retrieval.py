@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_prep.karpathy import COCO_ATTRIBUTION, coco_records
+from data_prep.karpathy import COCO_ATTRIBUTION, read_coco_records
 from data_prep.record import ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -29,4 +29,4 @@ def records(options: SourceOptions) -> Iterator[Record]:
         ConfigError: --raw is missing.
         DataError: the file of captions is missing, or not as published.
     """
-    yield from coco_records(options, "coco_retrieval")
+    yield from read_coco_records(options, "coco_retrieval")

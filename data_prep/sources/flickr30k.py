@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridgetower.shards.sample import safe_key
-from data_prep.karpathy import karpathy_images
-from data_prep.raw_files import raw_folder, require_files
+from data_prep.karpathy import read_karpathy_images
+from data_prep.raw_files import require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -37,9 +37,9 @@ def records(options: SourceOptions) -> Iterator[Record]:
         ConfigError: --raw is missing.
         DataError: the file of captions is missing, or not as published.
     """
-    raw = raw_folder(options, "flickr30k", f"{_FILE} and the pictures in {_PICTURES}")
+    raw = require_raw_folder(options, "flickr30k", f"{_FILE} and the pictures in {_PICTURES}")
     (file,) = require_files(raw, [_FILE], "flickr30k")
-    for image in karpathy_images(file, _SPLITS):
+    for image in read_karpathy_images(file, _SPLITS):
         yield Record(
             key=safe_key(image.stem),
             image=ImageFile(path=raw / _PICTURES / image.file_name),

@@ -22,7 +22,7 @@ from typing import Any
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.storage import is_remote, place, reading
 from bridgetower.shards.sample import safe_key
-from data_prep.raw_files import DiskDict, json_lines
+from data_prep.raw_files import DiskDict, read_json_lines
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 
 FLAGS = {"captions": "caption file (CSV, JSONL or Parquet)"}
@@ -130,7 +130,7 @@ def _place_remote(root: Path, name: str, where: str) -> str:
 
 def _reader(file: Path) -> Callable[[Path], _Rows]:
     """The function that reads a caption file of that name."""
-    readers = {".csv": _csv_rows, ".jsonl": json_lines, ".parquet": _parquet_rows}
+    readers = {".csv": _csv_rows, ".jsonl": read_json_lines, ".parquet": _parquet_rows}
     if file.suffix.lower() not in readers:
         raise ConfigError(f"--captions={file} must end in .csv, .jsonl or .parquet.")
     try:

@@ -20,8 +20,8 @@ from typing import Any
 from bridgetower.errors import DataError
 from bridgetower.io.storage import reading
 from bridgetower.shards.sample import safe_key
-from data_prep.fields import name_of, refusal, text_of
-from data_prep.raw_files import json_lines, raw_folder, require_files
+from data_prep.fields import field_error, get_file_name, get_text
+from data_prep.raw_files import read_json_lines, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -52,14 +52,15 @@ def records(options: SourceOptions) -> Iterator[Record]:
         ConfigError: --raw is missing.
         DataError: a file is missing, or a row is not as published.
     """
-    raw = raw_folder(options, "nlvr2", "nlvr2/data/{train,dev,test1}.json and the pictures in images/train, dev, test1")
+    layout = "nlvr2/data/{train,dev,test1}.json and the images in images/train, dev and test1"
+    raw = require_raw_folder(options, "nlvr2", layout)
     for split, file in _files(raw).items():
         is_empty = True
-        for where, row in json_lines(file):
+        for where, row in read_json_lines(file):
             is_empty = False
-            label = text_of(row, "label", where)
+            label = get_text(row, "label", where)
             if label not in _LABELS:
-                raise refusal(row, "label", where, " or ".join(_LABELS))
+                raise field_error(row, "label", where, " or ".join(_LABELS))
             pair = _pair(row, where)
             folder = _pictures(raw, split, row, where)
             yield Record(
@@ -67,7 +68,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
                 image=ImageFile(path=folder / f"{pair}-img0.png"),
                 second_image=ImageFile(path=folder / f"{pair}-img1.png"),
                 image_id=f"nlvr2:{pair}",
-                captions=(text_of(row, "sentence", where),),
+                captions=(get_text(row, "sentence", where),),
                 annotations=({"identifier": row["identifier"], "label": _LABELS[label]},),
                 split=split,
             )
@@ -86,9 +87,9 @@ def _files(raw: Path) -> dict[str, Path]:
 
 def _pair(row: dict[str, Any], where: str) -> str:
     """The pair of pictures: test1-28-1 for the identifier test1-28-1-0, whose last number is that of the sentence."""
-    pair, _, sentence = name_of(row, "identifier", where).rpartition("-")
+    pair, _, sentence = get_file_name(row, "identifier", where).rpartition("-")
     if not pair or not sentence:
-        raise refusal(row, "identifier", where, "of the form split-set-pair-sentence, such as dev-850-0-1")
+        raise field_error(row, "identifier", where, "of the form split-set-pair-sentence, such as dev-850-0-1")
     return pair
 
 
@@ -99,4 +100,4 @@ def _pictures(raw: Path, split: str, row: dict[str, Any], where: str) -> Path:
     # A number in the published file; a text in copies of it.
     if isinstance(directory, int) and not isinstance(directory, bool) and directory >= 0:
         return raw / "images" / "train" / str(directory)
-    return raw / "images" / "train" / name_of(row, "directory", where)
+    return raw / "images" / "train" / get_file_name(row, "directory", where)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_prep.record import ImagePolicy, Record, Reject, SourceOptions
-from data_prep.web_corpora import Part, WebCorpus, column_rows, web_records
+from data_prep.web_corpora import Part, WebCorpus, read_column_rows, read_web_records
 
 FLAGS: dict[str, str] = {}
 KEEP_REPEATS = False
@@ -42,7 +42,7 @@ CORPUS = WebCorpus(
             list_pictures="images_train",
         ),
     ),
-    rows=column_rows,
+    rows=read_column_rows,
     is_named_by_row=False,
 )
 
@@ -54,4 +54,4 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
         ConfigError: --raw is missing.
         DataError: there is none of the layouts or more than one, or a file is not as described above.
     """
-    yield from web_records(options, CORPUS)
+    yield from read_web_records(options, CORPUS)

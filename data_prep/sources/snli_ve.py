@@ -16,8 +16,8 @@ from typing import Any
 
 from bridgetower.errors import DataError
 from bridgetower.shards.sample import safe_key
-from data_prep.fields import name_of, refusal, text_of
-from data_prep.raw_files import json_lines, raw_folder, require_files
+from data_prep.fields import field_error, get_file_name, get_text
+from data_prep.raw_files import read_json_lines, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -45,29 +45,29 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
         ConfigError: --raw is missing.
         DataError: a file is missing, or a row is not as published.
     """
-    raw = raw_folder(options, "snli_ve", f"snli_ve/snli_ve_{{{','.join(_SPLITS)}}}.jsonl and {_PICTURES}")
+    raw = require_raw_folder(options, "snli_ve", f"snli_ve/snli_ve_{{{','.join(_SPLITS)}}}.jsonl and {_PICTURES}")
     files = require_files(raw, [f"snli_ve/snli_ve_{split}.jsonl" for split in _SPLITS], "snli_ve")
     for split, file in zip(_SPLITS, files, strict=True):
         is_empty = True
-        for where, row in json_lines(file):
+        for where, row in read_json_lines(file):
             is_empty = False
-            label = text_of(row, "gold_label", where)
+            label = get_text(row, "gold_label", where)
             if label == _NO_LABEL:
                 yield Reject(reason="no gold label", split=split)
                 continue
             if label not in _LABELS:
-                raise refusal(row, "gold_label", where, f"one of {', '.join(_LABELS)}, or {_NO_LABEL}")
+                raise field_error(row, "gold_label", where, f"one of {', '.join(_LABELS)}, or {_NO_LABEL}")
             picture = _picture_id(row, where)
             yield Record(
                 key=safe_key(picture),
                 image=ImageFile(path=raw / _PICTURES / f"{picture}.jpg"),
                 image_id=f"flickr30k:{picture}",
-                captions=(text_of(row, "sentence2", where),),
+                captions=(get_text(row, "sentence2", where),),
                 annotations=(
                     {
-                        "premise": text_of(row, "sentence1", where),
+                        "premise": get_text(row, "sentence1", where),
                         "label": _LABELS[label],
-                        "pair_id": text_of(row, "pairID", where),
+                        "pair_id": get_text(row, "pairID", where),
                     },
                 ),
                 split=split,
@@ -79,7 +79,7 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
 def _picture_id(row: dict[str, Any], where: str) -> str:
     """The name of the picture without suffix. The owner's generator writes one field, their parser reads the other."""
     field = next((name for name in _ID_FIELDS if name in row), _ID_FIELDS[0])
-    picture = name_of(row, field, where).removesuffix(".jpg")
+    picture = get_file_name(row, field, where).removesuffix(".jpg")
     if not picture:
-        raise refusal(row, field, where, "the name of a picture")
+        raise field_error(row, field, where, "the name of a picture")
     return picture

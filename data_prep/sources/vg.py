@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from bridgetower.errors import DataError
 from bridgetower.io.storage import reading
-from data_prep.fields import as_object, objects_of, text_of, whole_of, whole_or_none_of
-from data_prep.raw_files import json_items, raw_folder, require_files
+from data_prep.fields import get_objects, get_optional_whole_number, get_text, get_whole_number, require_object
+from data_prep.raw_files import read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -55,27 +55,28 @@ def records(options: SourceOptions) -> Iterator[Record]:
         ConfigError: --raw is missing.
         DataError: one of the two JSON files is missing, or not as published.
     """
-    raw = raw_folder(options, "vg", f"{_REGIONS}, {_IMAGE_DATA[0]} and the pictures in images/VG_100K and VG_100K_2")
+    layout = f"{_REGIONS}, {_IMAGE_DATA[0]} and the images in images/VG_100K and images/VG_100K_2"
+    raw = require_raw_folder(options, "vg", layout)
     (file,) = require_files(raw, [_REGIONS], "vg")
-    images = image_table(raw, "vg")
+    images = read_image_table(raw, "vg")
     number = 0
-    for number, value in enumerate(json_items(file, "item"), 1):
+    for number, value in enumerate(read_json_items(file, "item"), 1):
         where = f"{file}, image {number}"
-        row = as_object(value, where)
-        vg_id = image_number(row, where)
+        row = require_object(value, where)
+        vg_id = get_image_number(row, where)
         known = images.get(vg_id, Image(None, None, None))
         yield Record(
             key=str(vg_id),
             image=ImageFile(path=picture(raw, vg_id, known)),
             image_id=image_id(vg_id, known),
-            captions=tuple(text_of(region, "phrase", where) for region in objects_of(row, "regions", where)),
+            captions=tuple(get_text(region, "phrase", where) for region in get_objects(row, "regions", where)),
             meta=ids(vg_id, known),
         )
     if not number:
         raise DataError(f"{file} is not a list of images with their regions. Copy or download it again.")
 
 
-def image_table(raw: Path, source: str) -> dict[int, Image]:
+def read_image_table(raw: Path, source: str) -> dict[int, Image]:
     """Read image_data.json: each image by its number.
 
     Raises:
@@ -83,15 +84,15 @@ def image_table(raw: Path, source: str) -> dict[int, Image]:
     """
     file = _image_data_file(raw, source)
     found = {}
-    for number, value in enumerate(json_items(file, "item"), 1):
+    for number, value in enumerate(read_json_items(file, "item"), 1):
         where = f"{file}, image {number}"
-        row = as_object(value, where)
+        row = require_object(value, where)
         url = row.get("url")
         match = _FOLDER_IN_URL.search(url) if isinstance(url, str) else None
-        found[image_number(row, where)] = Image(
+        found[get_image_number(row, where)] = Image(
             folder_number=None if match is None else _FOLDERS.index(match[1]),
-            coco_id=whole_or_none_of(row, "coco_id", where),
-            flickr_id=whole_or_none_of(row, "flickr_id", where),
+            coco_id=get_optional_whole_number(row, "coco_id", where),
+            flickr_id=get_optional_whole_number(row, "flickr_id", where),
         )
     if not found:
         # Without it, no image of COCO could be told from the others.
@@ -99,9 +100,9 @@ def image_table(raw: Path, source: str) -> dict[int, Image]:
     return found
 
 
-def image_number(row: dict[str, object], where: str) -> int:
+def get_image_number(row: dict[str, object], where: str) -> int:
     """The image's number in a row of one of the files, under the name that the version of the file has for it."""
-    return whole_of(row, "id" if "image_id" not in row and "id" in row else "image_id", where)
+    return get_whole_number(row, "id" if "image_id" not in row and "id" in row else "image_id", where)
 
 
 def image_id(vg_id: int, image: Image) -> str:

@@ -30,8 +30,8 @@ from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.storage import place, reading
 from bridgetower.shards.sample import safe_key
 from data_prep.answers import NO_ANSWER, VOCABULARY_NAME, Vocabulary, normalize_answer, read_vocabulary
-from data_prep.fields import as_object, objects_of, text_of, whole_of
-from data_prep.raw_files import json_items, raw_folder, require_files
+from data_prep.fields import get_objects, get_text, get_whole_number, require_object
+from data_prep.raw_files import read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 from data_prep.sources import vg
 
@@ -60,20 +60,20 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
         DataError: a file is missing, or not as published.
     """
     only_coco = _only_coco(options)
-    raw = raw_folder(options, "vgqa", f"{_QUESTIONS}, {_IMAGE_DATA}, coco_splits and the pictures in images")
+    raw = require_raw_folder(options, "vgqa", f"{_QUESTIONS}, {_IMAGE_DATA}, coco_splits and the pictures in images")
     questions, *karpathy = require_files(raw, [_QUESTIONS, *_KARPATHY.values()], "vgqa")
     vocabulary = _vocabulary(options, raw)
-    images = vg.image_table(raw, "vgqa")
+    images = vg.read_image_table(raw, "vgqa")
     splits = split_images(
         {vg_id: image.coco_id for vg_id, image in images.items()},
         {split: _coco_ids(file) for split, file in zip(_KARPATHY, karpathy, strict=True)},
     )
     number = 0
-    for number, value in enumerate(json_items(questions, "item"), 1):
+    for number, value in enumerate(read_json_items(questions, "item"), 1):
         where = f"{questions}, image {number}"
-        row = as_object(value, where)
-        vg_id = vg.image_number(row, where)
-        qas = objects_of(row, "qas", where)
+        row = require_object(value, where)
+        vg_id = vg.get_image_number(row, where)
+        qas = get_objects(row, "qas", where)
         image, split = images.get(vg_id), splits.get(vg_id)
         if image is None:
             reason = "image not in image_data.json"
@@ -128,14 +128,14 @@ def _questions(
     where: str,
 ) -> Iterator[Record | Reject]:
     """The record of an image, and what is dropped of it."""
-    labels = [vocabulary.label(normalize_answer(text_of(qa, "answer", where))) for qa in qas]
+    labels = [vocabulary.label(normalize_answer(get_text(qa, "answer", where))) for qa in qas]
     answers: dict[str, set[int]] = {}
     for qa, label in zip(qas, labels, strict=True):
         if label is not None:
-            answers.setdefault(text_of(qa, "question", where), set()).add(label)
+            answers.setdefault(get_text(qa, "question", where), set()).add(label)
     kept: dict[str, dict[str, Any]] = {}
     for qa, label in zip(qas, labels, strict=True):
-        question = text_of(qa, "question", where)
+        question = get_text(qa, "question", where)
         if label is None:
             yield Reject(reason=NO_ANSWER, split=split)
         elif len(answers[question]) > 1:
@@ -144,7 +144,7 @@ def _questions(
             yield Reject(reason="repeated question", split=split)
         else:
             kept[question] = {
-                "question_id": whole_of(qa, "qa_id", where),
+                "question_id": get_whole_number(qa, "qa_id", where),
                 "answers": [qa["answer"]],
                 "labels": [label],
                 "scores": [1.0],

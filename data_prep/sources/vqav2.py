@@ -32,10 +32,10 @@ from data_prep.answers import (
     Vocabulary,
     build_vocabulary,
     read_vocabulary,
-    soft_scores,
+    score_answers,
 )
-from data_prep.fields import as_object, objects_of, text_of, whole_of
-from data_prep.raw_files import DiskDict, json_items, raw_folder, require_files
+from data_prep.fields import get_objects, get_text, get_whole_number, require_object
+from data_prep.raw_files import DiskDict, read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 
 FLAGS = {
@@ -91,7 +91,7 @@ def _files(options: SourceOptions) -> tuple[Path, dict[str, Path], dict[str, Pat
     questions = [f"vqav2/v2_OpenEnded_mscoco_{name}_questions.json" for name in _QUESTIONS.values()]
     annotations = [f"vqav2/v2_mscoco_{name}_annotations.json" for name in _ANSWERED.values()]
     layout = "vqav2/v2_*.json (questions and annotations) and the pictures in train2014, val2014, test2015"
-    raw = raw_folder(options, "vqav2", layout)
+    raw = require_raw_folder(options, "vqav2", layout)
     paths = require_files(raw, questions + annotations, "vqav2")
     return (
         raw,
@@ -104,7 +104,7 @@ def _vocabulary(options: SourceOptions, annotations: Mapping[str, Path]) -> Voca
     if options.flags.get("answers"):
         return read_vocabulary(place(options.flags["answers"]))
     vocabulary = build_vocabulary(
-        text_of(row, "multiple_choice_answer", where)
+        get_text(row, "multiple_choice_answer", where)
         for file in annotations.values()
         for row, where in _rows(file, "annotations")
     )
@@ -125,19 +125,19 @@ def _answered(
     num_questions = num_joined = 0
     with DiskDict() as found:
         for row, where in _rows(annotations, "annotations"):
-            question_id = whole_of(row, "question_id", where)
+            question_id = get_whole_number(row, "question_id", where)
             if question_id in found:
                 yield Reject(reason="second annotation of a question", split=split)
             else:
                 found[question_id] = _annotation(row, where, vocabulary, normalize=normalize)
         for row, where in _rows(questions, "questions"):
             num_questions += 1
-            annotation = found.pop(whole_of(row, "question_id", where))
+            annotation = found.pop(get_whole_number(row, "question_id", where))
             if annotation is None:
                 yield Reject(reason="question without an annotation", split=split)
                 continue
             num_joined += 1
-            if annotation.pop("image_id") != whole_of(row, "image_id", where):
+            if annotation.pop("image_id") != get_whole_number(row, "image_id", where):
                 raise DataError(
                     f"{where} is about another image than its annotation in {annotations}. Copy or download both again."
                 )
@@ -155,12 +155,12 @@ def _answered(
 
 
 def _annotation(row: dict[str, Any], where: str, vocabulary: Vocabulary, *, normalize: bool) -> dict[str, Any]:
-    answers = [text_of(answer, "answer", where) for answer in objects_of(row, "answers", where)]
-    scores = soft_scores(answers, vocabulary, normalize=normalize)
+    answers = [get_text(answer, "answer", where) for answer in get_objects(row, "answers", where)]
+    scores = score_answers(answers, vocabulary, normalize=normalize)
     return {
-        "image_id": whole_of(row, "image_id", where),
-        "question_type": text_of(row, "question_type", where),
-        "answer_type": text_of(row, "answer_type", where),
+        "image_id": get_whole_number(row, "image_id", where),
+        "question_type": get_text(row, "question_type", where),
+        "answer_type": get_text(row, "answer_type", where),
         "answers": answers,
         "labels": list(scores),
         "scores": list(scores.values()),
@@ -168,14 +168,14 @@ def _annotation(row: dict[str, Any], where: str, vocabulary: Vocabulary, *, norm
 
 
 def _record(row: dict[str, Any], where: str, pictures: Path, split: str, annotation: dict[str, Any]) -> Record:
-    coco_id = whole_of(row, "image_id", where)
+    coco_id = get_whole_number(row, "image_id", where)
     name = f"COCO_{pictures.name}_{coco_id:012d}"
     return Record(
         key=safe_key(name),
         image=ImageFile(path=pictures / f"{name}.jpg"),
         image_id=f"coco:{coco_id}",
-        captions=(text_of(row, "question", where),),
-        annotations=({"question_id": whole_of(row, "question_id", where), **annotation},),
+        captions=(get_text(row, "question", where),),
+        annotations=({"question_id": get_whole_number(row, "question_id", where), **annotation},),
         split=split,
         meta={"coco_id": coco_id},
     )
@@ -184,9 +184,9 @@ def _record(row: dict[str, Any], where: str, pictures: Path, split: str, annotat
 def _rows(file: Path, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     """The objects of the file's list of that name, each with its place for errors."""
     number = 0
-    for number, value in enumerate(json_items(file, f"{name}.item"), 1):
+    for number, value in enumerate(read_json_items(file, f"{name}.item"), 1):
         where = f"{file}, {name[:-1]} {number}"
-        yield as_object(value, where), where
+        yield require_object(value, where), where
     if not number:
         raise DataError(
             f"{file} has no list `{name}` with a row in it, so it is not VQA's file. Copy or download it again."

@@ -13,7 +13,7 @@ from data_prep.answers import (
     build_vocabulary,
     normalize_answer,
     read_vocabulary,
-    soft_scores,
+    score_answers,
 )
 
 NORMAL_FORMS = [
@@ -148,12 +148,12 @@ def test_there_are_120_contractions_and_each_text_is_lower_case_when_it_is_looke
     ],
 )
 def test_soft_scores_by_the_number_of_people(answers, scores):
-    found = soft_scores(answers, Vocabulary(["yes", "no", "2"]))
+    found = score_answers(answers, Vocabulary(["yes", "no", "2"]))
     assert found == scores and list(found) == list(scores)
 
 
 def test_without_normal_form_answers_count_as_they_were_typed():
-    assert soft_scores(["Yes", "yes", "two", "2", "2"], Vocabulary(["yes", "2"]), normalize=False) == {0: 0.3, 1: 0.6}
+    assert score_answers(["Yes", "yes", "two", "2", "2"], Vocabulary(["yes", "2"]), normalize=False) == {0: 0.3, 1: 0.6}
 
 
 def test_a_vocabulary_has_answers_of_nine_questions_or_more_in_order_of_first_occurrence():
@@ -164,7 +164,7 @@ def test_a_vocabulary_has_answers_of_nine_questions_or_more_in_order_of_first_oc
 
 def test_the_empty_answer_is_one_like_any_other():
     vocabulary = build_vocabulary(["a"] * 9)
-    assert vocabulary.answers == ("",) and soft_scores(["the", "A"], vocabulary) == {0: 0.6}
+    assert vocabulary.answers == ("",) and score_answers(["the", "A"], vocabulary) == {0: 0.6}
 
 
 @pytest.mark.parametrize("answers", [["yes", "no", "2", "café", 'a "b"'], ["", "yes"]])

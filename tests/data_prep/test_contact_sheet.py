@@ -12,7 +12,7 @@ from PIL import Image
 
 from bridgetower.shards.index import RawSample, ShardReader
 from bridgetower.shards.manifest import Manifest, load_manifest
-from data_prep.contact_sheet import contact_sheet
+from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.record import ImageFile, Record
 from tests.small_corpora import build_records, file_of
 
@@ -123,7 +123,7 @@ def test_of_a_larger_corpus_24_different_samples_are_drawn_by_the_seed(tmp_path)
     out, manifest = build(tmp_path / "large", 40)
     found = []
     for seed in (0, 0, 1):
-        sheet = pixels_of(contact_sheet(out, manifest, seed))
+        sheet = pixels_of(draw_contact_sheet(out, manifest, seed))
         middles = [cell_of(sheet, place)[0][CELL // 2, CELL // 2] for place in range(24)]
         found.append([int(middle[1]) // 6 for middle in middles])
         assert all(tuple(middle) == colour_of(number) for middle, number in zip(middles, found[-1], strict=True))

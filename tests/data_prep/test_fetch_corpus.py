@@ -21,11 +21,11 @@ import pytest
 
 from bridgetower.errors import ConfigError, DataError
 from data_prep.catalogue import catalogue
-from data_prep.http_files import download_file, http_session
+from data_prep.http_files import download_file, open_session
 from data_prep.record import SourceOptions
 from data_prep.sources import cc3m
 from data_prep.unpack import unpack
-from data_prep.url_pictures import download_pictures, find_img2dataset
+from data_prep.url_images import download_images, find_img2dataset
 from data_prep.web_corpora import Row
 from tests.conftest import REPO, command_line, run_script
 from tests.data_prep.file_server import FileServer, file_server
@@ -43,7 +43,7 @@ def server():
 
 
 def fetch(server: FileServer, target: Path, **facts: Any) -> bytes:
-    download_file(http_session(), f"{server.url}/a.zip", target, wait_seconds=0.01, **facts)
+    download_file(open_session(), f"{server.url}/a.zip", target, wait_seconds=0.01, **facts)
     return target.read_bytes()
 
 
@@ -310,7 +310,7 @@ def test_the_list_keeps_every_row_whatever_its_caption(tmp_path):
     captions = ['"', "a\tb", "line\u2028end", "2021-01-01", "", "\\", "x" * 3000]
     rows = [Row(caption, f"http://a.example/{number}") for number, caption in enumerate(captions)]
     with pytest.raises(DataError, match="has done 0 of 7 rows"):
-        download_pictures(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=0)
+        download_images(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=0)
     lines = (tmp_path / "tars.urls" / "00000.jsonl").read_bytes().split(b"\n")[:-1]
     assert [json.loads(line) for line in lines] == [{"url": row.url, "caption": row.caption} for row in rows]
 
@@ -326,7 +326,7 @@ def test_the_list_keeps_every_row_whatever_its_caption(tmp_path):
 )
 def test_what_cannot_stand_in_a_url_is_encoded_once(published, listed, tmp_path):
     with pytest.raises(DataError, match="has done 0 of 1 rows"):
-        download_pictures(
+        download_images(
             str(shutil.which("true")), iter([Row("a", published)]), tmp_path / "tars", processes=1, max_rows=0
         )
     assert json.loads((tmp_path / "tars.urls" / "00000.jsonl").read_text())["url"] == listed
@@ -334,14 +334,14 @@ def test_what_cannot_stand_in_a_url_is_encoded_once(published, listed, tmp_path)
 
 def test_a_failing_program_is_reported(tmp_path):
     with pytest.raises(DataError, match="ended with code 1"):
-        download_pictures(str(shutil.which("false")), iter([Row("a", "b")]), tmp_path / "tars", processes=1, max_rows=0)
+        download_images(str(shutil.which("false")), iter([Row("a", "b")]), tmp_path / "tars", processes=1, max_rows=0)
 
 
 def test_another_number_of_rows_in_the_same_folder_is_refused(tmp_path):
     rows = [Row("a", "b"), Row("c", "d")]
     for max_rows, problem in ((1, "has done 0 of 1 rows"), (2, r"made with --max_rows=1, now it is 2")):
         with pytest.raises(Exception, match=problem):
-            download_pictures(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=max_rows)
+            download_images(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=max_rows)
 
 
 def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):

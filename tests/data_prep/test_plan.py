@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.record import ImageFile, Record
 from tests.conftest import REPO
 
 ROWS = """
 from pathlib import Path
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.raw_files import DiskDict
 from data_prep.record import ImageFile, Record
 def rows(folder, put_aside, count):
@@ -39,7 +39,7 @@ def run_rows(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_a_source_puts_aside_and_the_sorting_lie_in_the_scratch_folder(tmp_path):
     code = """
-with planning(rows(sys.argv[1], 1_000, 3), seed=0, scratch=Path(sys.argv[1], "new")) as plan:
+with make_plan(rows(sys.argv[1], 1_000, 3), seed=0, scratch=Path(sys.argv[1], "new")) as plan:
     assert len(list(plan.records(0, 3))) == 3
 """
     found = run_rows(code, str(tmp_path))
@@ -53,7 +53,7 @@ def test_a_full_disk_is_an_error_with_its_cure(tmp_path, put_aside, count):
 from bridgetower.errors import DataError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
-    with planning(rows(sys.argv[1], {put_aside}, {count}), seed=0, scratch=Path(sys.argv[1])):
+    with make_plan(rows(sys.argv[1], {put_aside}, {count}), seed=0, scratch=Path(sys.argv[1])):
         pass
 except DataError as error:
     print(error)
@@ -72,7 +72,7 @@ def test_a_plan_of_another_machine_is_left_alone_and_one_that_was_left_behind_he
     # Whether another machine's lock is seen depends on the file system.
     (tmp_path / ".plan-another.machine-x").mkdir()
     (tmp_path / f".plan-{platform.node()}-x").mkdir()
-    with planning([record()], seed=0, scratch=tmp_path):
+    with make_plan([record()], seed=0, scratch=tmp_path):
         assert not (tmp_path / f".plan-{platform.node()}-x").exists()
     assert [path.name for path in tmp_path.iterdir()] == [".plan-another.machine-x"]
 
@@ -82,11 +82,11 @@ def test_a_plan_is_locked_before_another_build_can_take_it_for_one_that_was_left
 
     def another_starts_first(lock: int, operation: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
-        with planning([record()], seed=0, scratch=tmp_path):
+        with make_plan([record()], seed=0, scratch=tmp_path):
             seen.append(len(list(tmp_path.iterdir())))
         flock(lock, operation)
 
     monkeypatch.setattr(fcntl, "flock", another_starts_first)
-    with planning([record()], seed=0, scratch=tmp_path) as made:
+    with make_plan([record()], seed=0, scratch=tmp_path) as made:
         assert seen == [2]
         assert made.file.is_file() and len(list(made.records(0, 1))) == 1

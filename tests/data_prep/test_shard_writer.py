@@ -27,7 +27,7 @@ from bridgetower.shards.decode import flatten
 from bridgetower.shards.index import index_path, scan_tar
 from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep.build import State
-from data_prep.convert import convert, perceptual_hash, scaled_down
+from data_prep.convert import convert, perceptual_hash, scale_down
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 from tests.conftest import REPO, command_line, run_script, script_environment
 from tests.small_corpora import build_records, draw, file_of, png_that_claims
@@ -563,13 +563,13 @@ def peak_of_planning(folder: Path, picture: Path, count: int) -> int:
     code = f"""
 import resource
 from pathlib import Path
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.record import ImageFile, Record
 def rows():
     for number in range({count} * 2):
         image = ImageFile(path=Path({str(picture)!r}))
         yield Record(key=f"image-{{number // 2}}", image=image, image_id=f"x:{{number // 2}}", captions=("word " * 12,))
-with planning(rows(), seed=0, scratch=Path({str(folder)!r})) as plan:
+with make_plan(rows(), seed=0, scratch=Path({str(folder)!r})) as plan:
     assert plan.splits()[0].samples == {count}
     assert len(list(plan.records(5, 100))) == 100
 print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
@@ -593,7 +593,7 @@ def test_scaling_down_is_close_to_pillows_antialiased_bicubic(size):
     noise = np.random.default_rng(0).normal(0, 1, (size[1] // 6 + 2, size[0] // 6 + 2, 3))
     smooth = Image.fromarray(np.clip(128 + 50 * noise, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     new = (304, round(304 * size[1] / size[0])) if size[0] < size[1] else (round(304 * size[0] / size[1]), 304)
-    ours = scaled_down(np.asarray(smooth), new).astype(np.float64)
+    ours = scale_down(np.asarray(smooth), new).astype(np.float64)
     exact = np.asarray(smooth.resize(new, Image.Resampling.BICUBIC), np.float64)
     assert ours.shape == exact.shape
     assert np.mean((ours - exact) ** 2) < 255**2 / 10**4  # 40 dB

@@ -14,7 +14,7 @@ import pytest
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.storage import place, read_part
 from bridgetower.shards.index import ShardReader
-from data_prep.img2dataset_output import download_failure
+from data_prep.img2dataset_output import classify_failure
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import cc3m, cc12m, sbu
 from tests.data_prep.layouts import cc3m as cc3m_layout
@@ -321,7 +321,7 @@ def test_rows_that_the_statistics_forgot_are_counted(tmp_path):
     ],
 )
 def test_messages_are_put_down_to_few_reasons(status, reason):
-    assert download_failure(status) == reason
+    assert classify_failure(status) == reason
 
 
 # Which layout

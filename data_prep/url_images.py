@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import write_atomically
-from data_prep.img2dataset_output import Downloads, all_stats
+from data_prep.img2dataset_output import Downloads, sum_stats
 from data_prep.web_corpora import Row
 
 ROWS_PER_TAR = 10_000
@@ -77,7 +77,7 @@ def _kept_by_uv() -> str:
     return str(program)
 
 
-def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, processes: int, max_rows: int) -> Downloads:
+def download_images(program: str, rows: Iterator[Row], folder: Path, *, processes: int, max_rows: int) -> Downloads:
     """Download what is not there yet into tars below a folder. Can be stopped at any time and called again.
 
     Args:
@@ -112,7 +112,7 @@ def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, proces
         "--enable_wandb=False",
     ]
     code = _run(command)
-    done = all_stats(tars)
+    done = sum_stats(tars)
     if code:
         raise DataError(
             f"img2dataset ended with code {code}, see above. Run the command again: finished tars are kept."
