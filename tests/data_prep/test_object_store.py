@@ -69,7 +69,7 @@ def test_a_build_from_and_into_a_store_has_the_bytes_of_a_local_one(raw, tmp_pat
     (ours / "00001.tar").unlink()
     before = (ours / "00000.tar").stat().st_mtime
     assert (
-        "00001.tar: is in the manifest but not there"
+        "00001.tar: is in the manifest but not in the folder"
         in run_script("data_prep/check_shards.py", str(ours), code=2).stdout
     )
     build(f"{BUCKET}/raw", f"{BUCKET}/shards")
