@@ -63,7 +63,7 @@ import time
 from data_prep.build import State
 from data_prep.progress import ProgressLine
 with ProgressLine("cc3m", 10) as progress:
-    progress.planned(2_000_000)
+    progress.show_rows(2_000_000)
     for share in range(6):
         time.sleep(0.2)
         progress.show(State(

@@ -52,7 +52,7 @@ def test_slices_in_any_order_give_the_same_bytes(raw, whole, tmp_path, capsys, o
             load_manifest(out / "val" if (out / "val").exists() else tmp_path)
         build(raw, out, slice=f"{number}/4")
         said = capsys.readouterr().out
-        assert ("of other slices are not" in said) == (number != order[-1])
+        assert ("of other slices are missing" in said) == (number != order[-1])
     assert files_in(out) == whole
 
 
@@ -60,7 +60,7 @@ def test_a_slice_that_was_lost_is_named_by_merge_and_can_be_built_again(raw, who
     out = tmp_path / "out"
     for number in (0, 2):
         build(raw, out, slice=f"{number}/3")
-    with pytest.raises(DataError, match=r"3 of 8 shards are missing or of other input \(.*tar.*Run the jobs"):
+    with pytest.raises(DataError, match=r"3 of 8 shards are missing, or were built from other input \(.*tar.*run the jobs"):
         build(raw, out, merge="true")
     build(raw, out, slice="1/3")
     (out / "train/shards.json").unlink()
