@@ -25,14 +25,13 @@ from bridgetower.shards.index import index_path
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
 from data_prep.contact_sheet import SHEET_NAME, draw_contact_sheet
 from data_prep.exclusion import Exclusion
+from data_prep.ledger import Note, Progress
 from data_prep.plan import Plan, PlannedSplit
 from data_prep.record import ImagePolicy
 from data_prep.shard_writer import (
     STATE_FOLDER,
     Job,
-    Note,
     Outcome,
-    Progress,
     build_shard,
     compute_input_digest,
     explain_write_errors,

@@ -1,4 +1,4 @@
-"""Reads the JSON of Andrej Karpathy's splits, in which COCO and Flickr30K have the same form."""
+"""Reads the JSON files of Andrej Karpathy's splits, which have the same form for COCO and Flickr30K."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ COCO_ATTRIBUTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class KarpathyImage:
-    """An image of such a file."""
+    """One image of a file of Karpathy's."""
 
     row: dict[str, Any]
+    """The image's JSON object."""
     where: str
-    """Names it in errors."""
+    """Name of the image in errors: its file and number."""
     file_name: str
     split: str
     captions: tuple[str, ...]
@@ -40,13 +41,13 @@ class KarpathyImage:
 
 
 def read_karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[KarpathyImage]:
-    """All images of the file, one at a time.
+    """Yield the images of a file, one at a time.
 
     Args:
-        splits: those that there are.
+        splits: the splits that the file may name.
 
     Raises:
-        DataError: the file is not JSON, has no images, or one is not as published.
+        DataError: the file is not JSON, has no images, or an image is not as published.
     """
     number = 0
     for number, value in enumerate(read_json_items(file, "images.item"), 1):
@@ -69,16 +70,16 @@ def read_karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[Karpathy
 
 
 def read_coco_records(options: SourceOptions, source: str) -> Iterator[Record]:
-    """COCO's images with their captions.
+    """Yield COCO's images with their captions.
 
     Args:
-        source: which source reads them, for errors.
+        source: name of the source, for errors.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: a file is missing, or not as published.
     """
-    raw = require_raw_folder(options, source, f"{_COCO_FILE} and the pictures in train2014 and val2014")
+    raw = require_raw_folder(options, source, f"{_COCO_FILE} and the images in train2014 and val2014")
     (file,) = require_files(raw, [_COCO_FILE], source)
     for image in read_karpathy_images(file, _COCO_SPLITS):
         coco_id = get_whole_number(image.row, "cocoid", image.where)

@@ -1,4 +1,4 @@
-"""What the commands on finished shards share: their folder, a local copy of a remote shard, and work on all cores."""
+"""Helpers of the commands that read finished shards: their folder, local copies of shards, and work on all cores."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 def require_shard_folder(text: str, usage: str) -> Path:
-    """The folder of an argument.
+    """Return the folder that a command line names.
 
     Raises:
-        ConfigError: none was given.
+        ConfigError: the text is empty.
         DataError: there is no such folder.
     """
     if not text:
@@ -39,10 +39,10 @@ def require_shard_folder(text: str, usage: str) -> Path:
 
 @contextmanager
 def copy_locally(file: Path) -> Iterator[Path]:
-    """The file itself, or of a remote one a copy that is gone afterwards.
+    """Yield a local file as it is, and a remote one as a temporary copy.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     if not is_remote(file):
         yield file
@@ -55,10 +55,13 @@ def copy_locally(file: Path) -> Iterator[Path]:
 
 
 def map_shards(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> list[T]:
-    """Call a function for each shard, on several cores, with a progress bar. Returns: what it gives, in order.
+    """Call a function for each shard, on several cores, with a progress bar. Returns: its results, in order.
+
+    Args:
+        calls: arguments of each call.
 
     Raises:
-        DataError: a worker died, or what the function raises.
+        DataError: a worker process died, or the function raised it.
     """
     console = Console(stderr=True)
     results: dict[int, T] = {}
@@ -73,7 +76,9 @@ def map_shards(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ..
             for future in done:
                 results[futures[future]] = future.result()
         except BrokenProcessPool:
-            raise DataError("A worker process died, most likely for want of memory. Use fewer --workers.") from None
+            raise DataError(
+                "A worker process died, most likely because memory ran out. Run the command again with fewer --workers."
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -179,7 +179,7 @@ def test_a_vocabulary_may_be_a_text_file_of_any_system(tmp_path):
     file.write_bytes("\ufeffyes\r\nno\r\nred wine\r\n".encode())
     vocabulary = read_vocabulary(file)
     assert vocabulary.answers == ("yes", "no", "red wine") and len(vocabulary) == 3
-    assert (vocabulary.label("red wine"), vocabulary.label("Yes")) == (2, None)
+    assert (vocabulary.find_label("red wine"), vocabulary.find_label("Yes")) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_a_vocabulary_may_be_a_text_file_of_any_system(tmp_path):
     [
         (b"", "has no answers"),
         (b"[]", "has no answers"),
-        (b'{"yes": 0}', "is JSON, but no list of texts"),
-        (b"[1, 2]", "is JSON, but no list of texts"),
+        (b'{"yes": 0}', "is JSON, but not a list of texts"),
+        (b"[1, 2]", "is JSON, but not a list of texts"),
         (b'["yes", ', "is not JSON, or was cut short"),
         (b"yes\nno\nyes\n", "has the answer 'yes' twice"),
         (b"caf\xe9\n", "is not UTF-8"),

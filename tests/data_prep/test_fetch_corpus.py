@@ -20,7 +20,7 @@ from urllib.parse import quote
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from data_prep.catalogue import catalogue
+from data_prep.catalogue import CATALOGUE
 from data_prep.http_files import download_file, open_session
 from data_prep.record import SourceOptions
 from data_prep.sources import cc3m
@@ -121,7 +121,7 @@ def test_a_file_that_is_gone_is_refused_with_its_address(server, tmp_path):
 def test_a_server_that_never_sends_anything_is_given_up(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     server.hang_up_after["/a.zip"] = [100] + [0] * 20
-    with pytest.raises(DataError, match=r"6 attempts failed.*Run the command again later: it goes on"):
+    with pytest.raises(DataError, match=r"6 attempts failed.*run the command again later: it continues"):
         fetch(server, tmp_path / "a.zip")
     assert (tmp_path / "a.zip.part").stat().st_size == 100
 
@@ -213,13 +213,13 @@ def serve(server: FileServer, url: str, content: bytes) -> str:
 
 
 def serve_nlvr2(server: FileServer) -> list[str]:
-    return [serve(server, file.url, file.path.encode()) for file in catalogue()["nlvr2"].files]
+    return [serve(server, file.url, file.path.encode()) for file in CATALOGUE["nlvr2"].files]
 
 
-@pytest.mark.parametrize("source", sorted(catalogue()))
+@pytest.mark.parametrize("source", sorted(CATALOGUE))
 def test_without_download_every_file_is_listed_and_nothing_is_written(source, tmp_path):
     result = run_script(FETCH, source, f"--out={tmp_path / 'new'}")
-    corpus = catalogue()[source]
+    corpus = CATALOGUE[source]
     assert all(file.url in result.stdout and file.path in result.stdout for file in corpus.files)
     assert all(request.what in result.stdout and request.how in result.stdout for request in corpus.by_hand)
     assert ("--download" in result.stdout) == bool(corpus.files)
@@ -230,9 +230,9 @@ def test_files_are_put_where_the_source_reads_them_and_fetched_once(server, tmp_
     serve_nlvr2(server)
     arguments = ("nlvr2", f"--out={tmp_path}", "--download", f"--mirror={server.url}/")
     result = run_script(FETCH, *arguments)
-    for file in catalogue()["nlvr2"].files:
+    for file in CATALOGUE["nlvr2"].files:
         assert (tmp_path / file.path).read_text() == file.path
-    assert "Still to be had by hand: images/train/" in result.stdout
+    assert "Still to be fetched by hand: images/train/" in result.stdout
     before = len(server.requests)
     run_script(FETCH, *arguments)
     assert len(server.requests) == before
@@ -240,7 +240,7 @@ def test_files_are_put_where_the_source_reads_them_and_fetched_once(server, tmp_
 
 def test_archives_are_unpacked_where_the_source_reads_them_and_may_be_deleted_then(server, tmp_path):
     names = {"images": "VG_100K/1.jpg", "images2": "VG_100K_2/2.jpg"}
-    for file in catalogue()["vg"].files:
+    for file in CATALOGUE["vg"].files:
         stem = file.url.rsplit("/", 1)[-1].partition(".")[0]
         serve(server, file.url, zip_of({names.get(stem, f"{stem}.json"): stem.encode()}))
     arguments = ("vg", f"--out={tmp_path}", "--download", f"--mirror={server.url}")
@@ -267,7 +267,7 @@ def test_sbu_comes_in_a_tar(server, tmp_path):
         member = tarfile.TarInfo("sbu-captions-all.json")
         member.size = 2
         tar.addfile(member, io.BytesIO(b"{}"))
-    serve(server, catalogue()["sbu"].files[0].url, stream.getvalue())
+    serve(server, CATALOGUE["sbu"].files[0].url, stream.getvalue())
     result = run_script(FETCH, "sbu", f"--out={tmp_path}", "--download", f"--mirror={server.url}")
     assert (tmp_path / "sbu-captions-all.json").read_text() == "{}"
     assert "run the command with --images" in result.stdout
@@ -366,7 +366,7 @@ def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
         time.sleep(0.05)
     command.send_signal(signal.SIGINT)
     _, errors = command.communicate(timeout=60)
-    assert (command.returncode, "it goes on" in errors, "Traceback" in errors) == (130, True, False)
+    assert (command.returncode, "it continues" in errors, "Traceback" in errors) == (130, True, False)
     time.sleep(0.2)
     assert [pid for pid in (tmp_path / "pids").read_text().split() if is_running(int(pid))] == []
 
@@ -417,7 +417,7 @@ def test_img2dataset_fetches_pictures_that_a_build_reads_and_goes_on_when_run_ag
         "".join(f"{text}\t{server.url}/{name}\n" for text, name, _ in train),
         f"coffee\t{server.url}/coffee.jpg\n",
     )
-    for file, table in zip(catalogue()["cc3m"].files, tables, strict=True):
+    for file, table in zip(CATALOGUE["cc3m"].files, tables, strict=True):
         serve(server, file.url, table.encode())
     arguments = ("cc3m", f"--out={tmp_path / 'cc'}", "--processes=1", f"--img2dataset={PROGRAM}")
     result = run_script(FETCH, *arguments, "--download", "--images", f"--mirror={server.url}")

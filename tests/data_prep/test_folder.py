@@ -271,7 +271,7 @@ def test_a_csv_without_its_columns_is_refused_with_those_it_has(raw, header, nam
         ("c.csv", "image,caption\na.png\n", r"line 2 does not have 2 columns"),
         ("c.csv", 'image,caption\na.png,"never closed\n', r"line 2 is not CSV"),
         ("c.csv", 'image,"caption\na.png,x\n', r"is not CSV"),
-        ("c.csv", "image,caption,caption\na.png,x,y\n", r"two columns of one name"),
+        ("c.csv", "image,caption,caption\na.png,x,y\n", r"two columns with the same name"),
         ("c.csv", "image,caption\n,x\n", r"line 2 has image=''"),
         ("c.jsonl", '{"image": "a.png"\n', r"line 1 is not JSON"),
         ("c.jsonl", '\n\n["a.png", "x"]\n', r"line 3 is not a JSON object"),

@@ -395,7 +395,7 @@ def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
 
 
 def test_a_source_without_records_is_refused(tmp_path):
-    with pytest.raises(DataError, match="gave no rows"):
+    with pytest.raises(DataError, match="The source has no rows"):
         build([], tmp_path / "out")
 
 

@@ -60,7 +60,7 @@ def test_a_slice_that_was_lost_is_named_by_merge_and_can_be_built_again(raw, who
     out = tmp_path / "out"
     for number in (0, 2):
         build(raw, out, slice=f"{number}/3")
-    with pytest.raises(DataError, match=r"3 of 8 shards are missing, or were built from other input \(.*tar.*run the jobs"):
+    with pytest.raises(DataError, match=r"3 of 8 shards are missing, or were .* \(.*tar.*run the jobs"):
         build(raw, out, merge="true")
     build(raw, out, slice="1/3")
     (out / "train/shards.json").unlink()

@@ -398,7 +398,7 @@ def test_a_wrong_field_of_vg_is_shown(name, change, message, miniature):
         ({"pairID": 3}, r"line 2 has pairID=3; it has to be a text"),
         ({"Flickr30K_ID": ...}, r"line 2 has no Flickr30K_ID; it has to be the name of a file"),
         ({"Flickr30K_ID": "a/b"}, r"line 2 has Flickr30K_ID='a/b'; it has to be the name of a file or folder, without"),
-        ({"Flickr30K_ID": ".jpg"}, r"line 2 has Flickr30K_ID='\.jpg'; it has to be the name of a picture"),
+        ({"Flickr30K_ID": ".jpg"}, r"line 2 has Flickr30K_ID='\.jpg'; it has to be the name of an image"),
     ],
 )
 def test_a_wrong_field_of_snli_ve_is_shown_with_its_line(fields, message, miniature):

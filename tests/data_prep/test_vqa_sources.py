@@ -223,7 +223,7 @@ def test_without_a_vocabulary_vgqa_says_where_it_comes_from(vg_raw):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no line"),
+        ("", "is empty"),
         ("COCO_val2014_000000011169.jpg\n", "line 1 is 'COCO_val2014_000000011169.jpg'"),
         ("a.jpg 7\nb.jpg x\n", "line 2 is 'b.jpg x'"),
     ],

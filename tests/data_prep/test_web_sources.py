@@ -169,7 +169,7 @@ def test_a_picture_of_vilt_lies_below_its_first_four_letters_whatever_its_path(t
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ([["a"]], r"entry 0 is .*each one is \[path, caption\]"),
+        ([["a"]], r"entry 0 is .*it has to be \[path, caption\]"),
         ([["a", "b"], {"image": "a"}], "entry 1 is"),
         ([["a/..", "b"]], "does not name a file"),
         ([["a/", "b"]], "does not name a file"),
@@ -273,7 +273,7 @@ def test_statistics_of_another_run_are_refused(tmp_path):
     write_tar(tmp_path, 0, ROWS)
     stats = json.loads((tmp_path / "00000_stats.json").read_text())
     (tmp_path / "00000_stats.json").write_text(json.dumps({**stats, "count": 2, "successes": 1}))
-    with pytest.raises(DataError, match="they are not of the same run"):
+    with pytest.raises(DataError, match="they are from different runs"):
         entries(cc12m, tmp_path)
 
 
@@ -356,7 +356,7 @@ def test_two_layouts_in_a_folder_are_refused_with_both(tmp_path, name):
 def test_pictures_without_their_captions_are_refused(tmp_path, name):
     source, _ = source_and_layout(name)
     part = source.CORPUS.parts[0]
-    (tmp_path / part.pictures).mkdir()
+    (tmp_path / part.image_folder).mkdir()
     with pytest.raises(DataError, match=f"does not find {part.table}"):
         entries(source, tmp_path)
 
