@@ -84,7 +84,7 @@ setup(
         "parquet": ["pyarrow>=20"],
         # scikit-image brings the photographs that benchmarks read.
         "benchmarks": ["scikit-image>=0.25,<1"],
-        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3. data_prep/url_pictures.py
+        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3. data_prep/url_images.py
         # therefore lets uv create a separate environment for it on first use.
         "download": ["uv>=0.9,<1"],
         # pretrain/dashboard.py builds W&B workspaces with it.
