@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from bridgetower.config.data import DataConfig, ReadingConfig
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.files import short_names
-from bridgetower.io.storage import is_remote, place
-from bridgetower.shards.cache import Held, NotFetched, RemoteShard, ShardCache
+from bridgetower.io.files import shorten_paths
+from bridgetower.io.storage import is_remote, to_path
+from bridgetower.shards.cache import HeldShard, ShardCache
+from bridgetower.shards.download import NotFetched, RemoteShard
 from bridgetower.shards.index import ShardReader
 from bridgetower.shards.manifest import Manifest, load_manifest
 
@@ -43,7 +44,7 @@ class Pair(NamedTuple):
 
 class _Open(NamedTuple):
     reader: ShardReader
-    held: Held | None
+    held: HeldShard | None
 
     def close(self) -> None:
         self.reader.close()
@@ -65,7 +66,7 @@ class Corpora:
             DataError: a folder, manifest, shard or index is missing or of the wrong size, or a corpus is empty or
                 given twice.
         """
-        self.folders = tuple(place(folder) for folder in folders)
+        self.folders = tuple(to_path(folder) for folder in folders)
         self.cache = cache
         for folder in self.folders:
             if is_remote(folder) and cache is None:
@@ -110,7 +111,7 @@ class Corpora:
     @property
     def names(self) -> list[str]:
         """A short name for each corpus, as given to people."""
-        return short_names(self.folders)
+        return shorten_paths(self.folders)
 
     def reader(self, shard: int) -> ShardReader:
         """The reader of one shard; the ones used last stay open."""
@@ -138,7 +139,7 @@ class Corpora:
         self._close_oldest()
         return reader
 
-    def need(self, shards: Collection[int]) -> None:
+    def keep_open(self, shards: Collection[int]) -> None:
         """Keep these open from now on, and close others as soon as their number is too large.
 
         A shard that could not be fetched is asked for again when it is needed anew.
@@ -180,7 +181,7 @@ class Corpora:
             second_image=raw.second_image,
         )
 
-    def image_id_of(self, shard: int, number: int) -> int:
+    def read_image_id(self, shard: int, number: int) -> int:
         """The image id (64-bit hash) of a pair, from the index alone."""
         reader = self.reader(shard)
         sample, _ = reader.locate(number)

@@ -17,7 +17,7 @@ from bridgetower.data.corpora import Corpora, as_int64, open_corpora
 from bridgetower.data.images import load_image, load_whole_image
 from bridgetower.data.text import Tokenizer, pad
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.shards.cache import ShardCache
 from bridgetower.shards.index import load_index
 from bridgetower.shards.manifest import load_manifest
@@ -138,7 +138,7 @@ def check_held_out(
         DataError: a folder is not there, or has a single picture, which there is nothing to tell from.
     """
     folders = data.eval_shards
-    names = [place(folder).name for folder in folders]
+    names = [to_path(folder).name for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bridgetower.data.augment import Augmentation
-from bridgetower.shards.decode import MAX_IMAGE_PIXELS, open_picture
+from bridgetower.shards.decode import MAX_IMAGE_PIXELS, decode_image
 
 # Of longer images the ends are cut off before the resize: far from the centre crop, and of no size at all.
 _MAX_ASPECT = 64
@@ -105,7 +105,7 @@ def _decode(raw: bytes, enough_px: int, where: str) -> tuple[Tensor, int, int]:
                 return torch.from_numpy(pixels).permute(2, 0, 1), height, width
         except ValueError:
             pass  # Pillow reads more of the rarities, or says what is wrong
-    drawn = torch.from_numpy(np.array(open_picture(raw, where))).permute(2, 0, 1)
+    drawn = torch.from_numpy(np.array(decode_image(raw, where))).permute(2, 0, 1)
     return drawn, drawn.shape[1], drawn.shape[2]
 
 

@@ -22,7 +22,7 @@ from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_whole_image
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import I64, Loaded, PairStream
-from bridgetower.data.targets import target_of
+from bridgetower.data.targets import make_target
 from bridgetower.data.text import Tokenizer, pad
 from bridgetower.shards.cache import ShardCache
 
@@ -186,7 +186,7 @@ def _batch(
         ids_BL=torch.from_numpy(ids_BL),
         attention_mask_BL=torch.from_numpy(ids_BL != tokenizer.pad_id),
         image_B=torch.from_numpy(image_B),
-        target_BC=torch.from_numpy(np.stack([target_of(pair, task, classes) for pair in pairs])),
+        target_BC=torch.from_numpy(np.stack([make_target(pair, task, classes) for pair in pairs])),
         image_id_B=torch.from_numpy(as_int64(np.array([pair.image_id for pair in pairs], np.uint64))),
         draw_B2=torch.zeros(len(pairs), 2, dtype=torch.float64),
         replaced_B=torch.zeros(len(pairs), dtype=torch.bool),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from bridgetower.batch import FinetuneBatch, PretrainBatch
 from bridgetower.data.stream import PairStream
 from bridgetower.errors import BridgeTowerError, ConfigError, DataError, TrainingError
-from bridgetower.shards.cache import Prefetcher
+from bridgetower.shards.prefetch import Prefetcher
 
 # A worker that is stuck for so long, in a file system that does not answer, shows where and ends itself.
 _WORKER_TIMEOUT_SECONDS = 600
@@ -54,7 +54,7 @@ class _WorkerView(Dataset[Item | BridgeTowerError], Generic[Item]):
             faulthandler.cancel_dump_traceback_later()
 
 
-def prepared(items: Dataset[Item], first: int, end: int, *, workers: int, prefetch: int) -> Iterator[Item]:
+def prepare_items(items: Dataset[Item], first: int, end: int, *, workers: int, prefetch: int) -> Iterator[Item]:
     """Items ``first`` to ``end`` of a data set, in order.
 
     Args:
@@ -176,7 +176,7 @@ def _from_workers(stream: PairStream[Batch], first: int, end: int, pin_memory: b
     ring.share_memory_()
     _rings[number] = ring
     try:
-        for item in prepared(
+        for item in prepare_items(
             _RingWriter(stream, number),
             first,
             end,
@@ -205,7 +205,7 @@ def _check_shared_memory(num_bytes: int) -> None:
         )
 
 
-def recorded(batches: Iterator[PretrainBatch], file: Path) -> Iterator[PretrainBatch]:
+def record_pairs(batches: Iterator[PretrainBatch], file: Path) -> Iterator[PretrainBatch]:
     """Write the lines of each batch when it is handed on."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:

@@ -116,7 +116,7 @@ class PairStream(Dataset[Batch], Generic[Batch]):
         """The pairs of a micro-batch and their positions, decoded into ``outs`` if it is there."""
         positions_B = self.cut.positions(micro_step, self.rank)
         if self.corpora.is_remote:
-            self.corpora.need(self.order.shards_of(int(positions_B[0]), 2))
+            self.corpora.keep_open(self.order.shards_of(int(positions_B[0]), 2))
         located = self._locate(micro_step)
         # All are read before the first is decoded: what decoding works with then stays in the processor's caches.
         places = list(zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True))
@@ -231,7 +231,7 @@ class PretrainStream(PairStream[PretrainBatch]):
             num_masked=tuple(num_masked_B.tolist()),
             replaced_B=torch.tensor([bool(one.replaced) for one in drawn.pairs]),
             notes=tuple(one.replaced for one in drawn.images if one.replaced),
-            lines=tuple(self.lines(micro_step, drawn)) if self.config.record_pairs else (),
+            lines=tuple(self.describe_pairs(micro_step, drawn)) if self.config.record_pairs else (),
         )
 
     def draw(self, micro_step: int, pixels: Tensor | None = None) -> MicroBatch:
@@ -284,14 +284,14 @@ class PretrainStream(PairStream[PretrainBatch]):
                 stream = rng.key(self.seed, "itm of corpus", attempt)
                 drawn = int(rng.below(stream, position, self.corpora.pairs_of_corpus(own.corpus)))
                 shard, number = self.corpora.pair_of_corpus(own.corpus, drawn)
-                if self.corpora.image_id_of(shard, number) != own.image_id:
+                if self.corpora.read_image_id(shard, number) != own.image_id:
                     image_B[row], label_B[row] = len(pairs) + len(negatives), 0
                     out = None if pixels is None else pixels[int(image_B[row])]
                     negatives.append(self._complete(position, shard, self._find(shard, number), out))
                     break
         return collate.ImageChoice(image_B, label_B), negatives
 
-    def lines(self, micro_step: int, drawn: MicroBatch) -> list[str]:
+    def describe_pairs(self, micro_step: int, drawn: MicroBatch) -> list[str]:
         """A JSON text for each pair: what the model is given at this position."""
         keys = [self.corpora.reader(one.pair.shard).key(one.pair.sample) for one in drawn.images]
         masked: list[list[int]] = [[] for _ in drawn.pairs]

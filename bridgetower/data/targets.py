@@ -17,7 +17,7 @@ _SOURCES: Mapping[str, str] = {"vqa": "vqav2 or vgqa", "snli_ve": "snli_ve", "nl
 _CLASSES: Mapping[str, int] = {"snli_ve": 3, "nlvr2": 2, "retrieval": 0}
 
 
-def num_classes(task: TaskName, num_answers: int) -> int:
+def count_classes(task: TaskName, num_answers: int) -> int:
     """Right and wrong answers that a task knows; 0 where pairs themselves are what is learned.
 
     Args:
@@ -26,7 +26,7 @@ def num_classes(task: TaskName, num_answers: int) -> int:
     return num_answers if task == "vqa" else _CLASSES[task]
 
 
-def target_of(pair: Pair, task: TaskName, classes: int) -> F32:
+def make_target(pair: Pair, task: TaskName, classes: int) -> F32:
     """The score of each class, shape (C,): 1 for the right one, or VQA's soft scores.
 
     Args:
@@ -64,7 +64,7 @@ def check_labels(corpora: Corpora, task: TaskName, classes: int) -> None:
         DataError: as ``target_of``.
     """
     for corpus in range(len(corpora.folders)):
-        target_of(corpora.read(*corpora.pair_of_corpus(corpus, 0)), task, classes)
+        make_target(corpora.read(*corpora.pair_of_corpus(corpus, 0)), task, classes)
 
 
 def _cure(task: TaskName) -> str:

@@ -60,7 +60,7 @@ def test_a_pair_is_found_by_its_number_in_its_corpus_too(corpora):
         for number in range(corpora.pairs_of_corpus(corpus))
     ]
     assert places == everything(corpora)
-    assert [corpora.image_id_of(*place) for place in places] == [pair.image_id for pair in read_all(corpora)]
+    assert [corpora.read_image_id(*place) for place in places] == [pair.image_id for pair in read_all(corpora)]
 
 
 def test_shards_are_listed_corpus_after_corpus(corpora):

@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from bridgetower.data.images import load_image
 from bridgetower.errors import DataError
-from bridgetower.shards.decode import PictureTooLarge, open_picture
+from bridgetower.shards.decode import ImageTooLarge, decode_image
 from tests.shards.test_decode import with_orientation
 from tests.small_corpora import draw, file_of
 
@@ -56,7 +56,7 @@ def test_resize_and_crop_are_those_of_the_reference(size, side_px):
 @pytest.mark.parametrize("options", [{"quality": 95}, {"progressive": True}, {"subsampling": 0}])
 def test_a_jpeg_is_what_pillow_makes_of_it(size, options):
     raw = file_of(textured(*size), "JPEG", **options)
-    difference = abs(loaded(raw, 40) - reference(open_picture(raw, "x"), 40))
+    difference = abs(loaded(raw, 40) - reference(decode_image(raw, "x"), 40))
     assert difference.max() <= 4 and difference.mean() < 0.6
 
 
@@ -66,7 +66,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale_and_hardly_differs(size):
     portrait = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     photo = portrait.crop((0, 0, 512, 600)).resize(size, Image.Resampling.BICUBIC)
     raw = file_of(photo, "JPEG", quality=95)
-    expected = reference(open_picture(raw, "x"), 72)
+    expected = reference(decode_image(raw, "x"), 72)
     difference = loaded(raw, 72) - expected
     assert 10 * np.log10(255**2 / (difference**2).mean()) > 45
     exact = load_image(raw, 72, "the sample", exact=True).permute(1, 2, 0).numpy().astype(int)
@@ -95,7 +95,7 @@ def test_a_transparent_png_lies_on_white():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_is_turned_upright(orientation):
     raw = with_orientation(textured(64, 44), orientation, "JPEG")
-    assert abs(loaded(raw, 40) - reference(open_picture(raw, "x"), 40)).max() <= 4
+    assert abs(loaded(raw, 40) - reference(decode_image(raw, "x"), 40)).max() <= 4
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
@@ -110,7 +110,7 @@ def test_a_jpeg_that_claims_to_be_huge_is_refused_before_memory_is_asked_for():
     raw = file_of(draw(0), "JPEG")
     frame = raw.index(b"\xff\xc0")
     bomb = raw[: frame + 5] + struct.pack(">HH", 65_500, 65_500) + raw[frame + 9 :]
-    with pytest.raises(PictureTooLarge, match="the sample"):
+    with pytest.raises(ImageTooLarge, match="the sample"):
         load_image(bomb, 40, "the sample")
 
 

@@ -18,7 +18,7 @@ from bridgetower.data.images import load_whole_image
 from bridgetower.data.labelled import LabelledSplit, LabelledStream
 from bridgetower.data.loader import micro_batches
 from bridgetower.data.order import Order, cut_global_batch
-from bridgetower.data.targets import check_labels, num_classes, target_of
+from bridgetower.data.targets import check_labels, count_classes, make_target
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import DataError
 from tests.finetune.corpora import NUM_ANSWERS, PAIRS_PER_PICTURE, write_task
@@ -57,7 +57,7 @@ def make_stream(
         cut_global_batch(12, micro, ranks),
         config,
         task=task,
-        classes=num_classes(task, NUM_ANSWERS),
+        classes=count_classes(task, NUM_ANSWERS),
         rank=rank,
         seed=3,
         tokenizer=TOKENIZER,
@@ -136,7 +136,7 @@ def test_blocks_of_a_split_hold_each_pair_once_in_order_and_each_picture_once(ro
     split = LabelledSplit(
         root / task / "train",
         task=task,
-        classes=num_classes(task, NUM_ANSWERS),
+        classes=count_classes(task, NUM_ANSWERS),
         tokenizer=TOKENIZER,
         image_size_px=SIDE,
         max_text_tokens=20,
@@ -177,7 +177,7 @@ WRONG = [
 @pytest.mark.parametrize(("given", "task", "said"), WRONG)
 def test_shards_of_another_task_are_refused_with_the_source_to_build(root, given, task, said):
     with pytest.raises(DataError, match=said) as error:
-        check_labels(Corpora([root / given / "train"]), task, num_classes(task, NUM_ANSWERS))
+        check_labels(Corpora([root / given / "train"]), task, count_classes(task, NUM_ANSWERS))
     assert f"build_shards.py {task if task != 'vqa' else 'vqav2'}" in str(error.value)
 
 
@@ -187,4 +187,4 @@ def test_an_answer_outside_of_the_vocabulary_is_refused_with_its_setting(root):
     assert max(label for pair in pairs for label in pair.annotation["labels"]) == NUM_ANSWERS - 1
     with pytest.raises(DataError, match=r"label 4; vqa knows 0 to 3.*--model\.heads\.num_answers"):
         for pair in pairs:
-            target_of(pair, "vqa", NUM_ANSWERS - 1)
+            make_target(pair, "vqa", NUM_ANSWERS - 1)

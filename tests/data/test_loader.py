@@ -247,9 +247,9 @@ def test_a_worker_that_is_stuck_in_a_read_ends_in_an_error_and_not_in_a_hang(tmp
 # The libraries of the server that a worker was forked from.
 SERVER_OF_A_WORKER = """
 import multiprocessing, psutil
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 if __name__ == "__main__":
-    items = prepared("numbers", 0, 5, workers=1, prefetch=1)
+    items = prepare_items("numbers", 0, 5, workers=1, prefetch=1)
     assert next(items) == "n"
     (worker,) = multiprocessing.active_children()
     print(any("libtorch" in part.path for part in psutil.Process(worker.pid).parent().memory_maps()))

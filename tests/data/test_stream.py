@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from bridgetower.batch import PretrainBatch
 from bridgetower.config.data import DataConfig
 from bridgetower.data.corpora import Corpora
-from bridgetower.data.loader import micro_batches, prepared
+from bridgetower.data.loader import micro_batches, prepare_items
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
@@ -90,7 +90,7 @@ class Lines(Dataset[list[str]]):
         self.stream = stream
 
     def __getitem__(self, micro_step: int) -> list[str]:
-        return self.stream.lines(micro_step, self.stream.draw(micro_step))
+        return self.stream.describe_pairs(micro_step, self.stream.draw(micro_step))
 
 
 class Shown(Lines):
@@ -102,7 +102,7 @@ class Shown(Lines):
             row[: (clean != TOKENIZER.pad_id).sum()]
             for row, clean in zip(drawn.masked.ids_BL, drawn.ids_BL, strict=True)
         ]
-        lines = map(json.loads, self.stream.lines(micro_step, drawn))
+        lines = map(json.loads, self.stream.describe_pairs(micro_step, drawn))
         return [json.dumps({**line, "shown": row.tolist()}) for line, row in zip(lines, shown, strict=True)]
 
 
@@ -249,7 +249,7 @@ def test_any_position_of_the_published_run_is_found_at_once_and_takes_no_memory(
 def test_any_number_of_workers_gives_the_same(folders, workers):
     stream = make_stream([folders["cats"], folders["bees"]], micro=8)
     expected = [Lines(stream)[n] for n in range(3, 12)]
-    assert list(prepared(Lines(stream), 3, 12, workers=workers, prefetch=2)) == expected
+    assert list(prepare_items(Lines(stream), 3, 12, workers=workers, prefetch=2)) == expected
 
 
 def test_negatives_of_the_corpus_are_images_of_their_own_beside_those_of_the_pairs(folders):
