@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 
 MIN_COUNT = 9
 """Questions whose most frequent answer an answer has to be, to get into the vocabulary."""
@@ -128,7 +128,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
     Raises:
         DataError: it cannot be read, is neither, is empty, or has an answer twice.
     """
-    with reading(file):
+    with explain_read_errors(file):
         raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")

@@ -25,7 +25,7 @@ import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
-from bridgetower.io.storage import is_remote, place
+from bridgetower.io.storage import is_remote, to_path
 from bridgetower.shards.manifest import Manifest
 from data_prep.build import Settings, Slice, build_corpus, num_cores
 from data_prep.exclusion import load_exclusion
@@ -102,7 +102,7 @@ def main(
             raise ConfigError(f"The source {source} does not read --{flag}={value}; {readers} does.")
     if not out:
         raise ConfigError("Where to? Give --out=DIR, the folder for the shards.")
-    options = SourceOptions(raw=place(raw) if raw else None, flags=own)
+    options = SourceOptions(raw=to_path(raw) if raw else None, flags=own)
     settings = Settings(
         source=source,
         attribution=module.ATTRIBUTION,
@@ -118,7 +118,7 @@ def main(
     if part is not None and only_merge:
         raise ConfigError(f"--slice={slice} and --merge contradict each other: give one.")
     num_workers = parse_whole("workers", workers or str(num_cores()), 0)
-    folder = place(out)
+    folder = to_path(out)
     room = _scratch(folder, scratch)
     with (
         ProgressLine(source, parse_whole("progress_seconds", progress_seconds, 0)) as progress,

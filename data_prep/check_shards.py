@@ -30,10 +30,10 @@ from bridgetower import rng
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.errors import EXIT_USAGE, ConfigError, DataError
 from bridgetower.io.files import claim_folder, sha256_of
-from bridgetower.io.storage import is_remote, publish_bytes, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, publish_bytes
 from bridgetower.rng import hash64
-from bridgetower.shards.decode import open_picture
-from bridgetower.shards.index import Index, index_bytes, index_path, load_index, samples_of_tar, scan_tar
+from bridgetower.shards.decode import decode_image
+from bridgetower.shards.index import Index, encode_index, index_path, iterate_samples, load_index, scan_tar
 from bridgetower.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.shards.sample import IMAGE_SUFFIXES, clean_caption, parse_record
 from data_prep.build import num_cores
@@ -164,7 +164,7 @@ def _check_corpus(folder: Path, to_decode: int, workers: int) -> _Corpus:
     if manifest is not None and INDEXED in manifest.settings:
         foreign = _Foreign(decode=bool(manifest.settings.get("decode")))
     corpus = _Corpus(folder=folder, manifest=manifest, foreign=foreign, findings=findings)
-    with reading(folder):
+    with explain_read_errors(folder):
         there = {path.name for path in folder.glob("*.tar")}
         leftovers = sorted(path.name for path in folder.glob(".*.tmp"))
     listed = {entry.name: entry for entry in manifest.shards} if manifest else {}
@@ -189,7 +189,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, list[_Finding]]:
     """The manifest without a look at the files that it lists."""
     path = folder / MANIFEST_NAME
     try:
-        with reading(path):
+        with explain_read_errors(path):
             content = json.loads(path.read_bytes())
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
@@ -280,7 +280,7 @@ def _read_shard(
     with local.open("rb") as file:
         samples = (
             (key, members)
-            for key, members in samples_of_tar(local, name)
+            for key, members in iterate_samples(local, name)
             if any(member.offset_data in indexed for member in members.values())
         )
         for number, (key, members) in enumerate(samples):
@@ -332,7 +332,7 @@ def _wrong_pictures(
         if suffix.rpartition(".")[2] not in IMAGE_SUFFIXES:
             continue
         try:
-            picture = open_picture(raw, where)
+            picture = decode_image(raw, where)
         except DataError as error:
             yield _Finding(where, str(error), name)
             continue
@@ -415,7 +415,7 @@ def _repair_claimed(corpus: _Corpus) -> str:
             if not shard.has_index:
                 with local_copy(folder / shard.name) as local:
                     index = _true_index(folder / shard.name, local, corpus.foreign)
-                publish_bytes(index_path(folder / shard.name), index_bytes(index))
+                publish_bytes(index_path(folder / shard.name), encode_index(index))
         entries = [shard.entry for shard in kept if shard.entry is not None and shard.entry.samples]
         write_manifest(folder, _new_manifest(corpus, entries, sum(shard.words for shard in kept)))
     rebuilt = sum(not shard.has_index for shard in kept)

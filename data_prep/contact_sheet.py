@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bridgetower import rng
-from bridgetower.shards.decode import open_picture
+from bridgetower.shards.decode import decode_image
 from bridgetower.shards.index import RawSample, load_index, read_row
 from bridgetower.shards.manifest import Manifest
 
@@ -60,7 +60,7 @@ def _random_samples(folder: Path, manifest: Manifest, seed: int) -> Iterator[Raw
 
 def _picture(sample: RawSample) -> Image.Image:
     """Both pictures side by side where there are two."""
-    parts = [open_picture(raw, "a sample") for raw in (sample.image, sample.second_image) if raw]
+    parts = [decode_image(raw, "a sample") for raw in (sample.image, sample.second_image) if raw]
     for part in parts:
         part.thumbnail((_CELL_PX // len(parts), _CELL_PX))
     page = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), _FRAME)

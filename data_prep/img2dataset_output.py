@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from bridgetower.shards.sample import safe_key
 from data_prep.record import ImageFile, Record, Reject
 
@@ -81,7 +81,7 @@ def read_stats(file: Path) -> Downloads:
     Raises:
         DataError: it is not such a file.
     """
-    with reading(file):
+    with explain_read_errors(file):
         raw = file.read_bytes()
     try:
         stats = json.loads(raw)
@@ -108,7 +108,7 @@ def all_stats(folder: Path) -> Downloads:
     Raises:
         DataError: one of the files is not as img2dataset writes it.
     """
-    with reading(folder):
+    with explain_read_errors(folder):
         files = sorted(folder.glob(f"*{_STATS_SUFFIX}"), key=lambda file: file.name)
     return sum((read_stats(file) for file in files), Downloads())
 
@@ -119,7 +119,7 @@ def downloaded_records(folder: Path, split: str) -> Iterator[Record | Reject]:
     Raises:
         DataError: a tar was cut short or is missing, or does not belong to the statistics beside it.
     """
-    with reading(folder):
+    with explain_read_errors(folder):
         tars = sorted(folder.glob("*.tar"), key=lambda file: file.name)
         counted = {file.name.removesuffix(_STATS_SUFFIX) for file in folder.glob(f"*{_STATS_SUFFIX}")}
     for name in sorted(counted - {tar.stem for tar in tars}):
@@ -185,7 +185,7 @@ def _tar_records(path: Path, split: str) -> Iterator[Record | Reject]:
 def _members(path: Path) -> Iterator[_Member]:
     """What belongs to each key, in the order of the tar. Only headers and texts are read."""
     current: _Member | None = None
-    with reading(path), path.open("rb") as stream:
+    with explain_read_errors(path), path.open("rb") as stream:
         for header, tar in _headers(path, stream):
             folder, _, name = header.name.rpartition("/")
             stem, _, suffix = name.partition(".")

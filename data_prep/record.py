@@ -13,7 +13,7 @@ class ImageFile:
     """Where the bytes of an image lie: a file, or a part of one."""
 
     path: Path
-    """Local, or in an object store (bridgetower.io.storage.place)."""
+    """Local, or in an object store (bridgetower.io.storage.to_path)."""
     offset: int = 0
     num_bytes: int = -1
     """For a member of a tar, its place in it; -1: the whole file."""

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import is_remote, reading
+from bridgetower.io.storage import explain_read_errors, is_remote
 from bridgetower.shards.sample import safe_key
 from data_prep.img2dataset_output import downloaded_records
 from data_prep.raw_files import DiskDict, delimited_rows, json_items, raw_folder, require_files
@@ -130,7 +130,7 @@ def web_records(options: SourceOptions, corpus: WebCorpus) -> Iterator[Record | 
 def _layouts(raw: Path, corpus: WebCorpus) -> dict[str, Callable[[], Iterator[Record | Reject]]]:
     """What is there, in words for people, and how to read it."""
     found: dict[str, Callable[[], Iterator[Record | Reject]]] = {}
-    with reading(raw):
+    with explain_read_errors(raw):
         own = [part for part in corpus.parts if (raw / part.pictures).is_dir()]
         listed = [part for part in corpus.parts if (raw / part.list_pictures).is_dir()]
         if own:
@@ -217,7 +217,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _names(folder: Path) -> Iterator[str]:
     """The names in a folder, one at a time where that is possible: Path.iterdir makes a list of all of them."""
-    with reading(folder):
+    with explain_read_errors(folder):
         if is_remote(folder):
             for path in folder.iterdir():
                 yield path.name

@@ -20,7 +20,7 @@ from bridgetower.config.finetune import SELECTION_METRICS, FinetuneConfig
 from bridgetower.config.run import EvaluationConfig, ObjectivesConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.labelled import LabelledSplit
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 from bridgetower.engine.loop import to_device
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.evaluation.pretraining import EVAL_NAME, RECALL_AT, SplitScores, evaluate_split, write_scores
@@ -68,7 +68,7 @@ def _classified(
 ) -> SplitScores:
     own = _EveryNth(split, dist.rank(), dist.world_size())
     blocks: dict[int, dict[str, float]] = {}
-    batches = prepared(own, 0, len(own), workers=config.data.workers, prefetch=config.data.prefetch_batches)
+    batches = prepare_items(own, 0, len(own), workers=config.data.workers, prefetch=config.data.prefetch_batches)
     for number, batch in enumerate(batches):
         (result,) = task.results(to_device(batch, device))
         sums = {_SCORES[name.split("/")[0]]: value_B for name, value_B in result.values.items()}

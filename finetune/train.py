@@ -20,9 +20,9 @@ from bridgetower.config.finetune import NO_INIT, FinetuneConfig
 from bridgetower.config.snapshot import Identity, check_resume
 from bridgetower.data.corpora import open_corpora
 from bridgetower.data.order import cut_global_batch
-from bridgetower.data.targets import check_labels, num_classes
+from bridgetower.data.targets import check_labels, count_classes
 from bridgetower.errors import EXIT_PREEMPTED, ConfigError
-from bridgetower.io.storage import place as place_of
+from bridgetower.io.storage import to_path
 from finetune.presets import DS_CONFIGS, PRESETS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(config: FinetuneConfig) -> bool:
         )
     data, folder = config.data, Path(config.run_root) / config.name
     corpora = open_corpora(data.train_shards, data)
-    classes = num_classes(config.task, config.model.heads.num_answers)
+    classes = count_classes(config.task, config.model.heads.num_answers)
     for each in (corpora, *(open_corpora([shards], data) for shards in data.eval_shards)):
         check_labels(each, config.task, classes)
     # What takes seconds to import stays behind the checks that do not need it.
@@ -76,7 +76,7 @@ def run(config: FinetuneConfig) -> bool:
         from bridgetower.run.prepare import build_tokenizer, data_cure, find_memory_config, precision_of
         from finetune import assemble, evaluation
 
-    evaluation.check_selection(config, [place_of(shards).name for shards in data.eval_shards])
+    evaluation.check_selection(config, [to_path(shards).name for shards in data.eval_shards])
     is_retrieval = config.task == "retrieval"
     cut = cut_global_batch(
         data.global_batch_size, data.micro_batch_size, place.world_size, data.negative_group_size or None

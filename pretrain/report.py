@@ -20,7 +20,7 @@ from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.evaluation.pretraining import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.evaluation.table import LABELS, format_score
-from bridgetower.io.files import short_names, write_atomically
+from bridgetower.io.files import shorten_paths, write_atomically
 from bridgetower.shards.manifest import Manifest, load_manifest
 from pretrain.report_charts import Lines, draw_charts
 from pretrain.report_samples import Pictures, describe_samples
@@ -66,7 +66,7 @@ def render(*folders: Path) -> str:
     absolute = [folder.absolute() for folder in folders]
     if twice := [folder for number, folder in enumerate(folders) if absolute[number] in absolute[:number]]:
         raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
-    names = short_names(absolute)
+    names = shorten_paths(absolute)
     runs = [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
     pictures = Pictures()
     parts = [_describe(run, pictures) for run in runs]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from bridgetower.config.cli import config_from_cli, parse_bool, parse_whole, run_command
 from bridgetower.config.run import RunConfig
 from bridgetower.data.corpora import open_corpora
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 from bridgetower.data.order import cut_global_batch
 from bridgetower.data.stream import PretrainStream
 from bridgetower.errors import ConfigError
@@ -47,7 +47,7 @@ class _Lines(Dataset[list[str]]):
     def __getitem__(self, micro_step: int) -> list[str]:
         stream, side = self._stream, self._stream.image_size_px
         pixels = torch.empty(stream.max_images, 3, side, side, dtype=torch.uint8) if self._decodes else None
-        return stream.lines(micro_step, stream.draw(micro_step, pixels))
+        return stream.describe_pairs(micro_step, stream.draw(micro_step, pixels))
 
 
 def main(preset: str = "", *unexpected: str, **given: str) -> None:
@@ -68,7 +68,7 @@ def main(preset: str = "", *unexpected: str, **given: str) -> None:
     first = (numbers["from_step"] - 1) * cut.accumulation_steps
     end = first + numbers["steps"] * cut.accumulation_steps
     workers, prefetch = numbers["workers"], config.data.prefetch_batches
-    turns = [prepared(lines, first, end, workers=workers, prefetch=prefetch) for lines in streams]
+    turns = [prepare_items(lines, first, end, workers=workers, prefetch=prefetch) for lines in streams]
     try:
         for of_ranks in zip(*turns, strict=True):
             for lines in of_ranks:

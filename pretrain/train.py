@@ -91,7 +91,7 @@ def run(config: RunConfig) -> bool:
     task = assemble.build_task(config, corpora.names)
 
     def open_work() -> Work:
-        from bridgetower.data.loader import micro_batches, recorded
+        from bridgetower.data.loader import micro_batches, record_pairs
         from bridgetower.evaluation.pretraining import write_scores
         from bridgetower.evaluation.table import print_scores
 
@@ -102,7 +102,7 @@ def run(config: RunConfig) -> bool:
             found = micro_batches(stream, first, end, pin_memory=place.device.type == "cuda")
             if data.record_pairs:
                 step = first // cut.accumulation_steps + 1
-                found = recorded(found, folder / "pairs" / f"from-step{step:07d}-rank{place.rank:05d}.jsonl")
+                found = record_pairs(found, folder / "pairs" / f"from-step{step:07d}-rank{place.rank:05d}.jsonl")
             return found
 
         def evaluate(step: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from data_prep.fields import as_object, objects_of, text_of, whole_of, whole_or_none_of
 from data_prep.raw_files import json_items, raw_folder, require_files
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
@@ -120,13 +120,13 @@ def picture(raw: Path, vg_id: int, image: Image) -> Path:
     folder, name = raw / "images", f"{vg_id}.jpg"
     if image.folder_number is not None:
         return folder / _FOLDERS[image.folder_number] / name
-    with reading(folder):
+    with explain_read_errors(folder):
         places = [folder / part / name for part in _FOLDERS]
         return next((place for place in places if place.is_file()), places[0])
 
 
 def _image_data_file(raw: Path, source: str) -> Path:
-    with reading(raw):
+    with explain_read_errors(raw):
         for name in _IMAGE_DATA:
             if (raw / name).is_file():
                 return raw / name
