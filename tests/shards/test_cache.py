@@ -569,7 +569,7 @@ def test_remote_shards_without_a_cache_are_refused_with_the_setting(server):
 
 def test_negatives_from_a_whole_remote_corpus_are_refused(server, tmp_path):
     url = f"{server.url}/corpus"
-    with pytest.raises(ConfigError, match=r"data\.itm_negatives=corpus reads images from all over"):
+    with pytest.raises(ConfigError, match=r"data\.itm_negatives=corpus reads images from a whole corpus"):
         open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path), itm_negatives="corpus"))
 
 
