@@ -88,7 +88,7 @@ def run(config: FinetuneConfig) -> bool:
         data,
         corpora if looks else None,
         least_images=2 if is_retrieval else 1,
-        cure="Take them out of one, or accept that with --evaluation.on_trained_pictures=true.",
+        suggestion="Take them out of one, or accept that with --evaluation.on_trained_pictures=true.",
     )
     order = assemble.build_order(config, corpora)
     start = assemble.find_start(config, folder)
