@@ -36,7 +36,7 @@ COUNTS = {"cats": [1, 2, 1, 3, 1, 2, 3, 1, 2], "dogs": [2, 2, 3, 1, 1, 3, 1]}
 def folders(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("corpora")
     return [
-        write_corpus(root, counts, name=name, samples_per_shard=3, first_picture=100 * corpus)
+        write_corpus(root, counts, name=name, samples_per_shard=3, first_image=100 * corpus)
         for corpus, (name, counts) in enumerate(COUNTS.items())
     ]
 

@@ -43,7 +43,7 @@ TOKENIZER = Tokenizer("emoji")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("corpora")
     return {
-        name: write_corpus(root, counts, name=name, samples_per_shard=3, first_picture=100 * corpus)
+        name: write_corpus(root, counts, name=name, samples_per_shard=3, first_image=100 * corpus)
         for corpus, (name, counts) in enumerate(COUNTS.items())
     }
 
