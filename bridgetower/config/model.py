@@ -247,5 +247,5 @@ class ModelConfig:
         if self.heads.mlm_tied and self.text.width not in (0, fusion.width):
             raise ConfigError(
                 f"model.heads.mlm_tied=True decodes states of model.fusion.width={fusion.width} with word embeddings "
-                f"of model.text.width={self.text.width}. Make them equal, or set mlm_tied to false."
+                f"of model.text.width={self.text.width}. Make them equal, or set it to false."
             )

@@ -455,7 +455,7 @@ def test_an_interrupted_rebuild_leaves_no_manifest_and_goes_on(built, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build(records, tmp_path / "out", show=interrupt)
     # Some shards are of the old input and some of the new: nobody may read that as a corpus.
-    with pytest.raises(DataError, match=r"no shards\.json.*it goes on"):
+    with pytest.raises(DataError, match=r"no shards\.json.*which continues it"):
         load_manifest(tmp_path / "out")
     build(records, tmp_path / "out")
     assert files_in(tmp_path / "out") == files_in(out)
