@@ -115,7 +115,7 @@ def read_memory_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         offered = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
         raise ConfigError(
-            f"engine.deepspeed: there is no {path}. {path.parent} has: {offered}. Give one of these names, or a path."
+            f"engine.deepspeed: there is no {path}. {path.parent} offers: {offered}. Give a name or a path."
         ) from None
     except OSError as error:
         raise ConfigError(f"engine.deepspeed: {path} cannot be read ({error.strerror}). Give a JSON file.") from error

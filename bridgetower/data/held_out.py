@@ -148,7 +148,7 @@ def check_held_out(
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"data.eval_shards has two folders named {name!r}, but scores are listed by that name. Rename one."
+                f"data.eval_shards names two folders {name!r}, but scores are listed by that name. Rename one."
             )
     trained = image_ids(train) if train is not None and folders else None
     for folder in folders:

@@ -135,7 +135,7 @@ def test_text_that_is_not_json_is_refused_with_its_line(tmp_path):
 
 def test_missing_file_is_answered_with_the_existing_ones(tmp_path):
     (tmp_path / "mine.json").touch()
-    with pytest.raises(ConfigError, match=r"there is no .*yours\.json.* has: mine\."):
+    with pytest.raises(ConfigError, match=r"there is no .*yours\.json.* offers: mine\."):
         read_memory_config(tmp_path / "yours.json")
 
 

@@ -29,7 +29,9 @@ from finetune.presets import PRESETS as FINETUNE_PRESETS
 from pretrain.presets import PRESETS, tiny
 
 OLD_RUN = Path(__file__).parent / "data" / "run_3cc34ec.json"
-"""Written by `pretrain/train.py tiny` at commit 3cc34ec, which had seven settings that this version lacks."""
+"""Written by `pretrain/train.py tiny` at commit 3cc34ec, with seven settings of compute that were removed later.
+
+Unchanged, but for the folder that paths begin with."""
 
 IDENTITY = Identity(data_digests={"shards/a": "1234"}, optimizer="torch", precision="fp32", contrast_pairs=64)
 
