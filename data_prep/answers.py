@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 
 MIN_COUNT = 9
 """Number of questions of which an answer has to be the most frequent one, to get into the vocabulary."""
@@ -129,7 +129,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
     Raises:
         DataError: the file cannot be read, is neither of the two, is empty, or has an answer twice.
     """
-    with reading(file):
+    with explain_read_errors(file):
         raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")

@@ -20,7 +20,7 @@ from typing import Any
 
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import claim_folder
-from bridgetower.io.storage import is_remote, publish_bytes, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, publish_bytes
 from bridgetower.shards.index import index_path
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
 from data_prep.contact_sheet import SHEET_NAME, draw_contact_sheet
@@ -201,7 +201,7 @@ def _claim(folder: Path, settings: dict[str, Any], only_slice: Slice | None, cla
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / STATE_FOLDER / "settings.json"
-    with reading(file):
+    with explain_read_errors(file):
         is_known = file.exists()
         before = json.loads(file.read_bytes()) if is_known else {}
         is_foreign = (folder / MANIFEST_NAME).exists() or any(folder.glob("*.tar"))

@@ -25,7 +25,7 @@ import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
-from bridgetower.io.storage import is_remote, place
+from bridgetower.io.storage import is_remote, to_path
 from bridgetower.shards.manifest import Manifest
 from data_prep.build import Settings, Slice, build_corpus, count_cores
 from data_prep.exclusion import Exclusion, load_exclusion
@@ -90,7 +90,7 @@ def main(
     module = _choose_source(source, unexpected, source_flags)
     if not out:
         raise ConfigError("Where to? Give --out=DIR, the folder for the shards.")
-    options = SourceOptions(raw=place(raw) if raw else None, flags=source_flags)
+    options = SourceOptions(raw=to_path(raw) if raw else None, flags=source_flags)
     settings = Settings(
         source=source,
         attribution=module.ATTRIBUTION,
@@ -104,7 +104,7 @@ def main(
     if only_slice is not None and only_merge:
         raise ConfigError(f"--slice={slice} and --merge contradict each other: give one.")
     num_workers = parse_whole("workers", workers or str(count_cores()), 0)
-    folder = place(out)
+    folder = to_path(out)
     with (
         ProgressLine(source, parse_whole("progress_seconds", progress_seconds, 0)) as progress,
         make_plan(

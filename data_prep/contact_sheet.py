@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bridgetower import rng
-from bridgetower.shards.decode import open_picture
+from bridgetower.shards.decode import decode_image
 from bridgetower.shards.index import RawSample, load_index, read_row
 from bridgetower.shards.manifest import Manifest
 
@@ -61,7 +61,7 @@ def _read_random_samples(folder: Path, manifest: Manifest, seed: int) -> Iterato
 
 def _fit_image(sample: RawSample) -> Image.Image:
     """Scale a sample's image down to a cell; two images are put side by side."""
-    images = [open_picture(raw, "a sample") for raw in (sample.image, sample.second_image) if raw]
+    images = [decode_image(raw, "a sample") for raw in (sample.image, sample.second_image) if raw]
     for image in images:
         image.thumbnail((_CELL_PX // len(images), _CELL_PX))
     joined = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), _FRAME)

@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import Image
 
 from bridgetower.errors import DataError
-from bridgetower.shards.decode import PictureTooLarge, flatten, opaque_rgb, opened, orientation_of, upright
+from bridgetower.shards.decode import ImageTooLarge, open_image, read_orientation, to_opaque_rgb, to_rgb, turn_upright
 from data_prep.record import ImagePolicy
 
 # OpenCV would start a thread per core, but each core already has a worker process.
@@ -65,7 +65,7 @@ def convert(raw: bytes, images: ImagePolicy, where: str) -> Converted:
     if not raw:
         raise Rejected("image file empty")
     try:
-        with opened(raw, where) as image:
+        with open_image(raw, where) as image:
             is_plain = _is_plain(image)
             if is_plain and _scale_size(image.size, images.short_side_px) == image.size:
                 size, suffix = image.size, _PLAIN_FORMATS[str(image.format)]
@@ -75,7 +75,7 @@ def convert(raw: bytes, images: ImagePolicy, where: str) -> Converted:
             pixels = _decode_fast(raw, image, images) if is_plain else None
             if pixels is None:
                 pixels = _read_pixels(image, images.short_side_px)
-    except PictureTooLarge:
+    except ImageTooLarge:
         raise Rejected("image has too many pixels") from None
     except DataError:
         raise Rejected("image cannot be decoded") from None
@@ -110,7 +110,7 @@ def _is_plain(image: Image.Image) -> bool:
         and image.mode in ("RGB", "L")
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
-        and orientation_of(image) == 1
+        and read_orientation(image) == 1
     )
 
 
@@ -139,7 +139,7 @@ def _read_pixels(image: Image.Image, short_side_px: int) -> Pixels:
     scale_down would average, too.
     """
     if image.width * image.height <= _LARGE_PIXELS:
-        return np.asarray(flatten(image))
+        return np.asarray(to_rgb(image))
     image.load()
     reduced_px = math.ceil(_MAX_GAUSSIAN_SCALE * min(_scale_size(image.size, short_side_px))) + 1
     factor = max(1, min(image.size) // reduced_px)
@@ -148,10 +148,10 @@ def _read_pixels(image: Image.Image, short_side_px: int) -> Pixels:
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         end = min(height, top + rows)
-        strip = np.asarray(opaque_rgb(image.crop((0, top * factor, image.width, end * factor))))
+        strip = np.asarray(to_opaque_rgb(image.crop((0, top * factor, image.width, end * factor))))
         pixels[top:end] = cv2.resize(strip, (width, end - top), interpolation=cv2.INTER_AREA) if factor > 1 else strip
-    orientation = orientation_of(image)
-    return pixels if orientation == 1 else np.asarray(upright(Image.fromarray(pixels), orientation))
+    orientation = read_orientation(image)
+    return pixels if orientation == 1 else np.asarray(turn_upright(Image.fromarray(pixels), orientation))
 
 
 def _read_sparse_pixels(image: Image.Image) -> Pixels:

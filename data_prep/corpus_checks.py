@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from bridgetower.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, Totals
 from data_prep.index_shards import INDEXED
 from data_prep.local import map_shards
@@ -44,7 +44,7 @@ def check_corpus(folder: Path, to_decode: int, workers: int) -> CheckedCorpus:
     if manifest is not None and INDEXED in manifest.settings:
         foreign = ForeignTars(decode=bool(manifest.settings.get("decode")))
     corpus = CheckedCorpus(folder=folder, manifest=manifest, foreign=foreign, findings=findings)
-    with reading(folder):
+    with explain_read_errors(folder):
         present = {path.name for path in folder.glob("*.tar")}
         leftovers = sorted(path.name for path in folder.glob(".*.tmp"))
     listed = {entry.name: entry for entry in manifest.shards} if manifest else {}
@@ -69,7 +69,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, list[Finding]]:
     """Read the manifest, but do not check that its shards exist: missing ones are findings here, not errors."""
     path = folder / MANIFEST_NAME
     try:
-        with reading(path):
+        with explain_read_errors(path):
             content = json.loads(path.read_bytes())
         version = content.pop("format_version")
         if version != FORMAT_VERSION:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.rng import hash64
 from bridgetower.shards.index import load_index, read_row
 from bridgetower.shards.manifest import MANIFEST_NAME, load_manifest
@@ -83,7 +83,7 @@ def load_exclusion(manifests: Sequence[str], distance: int) -> Exclusion:
     ids: list[int] = []
     hashes: list[int] = []
     for name in manifests:
-        path = place(name)
+        path = to_path(name)
         folder = path.parent if path.name == MANIFEST_NAME else path
         for record in _read_records(folder):
             try:

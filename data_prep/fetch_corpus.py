@@ -32,7 +32,7 @@ from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError
 from bridgetower.io.files import claim_folder, write_atomically
-from bridgetower.io.storage import is_remote, place
+from bridgetower.io.storage import is_remote, to_path
 from data_prep.catalogue import CATALOGUE, Corpus, RemoteFile, get_tar_folder
 from data_prep.http_files import Show, download_file, open_session
 from data_prep.img2dataset_output import Downloads
@@ -85,7 +85,7 @@ def main(
     corpus = CATALOGUE[source]
     if not out:
         raise ConfigError("Where to? Give --out=DIR, the folder for the files.")
-    folder = place(out)
+    folder = to_path(out)
     if is_remote(folder):
         raise ConfigError(f"--out={out} is not on this machine. Archives are unpacked there: give a local folder.")
     num_processes = parse_whole("processes", processes or str(os.cpu_count() or 1), 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from bridgetower.shards.sample import safe_key
 from data_prep.record import ImageFile, Record, Reject
 
@@ -83,7 +83,7 @@ def read_stats(file: Path) -> Downloads:
     Raises:
         DataError: the file is not one of img2dataset's.
     """
-    with reading(file):
+    with explain_read_errors(file):
         raw = file.read_bytes()
     try:
         stats = json.loads(raw)
@@ -110,7 +110,7 @@ def sum_stats(folder: Path) -> Downloads:
     Raises:
         DataError: one of the files is not img2dataset's.
     """
-    with reading(folder):
+    with explain_read_errors(folder):
         files = sorted(folder.glob(f"*{_STATS_SUFFIX}"), key=lambda file: file.name)
     return sum((read_stats(file) for file in files), Downloads())
 
@@ -121,7 +121,7 @@ def read_downloaded_records(folder: Path, split: str) -> Iterator[Record | Rejec
     Raises:
         DataError: a tar was cut short or is missing, or does not match the statistics beside it.
     """
-    with reading(folder):
+    with explain_read_errors(folder):
         tars = sorted(folder.glob("*.tar"), key=lambda file: file.name)
         with_stats = {file.name.removesuffix(_STATS_SUFFIX) for file in folder.glob(f"*{_STATS_SUFFIX}")}
     for name in sorted(with_stats - {tar.stem for tar in tars}):
@@ -187,7 +187,7 @@ def _read_tar(path: Path, split: str) -> Iterator[Record | Reject]:
 def _read_samples(path: Path) -> Iterator[_TarSample]:
     """Yield the samples of a tar in their order. Only headers and texts are read, no image."""
     current: _TarSample | None = None
-    with reading(path), path.open("rb") as stream:
+    with explain_read_errors(path), path.open("rb") as stream:
         for header, tar in _read_headers(path, stream):
             folder, _, name = header.name.rpartition("/")
             stem, _, suffix = name.partition(".")

@@ -20,8 +20,16 @@ from rich.console import Console
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import sha256_of
-from bridgetower.io.storage import publish_bytes, reading
-from bridgetower.shards.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
+from bridgetower.io.storage import explain_read_errors, publish_bytes
+from bridgetower.shards.index import (
+    Index,
+    IndexRow,
+    encode_index,
+    index_path,
+    iterate_samples,
+    make_index,
+    make_index_row,
+)
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.shards.sample import IMAGE_SUFFIXES, parse_record
 from data_prep.build import add_totals, count_cores
@@ -54,7 +62,7 @@ def main(
     """Index the tars of a folder."""
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
     path = require_shard_folder(folder, _USAGE)
-    with reading(path):
+    with explain_read_errors(path):
         shards = sorted(path.glob("*.tar"))
         if (path / STATE_FOLDER).is_dir():
             raise ConfigError(
@@ -101,7 +109,7 @@ def _index(shard: Path, decode: bool) -> tuple[ShardEntry, Totals]:
             sha256=sha256_of(local),
         )
     with explain_write_errors(index_path(shard)):
-        publish_bytes(index_path(shard), index_bytes(index))
+        publish_bytes(index_path(shard), encode_index(index))
     return entry, totals
 
 
@@ -126,7 +134,7 @@ def scan_foreign_tar(shard: Path, name: str, *, decode: bool) -> tuple[Index, To
             file.seek(member.offset_data)
             return file.read(member.size)
 
-        for key, members in samples_of_tar(shard, name):
+        for key, members in iterate_samples(shard, name):
             num_samples += 1
             try:
                 image, record = _find_members(members)
@@ -136,7 +144,7 @@ def scan_foreign_tar(shard: Path, name: str, *, decode: bool) -> tuple[Index, To
             except Rejected as reason:
                 rejects[str(reason)] += 1
                 continue
-            rows.append(index_row(image, record, content))
+            rows.append(make_index_row(image, record, content))
             captions += len(content["captions"])
             words += sum(len(caption.split()) for caption in content["captions"])
     totals = Totals(

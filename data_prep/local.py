@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import is_remote, place, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, to_path
 
 T = TypeVar("T")
 
@@ -30,8 +30,8 @@ def require_shard_folder(text: str, usage: str) -> Path:
     """
     if not text:
         raise ConfigError(f"Which folder? {usage}")
-    folder = place(text)
-    with reading(folder):
+    folder = to_path(text)
+    with explain_read_errors(folder):
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder. Give the folder of a corpus, with its *.tar files.")
     return folder
@@ -49,7 +49,7 @@ def copy_locally(file: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="shard-") as folder:
         copy = Path(folder) / file.name
-        with reading(file), file.open("rb") as source, copy.open("wb") as target:
+        with explain_read_errors(file), file.open("rb") as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         yield copy
 

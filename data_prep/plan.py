@@ -23,7 +23,7 @@ from typing import Any
 
 from bridgetower import rng
 from bridgetower.errors import DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from data_prep.record import ImageFile, Record, Reject
 
 _PREFIX = ".plan-"
@@ -309,7 +309,7 @@ def _encode_image(image: ImageFile) -> _EncodedImage:
 
 def _decode_record(split: str, key: str, content: dict[str, Any]) -> Record:
     images = [
-        None if image is None else ImageFile(path=place(image[0]), offset=image[1], num_bytes=image[2])
+        None if image is None else ImageFile(path=to_path(image[0]), offset=image[1], num_bytes=image[2])
         for image in (content["image"], content["second_image"])
     ]
     assert images[0] is not None

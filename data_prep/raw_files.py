@@ -13,7 +13,7 @@ from typing import Any, Literal
 import ijson
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from data_prep.record import SourceOptions
 
 
@@ -29,7 +29,7 @@ def require_raw_folder(options: SourceOptions, source: str, layout: str) -> Path
     """
     if options.raw is None:
         raise ConfigError(f"The source {source} needs --raw=DIR, a folder with {layout}.")
-    with reading(options.raw):
+    with explain_read_errors(options.raw):
         if not options.raw.is_dir():
             raise DataError(f"--raw={options.raw} is not a folder. The source {source} needs one with {layout}.")
     return options.raw
@@ -42,7 +42,7 @@ def require_files(folder: Path, names: Sequence[str], source: str) -> list[Path]
         DataError: some files are missing; the error lists all of them.
     """
     paths = [folder / name for name in names]
-    with reading(folder):
+    with explain_read_errors(folder):
         missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
     if missing:
         raise DataError(
@@ -62,7 +62,7 @@ def read_json_items(file: Path, prefix: str) -> Iterator[Any]:
     Raises:
         DataError: the file is not JSON, or is damaged.
     """
-    with reading(file), file.open("rb") as stream:
+    with explain_read_errors(file), file.open("rb") as stream:
         try:
             yield from ijson.items(stream, prefix, use_float=True)
         except (ijson.JSONError, UnicodeDecodeError) as error:
@@ -75,7 +75,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: a line is not a JSON object, or the file is not UTF-8.
     """
-    with reading(file), file.open("rb") as stream:
+    with explain_read_errors(file), file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             where = f"{file}, line {number}"
             try:
@@ -102,7 +102,7 @@ def read_delimited_rows(
     Raises:
         DataError: the file is not such a table, or not in UTF-8.
     """
-    with reading(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
+    with explain_read_errors(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             for row in reader:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bridgetower.io.files import claim_folder
 from bridgetower.io.storage import is_remote, publish_bytes
-from bridgetower.shards.index import index_bytes, index_path
+from bridgetower.shards.index import encode_index, index_path
 from bridgetower.shards.manifest import Manifest, ShardEntry, Totals, write_manifest
 from data_prep.corpus_checks import CheckedCorpus
 from data_prep.local import copy_locally
@@ -49,7 +49,7 @@ def _repair_claimed(corpus: CheckedCorpus) -> str:
             if not shard.has_index:
                 with copy_locally(folder / shard.name) as local:
                     index = make_true_index(folder / shard.name, local, corpus.foreign)
-                publish_bytes(index_path(folder / shard.name), index_bytes(index))
+                publish_bytes(index_path(folder / shard.name), encode_index(index))
         entries = [shard.entry for shard in kept if shard.entry is not None and shard.entry.samples]
         write_manifest(folder, _make_manifest(corpus, entries, sum(shard.words for shard in kept)))
     num_rebuilt = sum(not shard.has_index for shard in kept)

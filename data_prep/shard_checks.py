@@ -15,8 +15,8 @@ from bridgetower import rng
 from bridgetower.errors import DataError
 from bridgetower.io.files import sha256_of
 from bridgetower.rng import hash64
-from bridgetower.shards.decode import open_picture
-from bridgetower.shards.index import Index, index_path, load_index, samples_of_tar, scan_tar
+from bridgetower.shards.decode import decode_image
+from bridgetower.shards.index import Index, index_path, iterate_samples, load_index, scan_tar
 from bridgetower.shards.manifest import ShardEntry
 from bridgetower.shards.sample import IMAGE_SUFFIXES, clean_caption, parse_record
 from data_prep.exclusion import is_distinctive
@@ -179,7 +179,7 @@ def _read_samples(local: Path, name: str, index: Index, to_decode: int, *, is_fo
     with local.open("rb") as file:
         samples = (
             (key, members)
-            for key, members in samples_of_tar(local, name)
+            for key, members in iterate_samples(local, name)
             if any(member.offset_data in indexed for member in members.values())
         )
         for number, (key, members) in enumerate(samples):
@@ -232,7 +232,7 @@ def _check_images(record: dict[str, Any], content: dict[str, bytes], where: str,
         if suffix.rpartition(".")[2] not in IMAGE_SUFFIXES:
             continue
         try:
-            image = open_picture(raw, where)
+            image = decode_image(raw, where)
         except DataError as error:
             yield str(error)
             continue

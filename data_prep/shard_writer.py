@@ -26,7 +26,7 @@ from typing import Any
 from bridgetower.errors import DataError
 from bridgetower.io.files import sha256_of
 from bridgetower.io.storage import EndOfFile, is_remote, publish_bytes, publish_file, read_part
-from bridgetower.shards.index import index_bytes, index_path, scan_tar
+from bridgetower.shards.index import encode_index, index_path, scan_tar
 from bridgetower.shards.manifest import MANIFEST_NAME, ShardEntry, Totals
 from bridgetower.shards.sample import Sample, clean_caption
 from data_prep.convert import Converted, Rejected, convert
@@ -213,7 +213,7 @@ def _write(job: Job, exclusion: Exclusion, temporary: Path, digest: str, note: N
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
         )
-        publish_bytes(index_path(job.shard), index_bytes(index))
+        publish_bytes(index_path(job.shard), encode_index(index))
         publish_file(temporary, job.shard)
     else:
         job.shard.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import is_remote, reading
+from bridgetower.io.storage import explain_read_errors, is_remote
 from bridgetower.shards.sample import safe_key
 from data_prep.img2dataset_output import read_downloaded_records
 from data_prep.raw_files import DiskDict, read_delimited_rows, read_json_items, require_files, require_raw_folder
@@ -134,7 +134,7 @@ def read_web_records(options: SourceOptions, corpus: WebCorpus) -> Iterator[Reco
 def _find_layouts(raw: Path, corpus: WebCorpus) -> dict[str, Callable[[], Iterator[Record | Reject]]]:
     """Find the layouts that a folder has. Returns: a function that reads each one, by its description for people."""
     readers: dict[str, Callable[[], Iterator[Record | Reject]]] = {}
-    with reading(raw):
+    with explain_read_errors(raw):
         with_table = [part for part in corpus.parts if (raw / part.image_folder).is_dir()]
         with_list = [part for part in corpus.parts if (raw / part.list_image_folder).is_dir()]
         if with_table:
@@ -227,7 +227,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _list_names(folder: Path) -> Iterator[str]:
     """Yield the names in a folder, one at a time where that is possible: Path.iterdir makes a list of all of them."""
-    with reading(folder):
+    with explain_read_errors(folder):
         if is_remote(folder):
             for path in folder.iterdir():
                 yield path.name

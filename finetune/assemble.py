@@ -20,7 +20,7 @@ from bridgetower.data.corpora import Corpora, open_cache
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.labelled import LabelledSplit, LabelledStream
 from bridgetower.data.order import Cut
-from bridgetower.data.targets import num_classes
+from bridgetower.data.targets import count_classes
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.open import load_model
@@ -189,7 +189,7 @@ def build_stream(config: FinetuneConfig, corpora: Corpora, cut: Cut, rank: int, 
         cut,
         config.data,
         task=config.task,
-        classes=num_classes(config.task, config.model.heads.num_answers),
+        classes=count_classes(config.task, config.model.heads.num_answers),
         rank=rank,
         seed=config.seed,
         **_input_sizes(config, tokenizer),
@@ -208,7 +208,7 @@ def build_splits(config: FinetuneConfig, tokenizer: Tokenizer) -> list[LabelledS
         LabelledSplit(
             folder,
             task=config.task,
-            classes=num_classes(config.task, config.model.heads.num_answers),
+            classes=count_classes(config.task, config.model.heads.num_answers),
             block_size=config.evaluation.batch_size,
             cache=open_cache(config.data),
             **shared,

@@ -22,7 +22,7 @@ from bridgetower.config.finetune import SELECTION_METRICS, FinetuneConfig
 from bridgetower.config.run import EvaluationConfig, ObjectivesConfig
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.data.labelled import LabelledSplit
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 from bridgetower.engine.loop import to_device
 from bridgetower.engine.score_file import EVAL_NAME
 from bridgetower.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ from bridgetower.evaluation.recall import RECALL_AT
 from bridgetower.evaluation.score_file import write_scores
 from bridgetower.evaluation.scorer import SplitScores
 from bridgetower.interop.safetensors_file import save_safetensors
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.tasks.pretraining import PretrainTask
 from finetune.tasks import ClassifierTask, FinetuneTask
 
@@ -79,7 +79,7 @@ def _score_classifier(
 ) -> SplitScores:
     blocks = _BlocksOfRank(split, dist.rank(), dist.world_size())
     sums_by_block: dict[int, dict[str, float]] = {}
-    batches = prepared(blocks, 0, len(blocks), workers=config.data.workers, prefetch=config.data.prefetch_batches)
+    batches = prepare_items(blocks, 0, len(blocks), workers=config.data.workers, prefetch=config.data.prefetch_batches)
     for index, batch in enumerate(batches):
         (result,) = task.results(to_device(batch, device))
         values = {_SCORES[name.split("/")[0]]: value_B for name, value_B in result.values.items()}
@@ -123,7 +123,7 @@ def check_selection(config: FinetuneConfig) -> None:
     Raises:
         ConfigError: ``evaluation.selection_split`` is not in ``data.eval_shards``.
     """
-    names = [place(shards).name for shards in config.data.eval_shards]
+    names = [to_path(shards).name for shards in config.data.eval_shards]
     selection_split = config.evaluation.selection_split
     if selection_split and selection_split not in names:
         raise ConfigError(

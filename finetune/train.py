@@ -18,7 +18,7 @@ from bridgetower.config.cli import config_from_cli, importing, run_command
 from bridgetower.config.finetune import NO_INIT, FinetuneConfig
 from bridgetower.data.corpora import open_corpora
 from bridgetower.data.order import cut_global_batch
-from bridgetower.data.targets import check_labels, num_classes
+from bridgetower.data.targets import check_labels, count_classes
 from bridgetower.errors import EXIT_PREEMPTED, ConfigError
 from finetune.presets import DS_CONFIGS, PRESETS
 
@@ -57,7 +57,7 @@ def run(config: FinetuneConfig) -> bool:
     data, is_retrieval = config.data, config.task == "retrieval"
     _check_init(config)
     corpora = open_corpora(data.train_shards, data)
-    classes = num_classes(config.task, config.model.heads.num_answers)
+    classes = count_classes(config.task, config.model.heads.num_answers)
     for labelled in (corpora, *(open_corpora([shards], data) for shards in data.eval_shards)):
         check_labels(labelled, config.task, classes)
     # Imports that take seconds stay behind the checks that do not need them.
@@ -84,7 +84,7 @@ def run(config: FinetuneConfig) -> bool:
         data,
         corpora if compares_images else None,
         least_images=2 if is_retrieval else 1,
-        cure="Take them out of one, or accept that with --evaluation.on_trained_pictures=true.",
+        suggestion="Take them out of one, or accept that with --evaluation.on_trained_pictures=true.",
     )
     order = build_order(config, corpora)
     start = assemble.find_start(config, Path(config.run_root) / config.name)

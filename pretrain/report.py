@@ -20,7 +20,7 @@ from bridgetower.engine.score_file import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.evaluation.table import LABELS, format_score
-from bridgetower.io.files import short_names, write_atomically
+from bridgetower.io.files import shorten_paths, write_atomically
 from bridgetower.shards.manifest import Manifest, load_manifest
 from pretrain.report_charts import Lines, draw_charts
 from pretrain.report_samples import PageImages, describe_samples
@@ -72,7 +72,7 @@ def render(*folders: Path) -> str:
     absolute = [folder.absolute() for folder in folders]
     if twice := [folder for index, folder in enumerate(folders) if absolute[index] in absolute[:index]]:
         raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
-    names = short_names(absolute)
+    names = shorten_paths(absolute)
     runs = [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
     images = PageImages()
     descriptions = [_describe(run, images) for run in runs]

@@ -94,7 +94,7 @@ def _open_work(
     tokenizer: Tokenizer,
 ) -> Work:
     """Open the training stream of this rank and the held-out splits."""
-    from bridgetower.data.loader import micro_batches, recorded
+    from bridgetower.data.loader import micro_batches, record_pairs
     from bridgetower.evaluation.score_file import write_scores
     from bridgetower.run.job import build_work
     from pretrain import assemble, assemble_data
@@ -107,7 +107,7 @@ def _open_work(
         if not config.data.record_pairs:
             return prepared
         step = first // cut.accumulation_steps + 1
-        return recorded(prepared, folder / "pairs" / f"from-step{step:07d}-rank{launch.rank:05d}.jsonl")
+        return record_pairs(prepared, folder / "pairs" / f"from-step{step:07d}-rank{launch.rank:05d}.jsonl")
 
     def score(step: int) -> dict[str, SplitScores]:
         results = assemble.evaluate_splits(task, splits, config, launch.device)

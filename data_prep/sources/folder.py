@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import is_remote, place, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, to_path
 from bridgetower.shards.sample import safe_key
 from data_prep.raw_files import DiskDict, read_json_lines
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
@@ -50,11 +50,11 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
         raise ConfigError(
             "The source folder needs --raw=DIR (the images) and --captions=FILE (a CSV, JSONL or Parquet)."
         )
-    with reading(options.raw):
+    with explain_read_errors(options.raw):
         if not options.raw.is_dir():
             raise DataError(f"--raw={options.raw} is not a folder. Give the folder of the images.")
     root = options.raw if is_remote(options.raw) else options.raw.resolve()
-    file = place(options.flags["captions"])
+    file = to_path(options.flags["captions"])
     read_rows = _choose_reader(file)
     # Joined rows need one annotation per caption: either every row gets annotations, or none does.
     has_annotations = _has_other_fields(read_rows(file), is_table=file.suffix.lower() != ".jsonl")
@@ -154,7 +154,7 @@ def _choose_reader(file: Path) -> Callable[[Path], _Rows]:
     if file.suffix.lower() not in readers:
         raise ConfigError(f"--captions={file} must end in .csv, .jsonl or .parquet.")
     try:
-        with reading(file), file.open("rb"):
+        with explain_read_errors(file), file.open("rb"):
             pass
     except DataError as error:
         cause = error.__cause__
@@ -178,7 +178,7 @@ def _has_other_fields(rows: _Rows, *, is_table: bool) -> bool:
 
 
 def _csv_rows(file: Path) -> _Rows:
-    with reading(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
+    with explain_read_errors(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             header = list(reader.fieldnames or [])
@@ -210,7 +210,7 @@ def _parquet_rows(file: Path) -> _Rows:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(f"--captions={file} needs a package that is not installed: `pip install pyarrow`.") from error
-    with reading(file), file.open("rb") as stream:
+    with explain_read_errors(file), file.open("rb") as stream:
         try:
             table = parquet.ParquetFile(stream)
             columns = list(table.schema_arrow.names)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from bridgetower.shards.sample import safe_key
 from data_prep.fields import field_error, get_file_name, get_text
 from data_prep.raw_files import read_json_lines, require_files, require_raw_folder
@@ -78,7 +78,7 @@ def records(options: SourceOptions) -> Iterator[Record]:
 
 def _find_files(raw: Path) -> dict[str, Path]:
     data = raw / "nlvr2" / "data"
-    with reading(data):
+    with explain_read_errors(data):
         has_subsets = any((data / name).is_file() for name in _SUBSETS.values())
     names = {**_MAIN, **_SUBSETS} if has_subsets else _MAIN
     paths = require_files(raw, [f"nlvr2/data/{name}" for name in names.values()], "nlvr2")

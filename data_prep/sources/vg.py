@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from data_prep.fields import get_objects, get_optional_whole_number, get_text, get_whole_number, require_object
 from data_prep.raw_files import read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
@@ -122,13 +122,13 @@ def find_image_file(raw: Path, vg_id: int, image: Image) -> Path:
     folder, name = raw / "images", f"{vg_id}.jpg"
     if image.folder_number is not None:
         return folder / _FOLDERS[image.folder_number] / name
-    with reading(folder):
+    with explain_read_errors(folder):
         paths = [folder / subfolder / name for subfolder in _FOLDERS]
         return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _find_image_data(raw: Path, source: str) -> Path:
-    with reading(raw):
+    with explain_read_errors(raw):
         for name in _IMAGE_DATA:
             if (raw / name).is_file():
                 return raw / name

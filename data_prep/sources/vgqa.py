@@ -27,7 +27,7 @@ from typing import Any
 
 from bridgetower import rng
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place, reading
+from bridgetower.io.storage import explain_read_errors, to_path
 from bridgetower.shards.sample import safe_key
 from data_prep.answers import NO_ANSWER, VOCABULARY_NAME, Vocabulary, normalize_answer, read_vocabulary
 from data_prep.fields import get_objects, get_text, get_whole_number, require_object
@@ -170,9 +170,9 @@ def _parse_only_coco(options: SourceOptions) -> bool:
 
 def _load_vocabulary(options: SourceOptions, raw: Path) -> Vocabulary:
     if options.flags.get("answers"):
-        return read_vocabulary(place(options.flags["answers"]))
+        return read_vocabulary(to_path(options.flags["answers"]))
     file = raw / VOCABULARY_NAME
-    with reading(file):
+    with explain_read_errors(file):
         exists = file.is_file()
     if not exists:
         raise ConfigError(
@@ -185,7 +185,7 @@ def _load_vocabulary(options: SourceOptions, raw: Path) -> Vocabulary:
 def _read_coco_ids(file: Path) -> list[int]:
     """Read the second column of lines such as ``val2014/COCO_val2014_000000011169.jpg 11169``."""
     coco_ids = []
-    with reading(file):
+    with explain_read_errors(file):
         lines = file.read_bytes().decode("utf-8", "replace").splitlines()
     for number, line in enumerate(lines, 1):
         _, _, coco_id = line.strip().rpartition(" ")

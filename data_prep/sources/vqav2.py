@@ -23,7 +23,7 @@ from typing import Any
 
 from bridgetower.config.cli import parse_bool
 from bridgetower.errors import DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.shards.sample import safe_key
 from data_prep.answers import (
     MIN_COUNT,
@@ -102,7 +102,7 @@ def _find_files(options: SourceOptions) -> tuple[Path, dict[str, Path], dict[str
 
 def _load_vocabulary(options: SourceOptions, annotations: Mapping[str, Path]) -> Vocabulary:
     if options.flags.get("answers"):
-        return read_vocabulary(place(options.flags["answers"]))
+        return read_vocabulary(to_path(options.flags["answers"]))
     vocabulary = build_vocabulary(
         get_text(row, "multiple_choice_answer", where)
         for file in annotations.values()

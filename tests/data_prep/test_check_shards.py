@@ -116,7 +116,7 @@ def test_images_that_two_corpora_share_are_counted(check, whole, corpus, tmp_pat
     assert "share 12 images with the same image id" in output
     assert "that look the same" in output
     check(whole, corpus, duplicates="report")
-    other = write_corpus(tmp_path, [1, 1], name="other", first_picture=50)
+    other = write_corpus(tmp_path, [1, 1], name="other", first_image=50)
     assert "same image id" not in check(whole, other, duplicates="report")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place as storage_place
+from bridgetower.io.storage import to_path
 from bridgetower.shards.index import ShardReader
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import folder
@@ -174,7 +174,7 @@ def test_parquet_without_its_package_is_refused_with_the_command_that_installs_i
 @pytest.fixture
 def store() -> Path:
     """Put an image into a folder in an object store. Returns: the folder above."""
-    root: Path = storage_place("memory://photos-of-test-folder")
+    root: Path = to_path("memory://photos-of-test-folder")
     (root / "raw" / "sub").mkdir(parents=True, exist_ok=True)
     (root / "raw" / "sub" / "a.png").write_bytes(file_of(draw(1)))
     return root

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place, read_part, reading
+from bridgetower.io.storage import explain_read_errors, read_part, to_path
 from bridgetower.shards.manifest import load_manifest
 from tests.conftest import run_script
 from tests.object_store import object_store
@@ -23,7 +23,7 @@ BUCKET = "s3://corpora"
 def store() -> Iterator[None]:
     """Start a server with an empty bucket, and set the environment variables that point to it."""
     with object_store():
-        place(BUCKET).mkdir()
+        to_path(BUCKET).mkdir()
         yield
 
 
@@ -56,12 +56,12 @@ def files_in(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("store")
 def test_a_build_from_and_into_a_store_writes_the_bytes_of_a_local_one(raw, tmp_path):
     for file in raw.iterdir():
-        (place(f"{BUCKET}/raw") / file.name).write_bytes(file.read_bytes())
+        (to_path(f"{BUCKET}/raw") / file.name).write_bytes(file.read_bytes())
     build(raw, tmp_path / "local")
     build(f"{BUCKET}/raw", f"{BUCKET}/shards")
     totals = load_manifest(f"{BUCKET}/shards").totals
     assert totals.rejects == {"image cannot be decoded": 1, "image file missing": 1}
-    remote, local = place(f"{BUCKET}/shards"), files_in(tmp_path / "local")
+    remote, local = to_path(f"{BUCKET}/shards"), files_in(tmp_path / "local")
     assert files_in(remote) == local
     assert {"00000.tar", "00000.index.npy", "shards.json", "contact_sheet.png"} <= local.keys()
     assert "nothing wrong" in run_script("data_prep/check_shards.py", str(remote)).stdout
@@ -81,7 +81,7 @@ def test_a_build_from_and_into_a_store_writes_the_bytes_of_a_local_one(raw, tmp_
 
 @pytest.mark.usefixtures("store")
 def test_tars_of_other_tools_are_indexed_in_the_store(emoji_shards):
-    foreign = place(f"{BUCKET}/foreign")
+    foreign = to_path(f"{BUCKET}/foreign")
     shutil.copyfileobj((emoji_shards / "concept/00000.tar").open("rb"), (foreign / "a.tar").open("wb"))
     assert "131 images in 1 shards" in run_script("data_prep/index_shards.py", str(foreign)).stdout
     assert (foreign / "a.index.npy").read_bytes() == (emoji_shards / "concept/00000.index.npy").read_bytes()
@@ -89,7 +89,7 @@ def test_tars_of_other_tools_are_indexed_in_the_store(emoji_shards):
 
 @pytest.mark.usefixtures("store")
 def test_a_range_of_an_object_is_read_with_one_request():
-    file = place(f"{BUCKET}/part")
+    file = to_path(f"{BUCKET}/part")
     file.write_bytes(bytes(range(256)))
     assert read_part(file, 10, 5) == bytes(range(10, 15))
     assert read_part(file, 10, 0) == b""
@@ -116,14 +116,14 @@ def test_errors_of_a_store_are_explained(raw):
 def test_other_protocols_are_refused_or_read_as_plain_names(name):
     if "://" in name:
         with pytest.raises(ConfigError, match="is unknown"):
-            place(name)
+            to_path(name)
     else:
-        assert place(name) == Path(name)
+        assert to_path(name) == Path(name)
 
 
 def test_errors_of_local_files_name_the_file(tmp_path):
     with pytest.raises(OSError, match="ends before"):
         (tmp_path / "file").write_bytes(b"123")
         read_part(tmp_path / "file", 1, 5)
-    with pytest.raises(DataError, match=r"file.*does not exist"), reading(tmp_path / "file2"):
+    with pytest.raises(DataError, match=r"file.*does not exist"), explain_read_errors(tmp_path / "file2"):
         (tmp_path / "file2").read_bytes()

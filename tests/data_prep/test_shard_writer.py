@@ -23,7 +23,7 @@ import webdataset
 from PIL import Image
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.shards.decode import flatten
+from bridgetower.shards.decode import to_rgb
 from bridgetower.shards.index import index_path, scan_tar
 from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep.build import State
@@ -732,7 +732,7 @@ def test_converting_a_large_image_in_strips_gives_the_result_of_the_whole(mode, 
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 25, 3), np.uint8))
     image = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
     raw = file_of(image, "TIFF", exif=exif_of(orientation))
-    pixels = np.asarray(flatten(Image.open(io.BytesIO(raw))))
+    pixels = np.asarray(to_rgb(Image.open(io.BytesIO(raw))))
     for short_side_px in (0, 76):
         converted = convert(raw, ImagePolicy(short_side_px=short_side_px, lossless=True), "the image")
         long_side_px = round(76 * max(size) / min(size))

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place, read_part
+from bridgetower.io.storage import read_part, to_path
 from bridgetower.shards.index import ShardReader
 from data_prep.img2dataset_output import classify_failure
 from data_prep.record import Record, Reject, SourceOptions
@@ -42,7 +42,7 @@ def records(source: ModuleType, raw: Path) -> list[Record]:
 
 def copy_to_store(folder: Path, name: str) -> Path:
     """Copy the files of a folder to an object store in memory. Returns: the folder there."""
-    root: Path = place(f"memory://{name}")
+    root: Path = to_path(f"memory://{name}")
     for file in folder.rglob("*"):
         if file.is_file():
             target = root / file.relative_to(folder).as_posix()

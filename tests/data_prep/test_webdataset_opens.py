@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bridgetower.shards.decode import open_picture
+from bridgetower.shards.decode import decode_image
 from bridgetower.shards.index import ShardReader
 from bridgetower.shards.manifest import load_manifest
 
@@ -37,7 +37,7 @@ def test_webdataset_reads_every_sample_as_it_is(emoji_shards, split):
         assert text == record["captions"][0]
         assert record == expected.record
         assert image.size == (record["width"], record["height"])
-        assert np.array_equal(np.asarray(image), np.asarray(open_picture(expected.image, "x")))
+        assert np.array_equal(np.asarray(image), np.asarray(decode_image(expected.image, "x")))
 
 
 def test_webdataset_counts_the_images_of_all_training_shards(emoji_shards):

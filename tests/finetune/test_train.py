@@ -342,7 +342,7 @@ WRONG = [
     ({"data__train_shards": "ROOT/retrieval/train"}, "has the label None", "build_shards.py snli_ve"),
     (
         {"data__eval_shards": "ROOT/snli_ve/train"},
-        "8 pictures of the held-out",
+        "8 images of the held-out",
         "--evaluation.on_trained_pictures=true",
     ),
 ]

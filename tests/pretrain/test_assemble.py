@@ -57,7 +57,7 @@ def test_held_out_folder_whose_images_are_trained_on_is_refused(emoji_shards):
     train = Corpora([emoji_shards / "train", emoji_shards / "concept"])
     one, both = str(emoji_shards / "combination"), f"{emoji_shards / 'combination'},{emoji_shards / 'concept'}"
     check_held_out(configured(data__eval_shards=one).data, train)
-    with pytest.raises(ConfigError, match=r"131 pictures of the held-out .*concept are also in data\.train_shards"):
+    with pytest.raises(ConfigError, match=r"131 images of the held-out .*concept are also in data\.train_shards"):
         check_held_out(configured(data__eval_shards=both).data, train)
 
 

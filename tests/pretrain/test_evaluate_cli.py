@@ -42,7 +42,7 @@ def test_run_without_a_checkpoint_is_refused(run_folder, emoji_shards):
 
 
 def test_images_that_the_run_has_trained_on_are_refused_as_held_out_images(run_folder, emoji_shards):
-    said = "3,457 pictures of the held-out"
+    said = "3,457 images of the held-out"
     refused([str(run_folder), f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'train'}"], said)
 
 
