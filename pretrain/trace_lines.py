@@ -25,7 +25,7 @@ class _TracedStream(Dataset[list[str]]):
     def __getitem__(self, micro_step: int) -> list[str]:
         stream, side_px = self._stream, self._stream.image_size_px
         pixels = torch.empty(stream.max_images, 3, side_px, side_px, dtype=torch.uint8) if self._decode else None
-        return stream.lines(micro_step, stream.draw(micro_step, pixels))
+        return stream.describe_pairs(micro_step, stream.draw(micro_step, pixels))
 
 
 def trace_lines(

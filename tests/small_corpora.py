@@ -14,7 +14,7 @@ from PIL import Image
 from bridgetower.shards.manifest import Manifest
 from data_prep.build import Settings, Show, build_corpus
 from data_prep.exclusion import Exclusion
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 
 
@@ -63,7 +63,7 @@ def build_records(
         keep_repeats=keep_repeats,
         exclusion=exclusion or Exclusion(),
     )
-    with planning(records, seed=seed) as plan:
+    with make_plan(records, seed=seed) as plan:
         manifests = build_corpus(plan, out, settings, workers=workers, show=show)
     assert isinstance(manifests, dict)
     return manifests
