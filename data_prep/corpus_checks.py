@@ -118,11 +118,11 @@ def find_shared_images(corpora: Sequence[CheckedCorpus]) -> Iterator[Finding]:
     for number, first in enumerate(corpora):
         for second in corpora[number + 1 :]:
             for field_name, what in (("image_ids", "with the same image id"), ("phashes", "that look the same")):
-                hashes = [
+                first_hashes, second_hashes = (
                     np.unique(np.concatenate([no_hashes(), *(getattr(shard, field_name) for shard in corpus.shards)]))
                     for corpus in (first, second)
-                ]
-                num_shared = len(np.intersect1d(*hashes, assume_unique=True))
+                )
+                num_shared = len(np.intersect1d(first_hashes, second_hashes, assume_unique=True))
                 if num_shared:
                     yield Finding(
                         f"{first.folder} and {second.folder}",
