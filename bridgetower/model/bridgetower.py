@@ -20,6 +20,7 @@ from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.kernels.spans import takes_rooms
+from bridgetower.model.absorption import absorbs_projections
 from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder, Wanted
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
@@ -68,15 +69,6 @@ def complete_model_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config, vision=complete_vision_config(config.vision), text=complete_text_config(config.text)
     )
-
-
-def absorbs_projections(config: ModelConfig) -> bool:
-    """Whether absorbed projections are less work for the longest captions.
-
-    A rule of the model, not of the batch: gradients have to become ready in the same order on all ranks, as DeepSpeed
-    adds up what stands at the same place.
-    """
-    return config.text.max_tokens * (config.fusion.num_heads - 1) < config.fusion.width
 
 
 class BridgeTower(nn.Module):
