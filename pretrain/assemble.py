@@ -9,8 +9,8 @@ import torch
 
 from bridgetower import rng
 from bridgetower.config.run import RunConfig
-from bridgetower.cost.counted import step_work
 from bridgetower.cost.devices import peak_flops
+from bridgetower.cost.step_work import step_work
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint import load_weights
 from bridgetower.engine.throughput import Yardstick
@@ -28,7 +28,7 @@ def find_yardstick(config: RunConfig, device: torch.device) -> Yardstick:
 
     To be called before there is a process group.
     """
-    work = step_work(config.model, config.objectives, config.compute)
+    work = step_work(config.model, config.objectives)
     return Yardstick(flops_of_pair=work.of_pair, peak_flops=peak_flops(device.type))
 
 

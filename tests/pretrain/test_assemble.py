@@ -126,8 +126,6 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         load_task(configured(), tmp_path, "fp32")
 
 
-def test_speed_is_compared_with_the_work_that_the_settings_leave():
-    own, plain = (
-        find_yardstick(configured(compute__share_images=share), CPU).flops_of_pair(10) for share in ("yes", "no")
-    )
-    assert 0 < own < plain and find_yardstick(configured(), CPU).peak_flops is None
+def test_speed_is_compared_with_the_operations_of_a_pair():
+    yardstick = find_yardstick(configured(), CPU)
+    assert 0 < yardstick.flops_of_pair(10) < yardstick.flops_of_pair(20) and yardstick.peak_flops is None
