@@ -18,7 +18,7 @@ _GELU = "gelu"
 def complete_sizes(config: ModelConfig) -> ModelConfig:
     """Fill in the sizes that the towers' names stand for.
 
-    Open_clip and transformers are imported only for towers that are not in ``bridgetower/model/known_towers.py``.
+    Imports open_clip and transformers only for towers that ``bridgetower/model/known_towers.py`` does not list.
 
     Raises:
         ConfigError: a tower cannot be found or bridged, or the parts do not fit.

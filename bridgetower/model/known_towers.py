@@ -48,10 +48,10 @@ VISION_TOWERS: Mapping[str, dict[str, int]] = {
     )
     for name in names
 }
-"""Sizes by open_clip's name of every ViT of CLIP's own architecture.
+"""Sizes of CLIP's ViTs, by open_clip's name of the model: all that open_clip builds with code of its own, not timm's.
 
-All have a class token, a learned position table, norms before the first and after the last block, and no layer scale.
-open_clip builds each with its own code, none with timm's.
+Each has a class token, a learned position table, norms before the first and after the last block, and no layer scale.
+Variants that lack one of these (CLIPA, ViT-M-16-alt) are not in the table.
 """
 # Hidden channels of the feed-forward layers where they are not four times the width.
 _VISION_MLP_WIDTHS = {_G["width"]: 6144, _BIG_G["width"]: 8192, _E["width"]: 15360}
