@@ -154,8 +154,17 @@ class HalfEncoded(NamedTuple):
     """States that are returned, as far as they are computed."""
 
     def joins_norms(self, blocks: Iterable[nn.Module]) -> bool:
-        """Return True if a block's last sum and the next norm are computed as one operation."""
-        plain = (isinstance(block, ClipBlock) and isinstance(block.ls_2, nn.Identity) for block in blocks)
+        """Return True if a block's last sum and the next norm are computed as one operation.
+
+        Blocks that are recomputed, or that have a hook, are called as modules instead.
+        """
+        plain = (
+            isinstance(block, ClipBlock)
+            and isinstance(block.ls_2, nn.Identity)
+            and not block._forward_hooks
+            and not block._forward_pre_hooks
+            for block in blocks
+        )
         return not self.recompute and all(plain)
 
 

@@ -20,10 +20,10 @@ from bridgetower.model.known_towers import (
     known_text_name,
     vision_mlp_width,
 )
-from bridgetower.model.named_vits import complete_vision_config, is_clip_tower
+from bridgetower.model.named_vits import build_named, complete_vision_config, is_clip_tower
 from bridgetower.model.sizes import complete_model_config
 from bridgetower.model.text_tower import encoder_config
-from bridgetower.model.vision_tower import VisionTower
+from bridgetower.model.vision_tower import ClipViT, VisionTower
 
 NORMS_AND_EMBEDDINGS = {"class_embedding", "positional_embedding", "conv1", "ln_pre", "transformer", "ln_post"}
 
@@ -34,8 +34,10 @@ def test_vision_tower_has_the_sizes_that_open_clip_builds(name):
     assert is_clip_tower(VisionTowerConfig(name=name))
     config = open_clip.get_model_config(name)["vision_cfg"]
     with shapes_alone():
-        vit = VisionTower(complete_vision_config(VisionTowerConfig(name=name)), 4 * facts["patch_size_px"]).vit
-    assert isinstance(vit, VisionTransformer)
+        vit = build_named(name, 4 * facts["patch_size_px"])
+        tower = VisionTower(complete_vision_config(VisionTowerConfig(name=name)), 4 * facts["patch_size_px"])
+    assert isinstance(vit, VisionTransformer) and isinstance(tower.vit, ClipViT)
+    assert tower.vit.state_dict().keys() == vit.state_dict().keys()
     block = vit.transformer.resblocks[-1]
     assert facts == {
         "patch_size_px": vit.patch_size[0],

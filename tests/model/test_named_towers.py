@@ -18,7 +18,7 @@ from transformers import AutoModel, BertConfig, CamembertConfig, RobertaConfig, 
 from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.model.named_vits import complete_vision_config, pixel_statistics
+from bridgetower.model.named_vits import build_named, complete_vision_config, pixel_statistics
 from bridgetower.model.sizes import complete_model_config
 from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text, padding_id
 from bridgetower.model.vision_tower import VisionTower
@@ -219,7 +219,9 @@ def test_states_of_open_clips_towers_are_its_own_whatever_their_options(name):
     shake(tower)
     tower.eval()
     pixels = normal(2, 3, 24, 24)
-    found = tower.vit.forward_intermediates(
+    theirs = build_named(vision(name).name, 24).eval()
+    theirs.load_state_dict(tower.vit.state_dict(), strict=True)
+    found = theirs.forward_intermediates(
         pixels,
         indices=3,
         normalize_intermediates=True,
@@ -382,8 +384,8 @@ def test_a_tower_of_timm_that_is_no_plain_vit_is_refused_whatever_its_name(name)
 
 
 def test_a_wrong_name_is_answered_with_those_near_it():
-    assert "Near it are: ViT-B-32" in verdict("ViT-B32")
-    assert "Near it are: none; `python -c 'import open_clip" in verdict("zzzz")
+    assert "The nearest names are: ViT-B-32" in verdict("ViT-B32")
+    assert "The nearest names are: none; `python -c 'import open_clip" in verdict("zzzz")
     assert "custom takes the sizes from the settings" in verdict("zzzz")
 
 

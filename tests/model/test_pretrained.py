@@ -128,7 +128,7 @@ def test_weights_of_one_tower_leave_the_other_and_the_new_parts_as_they_were(tmp
 
 def test_unknown_clip_model_is_answered_with_those_near_it():
     named = {"vision__name": "ViT-B-16-quikgelu", "vision__weights": "openai"}
-    refused(r"name=ViT-B-16-quikgelu is no model of open_clip\. Near it are: ViT-B-16-quickgelu", **named)
+    refused(r"name=ViT-B-16-quikgelu is not a model of open_clip\. The nearest names are: ViT-B-16-quickgelu", **named)
 
 
 def test_unknown_clip_weights_are_answered_with_those_there_are():
