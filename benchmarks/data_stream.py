@@ -39,7 +39,7 @@ from bridgetower.config.snapshot import find_commit
 from bridgetower.data.loader import micro_batches
 from bridgetower.data.order import Order
 from bridgetower.errors import ConfigError
-from bridgetower.shards.index import IndexRow, index_bytes, make_index
+from bridgetower.shards.index import IndexRow, encode_index, make_index
 from bridgetower.shards.manifest import Manifest, ShardEntry, Totals, write_manifest
 
 _FLAGS = {
@@ -229,7 +229,7 @@ def _far_start(folder: Path) -> dict[str, float]:
     for number in range(_SHARDS):
         captions = random.permutation(np.repeat([2, 3, 1], [5_000, 3_750, 1_250]))  # 22,500 of 10,000 images
         rows = [IndexRow(512 + 40_960 * row, 38_000, 38_400, 500, row, count) for row, count in enumerate(captions)]
-        (folder / f"{number:05d}.index.npy").write_bytes(index_bytes(make_index(rows)))
+        (folder / f"{number:05d}.index.npy").write_bytes(encode_index(make_index(rows)))
         with (folder / f"{number:05d}.tar").open("wb") as tar:
             tar.truncate(40_960 * 10_001)  # without content
         size = 40_960 * 10_001
@@ -254,7 +254,7 @@ def _far_start(folder: Path) -> dict[str, float]:
     stream = our_stream(folder, 0)
     located = stream.order.locate(90_000 * _GLOBAL_BATCH + np.arange(_GLOBAL_BATCH))
     for shard, pair in zip(located.shard.tolist(), located.pair.tolist(), strict=True):
-        stream.corpora.image_id_of(shard, pair)
+        stream.corpora.read_image_id(shard, pair)
     figures = {
         "seconds": time.perf_counter() - start,
         "private_mb": (own.memory_full_info().uss - before) / 1e6,

@@ -20,6 +20,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from bridgetower.kernels.cpu import attend
 from fire.decorators import SetParseFn
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from rich.console import Console
@@ -33,11 +34,11 @@ from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
 from bridgetower.config.named_models import base
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import ConfigError
-from bridgetower.kernels.cpu import attend
 from bridgetower.kernels.dropout import drop
+from bridgetower.kernels.layout import Grid
 from bridgetower.model.attention import Attention
-from bridgetower.model.packed import Grid, Packing, similar
 from bridgetower.model.vision_tower import efficient_block
+from bridgetower.step.packing import Packing, similar
 from bridgetower.step.plan import BUCKET_TOKENS
 
 # Of base; two rows a pair go through the cross-modal layers.

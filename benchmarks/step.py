@@ -44,7 +44,7 @@ from bridgetower.config.snapshot import find_commit
 from bridgetower.cost.closed_form import StepCost, Texts, count_micro_batch
 from bridgetower.cost.devices import peak_flops
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 
 _PARTS = ("vision", "text", "fusion")
 _PADDED = ("plain", "transformers")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bridgetower.kernels.compiled import compile_parts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.counted import count_flops
 from bridgetower.interop.huggingface import to_huggingface
-from bridgetower.kernels.compiled import compile_parts
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.tasks.pretraining import PretrainTask
 

@@ -1,4 +1,4 @@
-"""Builds a corpus: plan, shards on all cores or on many machines, and a manifest once every shard is there."""
+"""Builds a planned corpus: its shards, on all cores or on many machines, and a manifest once every shard exists."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from typing import Any
 
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import claim_folder
-from bridgetower.io.storage import is_remote, publish_bytes, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, publish_bytes
 from bridgetower.shards.index import index_path
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, Totals, write_manifest
-from data_prep.contact_sheet import SHEET_NAME, contact_sheet
+from data_prep.contact_sheet import SHEET_NAME, draw_contact_sheet
 from data_prep.exclusion import Exclusion
+from data_prep.ledger import Note, Progress
 from data_prep.plan import Plan, PlannedSplit
 from data_prep.record import ImagePolicy
 from data_prep.shard_writer import (
     STATE_FOLDER,
     Job,
-    Note,
     Outcome,
-    Progress,
     build_shard,
-    finished,
-    input_digest,
-    writing,
+    compute_input_digest,
+    explain_write_errors,
+    load_outcome,
 )
 
 _POLL_SECONDS = 0.2
+"""Longest pause between two updates of the display."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the bytes of a corpus depend on, beside its input."""
+    """Everything besides the input that the bytes of a corpus depend on."""
 
     source: str
     attribution: str
     images: ImagePolicy
     samples_per_shard: int
     seed: int
-    """Of the order of the images."""
+    """Seed of the order of the images."""
     keep_repeats: bool = False
-    """Equal texts of an image are different rows: questions."""
+    """True if equal texts of an image stay separate rows, as questions do."""
     exclusion: Exclusion = field(default_factory=Exclusion)
 
-    def recorded(self, split: str) -> dict[str, Any]:
-        """As the manifest shows them, and as a later build has to repeat them."""
+    def to_record(self, split: str) -> dict[str, Any]:
+        """Return the settings as the manifest shows them, and as a later build into the same folder must have them."""
         return {
             "source": self.source,
             "split": split,
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slice:
-    """Which shards a job builds: those whose number is ``number`` modulo ``count``."""
+    """The shards that one of several jobs builds: those whose number modulo ``count`` is ``number``."""
 
     number: int = 0
     count: int = 1
@@ -79,16 +79,20 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How far a build is."""
+    """How far a build has got."""
 
     shards: int = 0
+    """Number of finished shards."""
     all_shards: int = 0
     samples: int = 0
-    """Images seen, rejected ones too."""
+    """Number of images read, rejected ones included."""
     all_samples: int = 0
     images: int = 0
+    """Number of images written."""
     bytes: int = 0
+    """Bytes of the images written."""
     rejects: Mapping[str, int] = field(default_factory=dict)
+    """Number of rejected texts by reason."""
 
 
 Show = Callable[[State], None]
@@ -100,7 +104,7 @@ def build_corpus(
     settings: Settings,
     *,
     workers: int,
-    part: Slice | None = None,
+    only_slice: Slice | None = None,
     only_merge: bool = False,
     extra_files: Mapping[str, bytes] | None = None,
     show: Show = lambda state: None,
@@ -108,40 +112,40 @@ def build_corpus(
     """Build or complete a corpus; each split of the plan becomes a folder with shards and a manifest.
 
     Args:
-        workers: processes; the result does not depend on them.
-        part: build only these shards; the job that finds all shards there writes the manifests.
-        only_merge: build no shard, write the manifests.
-        extra_files: files of the source that belong beside the shards, by name.
-        show: called now and then.
+        workers: number of processes; the result does not depend on it.
+        only_slice: build only these shards; the job after which no shard is missing writes the manifests.
+        only_merge: build no shard, only write the manifests.
+        extra_files: content of the source's files that belong beside the shards, by file name.
+        show: called with the state of the build, several times a second.
 
-    Returns: the manifest of each split ("" where the source has no splits); or, with ``part``, the shards that other
-        jobs have yet to build.
+    Returns: the manifest of each split ("" where the source has no splits); or, with ``only_slice``, the shards that
+        other jobs have yet to build.
 
     Raises:
         ConfigError: ``out`` holds a corpus built with other settings.
-        DataError: the disk or store does not take a shard, another build is at work, or shards to merge are missing.
+        DataError: a shard cannot be written, another build is running, or shards to merge are missing.
     """
     splits = plan.splits()
-    jobs = [job for split in splits for job in _jobs(plan, split, out, settings)]
-    own = [] if only_merge else jobs
-    if part is not None and not only_merge:
-        own = [job for number, job in enumerate(jobs) if number % part.count == part.number]
-    with ExitStack() as claimed:
+    jobs = [job for split in splits for job in _make_jobs(plan, split, out, settings)]
+    selected_jobs = [] if only_merge else jobs
+    if only_slice is not None and not only_merge:
+        selected_jobs = [job for number, job in enumerate(jobs) if number % only_slice.count == only_slice.number]
+    with ExitStack() as claims:
         for split in splits:
-            _claim(out / split.name, settings.recorded(split.name), part, claimed)
-        outcomes = _run(own, settings.exclusion, workers, show)
+            _claim(out / split.name, settings.to_record(split.name), only_slice, claims)
+        outcomes = _run(selected_jobs, settings.exclusion, workers, show)
         missing = []
-        others = [job for job in jobs if job.shard not in outcomes]
-        for job, found in zip(others, _look_up(others, workers), strict=True):
-            if found is None:
+        other_jobs = [job for job in jobs if job.shard not in outcomes]
+        for job, outcome in zip(other_jobs, _load_outcomes(other_jobs, workers), strict=True):
+            if outcome is None:
                 missing.append(job.shard)
             else:
-                outcomes[job.shard] = found
+                outcomes[job.shard] = outcome
         if missing and only_merge:
             names = ", ".join(str(shard) for shard in missing[:5])
             raise DataError(
-                f"{len(missing)} of {len(jobs)} shards are missing or of other input ({names}...). Run the jobs that "
-                "build them (--slice) to their end first, with the same flags."
+                f"{len(missing)} of {len(jobs)} shards are missing, or were built from other input ({names}...). First "
+                "run the jobs that build them (--slice) to their end, with the same flags."
             )
         if missing:
             return missing
@@ -150,12 +154,12 @@ def build_corpus(
             folder = out / split.name
             manifests[split.name] = _publish(folder, split, [j for j in jobs if j.folder == folder], outcomes, settings)
         for name, content in (extra_files or {}).items():
-            with writing(out / name):
+            with explain_write_errors(out / name):
                 publish_bytes(out / name, content)
     return manifests
 
 
-def _jobs(plan: Plan, split: PlannedSplit, out: Path, settings: Settings) -> Iterator[Job]:
+def _make_jobs(plan: Plan, split: PlannedSplit, out: Path, settings: Settings) -> Iterator[Job]:
     size = settings.samples_per_shard
     for number, first in enumerate(range(0, split.samples, size)):
         yield Job(
@@ -171,41 +175,48 @@ def _jobs(plan: Plan, split: PlannedSplit, out: Path, settings: Settings) -> Ite
         )
 
 
-def _claim(folder: Path, settings: dict[str, Any], part: Slice | None, claimed: ExitStack) -> None:
-    """Take a folder for this build; one with other settings, or another build of the same shards, is refused."""
+def _claim(folder: Path, settings: dict[str, Any], only_slice: Slice | None, claims: ExitStack) -> None:
+    """Lock a folder for this build.
+
+    Raises:
+        ConfigError: it holds a build with other settings.
+        DataError: another build of the same shards is running.
+    """
     state = folder / STATE_FOLDER
     if is_remote(folder):
-        # A store has no locks; two builds at once write the same bytes there.
+        # A store has no locks, and needs none here: two builds at once write the same bytes.
         _check_settings(folder, settings)
         return
-    # Jobs of an array share the folder, but not with a build of all shards, and no two have the same slice.
-    claimed.callback(os.close, claim_folder(state, shared=part is not None))
-    if part is not None:
-        name = f".slice-{part.number}-of-{part.count}.lock"
-        claimed.callback(os.close, claim_folder(state, name=name))
+    # The jobs of an array share the folder with each other, but not with a build of all shards. The second lock keeps
+    # two jobs from building the same slice.
+    claims.callback(os.close, claim_folder(state, shared=only_slice is not None))
+    if only_slice is not None:
+        name = f".slice-{only_slice.number}-of-{only_slice.count}.lock"
+        claims.callback(os.close, claim_folder(state, name=name))
     _check_settings(folder, settings)
-    if part is None:
-        for leftover in (*folder.glob(".*.tmp"), *state.glob(".*.tmp")):  # of a build that was killed
+    if only_slice is None:
+        for leftover in (*folder.glob(".*.tmp"), *state.glob(".*.tmp")):  # left by a build that was killed
             leftover.unlink(missing_ok=True)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    known = folder / STATE_FOLDER / "settings.json"
-    with reading(known):
-        is_known = known.exists()
-        before = json.loads(known.read_bytes()) if is_known else {}
+    file = folder / STATE_FOLDER / "settings.json"
+    with explain_read_errors(file):
+        is_known = file.exists()
+        before = json.loads(file.read_bytes()) if is_known else {}
         is_foreign = (folder / MANIFEST_NAME).exists() or any(folder.glob("*.tar"))
     if is_known:
         changed = [f"{n}: {before.get(n)} -> {settings[n]}" for n in settings if before.get(n) != settings[n]]
         if changed:
             raise ConfigError(
-                f"{folder} holds a build with other settings ({'; '.join(changed)}). Use another --out, or delete it."
+                f"{folder} holds a build with other settings ({'; '.join(changed)}). Use another --out, or delete the "
+                "folder."
             )
     elif is_foreign:
         raise ConfigError(f"{folder} already holds shards that this program did not build. Use another --out.")
     else:
-        with writing(known):
-            publish_bytes(known, json.dumps(settings, indent=1).encode())
+        with explain_write_errors(file):
+            publish_bytes(file, json.dumps(settings, indent=1).encode())
 
 
 def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) -> dict[Path, Outcome]:
@@ -214,10 +225,11 @@ def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) ->
         for job in jobs:
             board.finish(job, build_shard(job, exclusion, board.note))
         return board.outcomes
-    # A clean server process forks the workers: no threads of this one are copied.
+    # forkserver: a server process without threads forks the workers. Forking this process, which has threads, could
+    # copy a lock that one of them holds.
     context = multiprocessing.get_context("forkserver")
     notes: multiprocessing.Queue[Progress] = context.Queue()
-    others = set(multiprocessing.active_children())
+    other_children = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (notes, exclusion)) as pool:
         futures = {pool.submit(_build, job): job for job in jobs}
         pending = set(futures)
@@ -230,12 +242,12 @@ def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) ->
                     board.finish(futures[future], future.result())
         except BrokenProcessPool:
             raise DataError(
-                "A worker process died, most likely for want of memory. Run the command again with fewer --workers: "
-                "finished shards are kept."
+                "A worker process died, most likely because memory ran out. Run the command again with fewer "
+                "--workers: finished shards are kept."
             ) from None
         except KeyboardInterrupt:
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()  # it may be minutes from the end of its shard
+            for worker in set(multiprocessing.active_children()) - other_children:
+                worker.kill()  # its shard may take minutes more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         except BaseException:
@@ -245,7 +257,7 @@ def _run(jobs: Sequence[Job], exclusion: Exclusion, workers: int, show: Show) ->
 
 
 class _Board:
-    """Adds up what the workers report."""
+    """Adds up what the workers report, and shows the sums."""
 
     def __init__(self, jobs: Sequence[Job], show: Show) -> None:
         self.outcomes: dict[Path, Outcome] = {}
@@ -288,16 +300,19 @@ def _drain(notes: multiprocessing.Queue[Progress]) -> Iterator[Progress]:
 
 
 class _Worker:
-    """What a worker process is given once: how to tell what it has done, and which images to drop."""
+    """State of a worker process, set once when it starts: how to report progress, and which images to drop."""
 
     note: Note
     exclusion: Exclusion
 
 
 def _start_worker(notes: multiprocessing.Queue[Progress], exclusion: Exclusion) -> None:
-    """Runs in a new worker: one whose parent was killed would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one answers
-    notes.cancel_join_thread()
+    """Prepare a new worker process, and make it exit when its parent does.
+
+    The pool does not do the latter: a worker whose parent was killed would wait for work for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent handles it
+    notes.cancel_join_thread()  # unread progress must not keep a worker from exiting
     _Worker.note, _Worker.exclusion = staticmethod(notes.put), exclusion
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -313,35 +328,39 @@ def _build(job: Job) -> Outcome:
     return build_shard(job, _Worker.exclusion, _Worker.note)
 
 
-def _look_up(jobs: Sequence[Job], workers: int) -> list[Outcome | None]:
-    """What other jobs have finished."""
+def _load_outcomes(jobs: Sequence[Job], workers: int) -> list[Outcome | None]:
+    """Read what other processes wrote down for these shards; None for a shard that is not finished."""
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        return list(threads.map(lambda job: finished(job, input_digest(job), check_content=False), jobs))
+        return list(threads.map(lambda job: load_outcome(job, compute_input_digest(job), check_content=False), jobs))
 
 
 def _publish(
     folder: Path, split: PlannedSplit, jobs: Sequence[Job], outcomes: Mapping[Path, Outcome], settings: Settings
 ) -> Manifest:
-    own = [outcomes[job.shard] for job in jobs]
-    recorded = settings.recorded(split.name)
+    split_outcomes = [outcomes[job.shard] for job in jobs]
+    record = settings.to_record(split.name)
     manifest = Manifest(
-        source=recorded.pop("source"),
-        split=recorded.pop("split"),
-        settings=recorded,
+        source=record.pop("source"),
+        split=record.pop("split"),
+        settings=record,
         attribution=settings.attribution,
-        totals=add_up([outcome.totals for outcome in own], split.rejects),
-        shards=tuple(outcome.entry for outcome in own if outcome.entry.samples),
+        totals=add_totals([outcome.totals for outcome in split_outcomes], split.rejects),
+        shards=tuple(outcome.entry for outcome in split_outcomes if outcome.entry.samples),
     )
     assert manifest.totals.rows == split.rows, (manifest.totals, split)
-    with writing(folder / MANIFEST_NAME):
-        _remove_beyond(folder, len(own))
-        publish_bytes(folder / SHEET_NAME, contact_sheet(folder, manifest, settings.seed))
+    with explain_write_errors(folder / MANIFEST_NAME):
+        _remove_shards_from(folder, len(split_outcomes))
+        publish_bytes(folder / SHEET_NAME, draw_contact_sheet(folder, manifest, settings.seed))
         write_manifest(folder, manifest)
     return manifest
 
 
-def add_up(parts: Sequence[Totals], source_rejects: Mapping[str, int]) -> Totals:
-    """The totals of a corpus from those of its shards and what the source itself dropped."""
+def add_totals(parts: Sequence[Totals], source_rejects: Mapping[str, int]) -> Totals:
+    """Add the totals of a corpus's shards.
+
+    Args:
+        source_rejects: number of rows that the source itself dropped, by reason.
+    """
     rejects = Counter(source_rejects)
     image_rejects: Counter[str] = Counter()
     for part in parts:
@@ -359,14 +378,14 @@ def add_up(parts: Sequence[Totals], source_rejects: Mapping[str, int]) -> Totals
     )
 
 
-def _remove_beyond(folder: Path, num_shards: int) -> None:
-    """Delete shards of an earlier build of the same settings from more input."""
+def _remove_shards_from(folder: Path, first: int) -> None:
+    """Delete the shards from this number on: an earlier build with the same settings, but more input, left them."""
     for shard in folder.glob("[0-9]" * 5 + ".tar"):
-        if int(shard.stem) >= num_shards:
+        if int(shard.stem) >= first:
             shard.unlink()
             index_path(shard).unlink(missing_ok=True)
 
 
-def num_cores() -> int:
-    """Cores that this process may use: a Slurm job has a part of the machine."""
+def count_cores() -> int:
+    """Count the cores that this process may use: a Slurm job has only some of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

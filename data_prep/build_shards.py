@@ -1,4 +1,4 @@
-"""From raw pictures and captions to checked webdataset shards.
+"""Builds checked webdataset shards from raw images and captions.
 
 python data_prep/build_shards.py emoji --out=shards/emoji
 python data_prep/build_shards.py folder --raw=photos --captions=photos.csv --out=shards/photos
@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,42 +25,42 @@ import data_prep.sources
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.config.overrides import unknown_name
 from bridgetower.errors import EXIT_INTERRUPTED, ConfigError, DataError
-from bridgetower.io.storage import is_remote, place
+from bridgetower.io.storage import is_remote, to_path
 from bridgetower.shards.manifest import Manifest
-from data_prep.build import Settings, Slice, build_corpus, num_cores
-from data_prep.exclusion import load_exclusion
-from data_prep.plan import planning
+from data_prep.build import Settings, Slice, build_corpus, count_cores
+from data_prep.exclusion import Exclusion, load_exclusion
+from data_prep.plan import make_plan
 from data_prep.progress import ProgressLine
 from data_prep.record import ImagePolicy, SourceOptions
 
 _FLAGS = {
     "raw": "folder with the images and texts as their owner published them",
-    "out": "folder for the shards (required); a path, or a URL such as s3://bucket/folder, as --raw can be",
-    "workers": "processes (default: all cores); the result does not depend on them",
-    "samples_per_shard": "images of a shard (default: by source)",
-    "short_side_px": "scale longer short sides down to this, 0 never (default: by source)",
-    "jpeg_quality": "of re-encoded images (default 95)",
+    "out": "folder for the shards (required): a path, or a URL such as s3://bucket/folder; --raw can be a URL, too",
+    "workers": "number of processes (default: all cores); the shards do not depend on it",
+    "samples_per_shard": "images per shard (default: depends on the source)",
+    "short_side_px": "scale longer short sides down to this, 0: never (default: depends on the source)",
+    "jpeg_quality": "quality of re-encoded images, 1 to 100 (default 95)",
     "keep_original": "store every image file that is plain RGB or gray as it is",
-    "seed": "of the order of the images (default 0)",
-    "exclude": "folders of other shards, separated by commas: drop the images that are in them",
-    "exclude_distance": "bits of 64 in which the perceptual hashes of equal pictures may differ (default 4)",
-    "slice": "NUMBER/COUNT: build only that part of the shards, as one of COUNT jobs",
-    "merge": "build nothing, write the manifest of what the slices built",
-    "scratch": "folder for the plan (default: beside the shards, or the system's for temporary files)",
-    "progress_seconds": "between lines of progress where there is no terminal (default 10)",
+    "seed": "seed of the order of the images (default 0)",
+    "exclude": "folders of other shards, separated by commas: drop the images that they hold",
+    "exclude_distance": "bits of 64 in which the perceptual hashes of equal images may differ (default 4)",
+    "slice": "NUMBER/COUNT: build only this fraction of the shards, as one of COUNT jobs",
+    "merge": "build nothing; write the manifest of the shards that the slices built",
+    "scratch": "folder for the plan (default: the shards' folder, or the system's temporary folder for a remote --out)",
+    "progress_seconds": "seconds between progress lines where there is no terminal (default 10)",
 }
 
 
-def _sources() -> dict[str, ModuleType]:
-    """Every module of data_prep/sources: adding a corpus is adding a file."""
+def _load_sources() -> dict[str, ModuleType]:
+    """Import every module of data_prep/sources: a new file there is a new corpus, with no list to edit."""
     names = [module.name for module in pkgutil.iter_modules(data_prep.sources.__path__)]
     return {name: importlib.import_module(f"data_prep.sources.{name}") for name in sorted(names)}
 
 
-def _usage() -> str:
+def _make_usage(modules: Mapping[str, ModuleType]) -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     lines = []
-    for name, module in _sources().items():
+    for name, module in modules.items():
         lines.append(f"  {name:15} {(module.__doc__ or '').splitlines()[0]}")
         lines += [f"  {'':15}   --{flag}  {meaning}" for flag, meaning in module.FLAGS.items()]
     sources = "\n".join(lines)
@@ -80,75 +80,76 @@ def main(
     seed: str = "0",
     exclude: str = "",
     exclude_distance: str = "4",
-    slice: str = "",  # the flag's name
+    slice: str = "",  # shadows the builtin: the parameter's name is the flag's
     merge: str = "false",
     scratch: str = "",
     progress_seconds: str = "10",
-    **own: str,
+    **source_flags: str,
 ) -> None:
     """Build the shards of a source."""
-    sources = _sources()
-    flags_of_sources = {flag for module in sources.values() for flag in module.FLAGS}
-    unknown = {name: value for name, value in own.items() if name not in flags_of_sources}
-    refuse_unknown(unexpected, unknown, [*_FLAGS, *sorted(flags_of_sources)], _usage())
-    if not source:
-        raise ConfigError(f"Which source? {_usage()}")
-    if source not in sources:
-        raise ConfigError(unknown_name("source", source, sources))
-    module = sources[source]
-    for flag, value in own.items():
-        if flag not in module.FLAGS:
-            readers = ", ".join(name for name, other in sources.items() if flag in other.FLAGS)
-            raise ConfigError(f"The source {source} does not read --{flag}={value}; {readers} does.")
+    module = _choose_source(source, unexpected, source_flags)
     if not out:
         raise ConfigError("Where to? Give --out=DIR, the folder for the shards.")
-    options = SourceOptions(raw=place(raw) if raw else None, flags=own)
+    options = SourceOptions(raw=to_path(raw) if raw else None, flags=source_flags)
     settings = Settings(
         source=source,
         attribution=module.ATTRIBUTION,
-        images=_policy(module.IMAGES, short_side_px, jpeg_quality, parse_bool("keep_original", keep_original)),
+        images=_parse_images(module.IMAGES, short_side_px, jpeg_quality, parse_bool("keep_original", keep_original)),
         samples_per_shard=parse_whole("samples_per_shard", samples_per_shard or str(module.SAMPLES_PER_SHARD), 1),
         seed=parse_whole("seed", seed, 0),
         keep_repeats=module.KEEP_REPEATS,
-        exclusion=load_exclusion(
-            [name for name in exclude.split(",") if name], parse_whole("exclude_distance", exclude_distance, 0)
-        ),
+        exclusion=_parse_exclusion(exclude, exclude_distance),
     )
-    part, only_merge = _slice(slice), parse_bool("merge", merge)
-    if part is not None and only_merge:
+    only_slice, only_merge = _parse_slice(slice), parse_bool("merge", merge)
+    if only_slice is not None and only_merge:
         raise ConfigError(f"--slice={slice} and --merge contradict each other: give one.")
-    num_workers = parse_whole("workers", workers or str(num_cores()), 0)
-    folder = place(out)
-    room = _scratch(folder, scratch)
+    num_workers = parse_whole("workers", workers or str(count_cores()), 0)
+    folder = to_path(out)
     with (
         ProgressLine(source, parse_whole("progress_seconds", progress_seconds, 0)) as progress,
-        planning(module.records(options), seed=settings.seed, scratch=room, on_progress=progress.planned) as plan,
+        make_plan(
+            module.records(options),
+            seed=settings.seed,
+            scratch=_choose_scratch(folder, scratch),
+            on_progress=progress.show_rows,
+        ) as plan,
     ):
         result = build_corpus(
             plan,
             folder,
             settings,
             workers=num_workers,
-            part=part,
+            only_slice=only_slice,
             only_merge=only_merge,
             extra_files=module.extra_files(options) if hasattr(module, "extra_files") else None,
             show=progress.show,
         )
-    if isinstance(result, list):
-        print(
-            f"This slice is done; {len(result)} shards of other slices are not. The last job writes the manifest; if "
-            "none did, run the same command with --merge instead of --slice."
-        )
-    else:
-        _print_table(folder, result)
-        if not any(manifest.shards for manifest in result.values()):
-            raise DataError(
-                f"No image of {source} could be used; the table says why. Is --raw={raw} the folder that the source "
-                "describes (--help)?"
-            )
+    _report(result, folder, source, raw)
 
 
-def _policy(default: ImagePolicy, short_side_px: str, jpeg_quality: str, keep_original: bool) -> ImagePolicy:
+def _choose_source(source: str, unexpected: Sequence[str], source_flags: Mapping[str, str]) -> ModuleType:
+    """Return the module of a source.
+
+    Raises:
+        ConfigError: there is no such source, or it does not read one of the flags.
+    """
+    modules = _load_sources()
+    known_flags = {flag for module in modules.values() for flag in module.FLAGS}
+    unknown = {name: value for name, value in source_flags.items() if name not in known_flags}
+    usage = _make_usage(modules)
+    refuse_unknown(unexpected, unknown, [*_FLAGS, *sorted(known_flags)], usage)
+    if not source:
+        raise ConfigError(f"Which source? {usage}")
+    if source not in modules:
+        raise ConfigError(unknown_name("source", source, modules))
+    for flag, value in source_flags.items():
+        if flag not in modules[source].FLAGS:
+            readers = ", ".join(name for name, module in modules.items() if flag in module.FLAGS)
+            raise ConfigError(f"The source {source} does not read --{flag}={value}. Sources that do: {readers}.")
+    return modules[source]
+
+
+def _parse_images(default: ImagePolicy, short_side_px: str, jpeg_quality: str, keep_original: bool) -> ImagePolicy:
     images = default
     if keep_original:
         if short_side_px:
@@ -164,7 +165,12 @@ def _policy(default: ImagePolicy, short_side_px: str, jpeg_quality: str, keep_or
     return images
 
 
-def _slice(text: str) -> Slice | None:
+def _parse_exclusion(exclude: str, distance: str) -> Exclusion:
+    folders = [name for name in exclude.split(",") if name]
+    return load_exclusion(folders, parse_whole("exclude_distance", distance, 0))
+
+
+def _parse_slice(text: str) -> Slice | None:
     if not text:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -173,15 +179,35 @@ def _slice(text: str) -> Slice | None:
     return Slice(int(match[1]), int(match[2]))
 
 
-def _scratch(out: Path, scratch: str) -> Path | None:
-    """Beside the shards there is room; the folder of temporary files is memory on some machines."""
+def _choose_scratch(out: Path, scratch: str) -> Path | None:
+    """Return the folder for the plan; None: the system's temporary folder, which is memory on some machines."""
     return Path(scratch) if scratch else None if is_remote(out) else out
 
 
+def _report(result: Mapping[str, Manifest] | Sequence[Path], folder: Path, source: str, raw: str) -> None:
+    """Print what was built.
+
+    Raises:
+        DataError: not one image could be used.
+    """
+    if not isinstance(result, Mapping):
+        print(
+            f"This slice is done; {len(result)} shards of other slices are missing. The job that finishes last writes "
+            "the manifest; if none did, run the same command with --merge instead of --slice."
+        )
+        return
+    _print_table(folder, result)
+    if not any(manifest.shards for manifest in result.values()):
+        raise DataError(
+            f"No image of {source} could be used; the table lists the reasons. Is --raw={raw} the folder that the "
+            "source describes (--help)?"
+        )
+
+
 def _print_table(out: Path, manifests: Mapping[str, Manifest]) -> None:
-    """A row per split, as in the paper's Table 9, and below why texts were rejected."""
+    """Print one row per split, as in the paper's Table 9, and below it why texts were rejected."""
     table = Table("split", title=f"Shards in {out}", title_justify="left")
-    for name in ("images", "captions", "words a caption", "MB", "shards", "rejected"):
+    for name in ("images", "captions", "words per caption", "MB", "shards", "rejected"):
         table.add_column(name, justify="right")
     for split, manifest in manifests.items():
         totals = manifest.totals
@@ -200,7 +226,7 @@ def _print_table(out: Path, manifests: Mapping[str, Manifest]) -> None:
         rejects = sorted(manifest.totals.rejects.items(), key=lambda item: (-item[1], item[0]))
         if rejects:
             reasons = "; ".join(f"{count:,} {reason}" for reason, count in rejects)
-            name = f" of {split}" if split else ""
+            name = f" in {split}" if split else ""
             console.print(f"Rejected captions{name}: {reasons}", soft_wrap=True, markup=False)
 
 

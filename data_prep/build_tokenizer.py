@@ -1,4 +1,4 @@
-"""Train a small byte-level BPE on the captions of a corpus folder, for models without RoBERTa's weights.
+"""Trains a small byte-level BPE tokenizer on the captions of a corpus folder, for models without RoBERTa's weights.
 
 python data_prep/build_tokenizer.py shards/emoji/train --vocabulary_size=1000 --out=tokenizers/emoji
 """
@@ -17,27 +17,27 @@ from bridgetower.errors import ConfigError, DataError
 from bridgetower.shards.index import ShardReader
 from bridgetower.shards.manifest import load_manifest
 
-USAGE = "Usage: python data_prep/build_tokenizer.py SHARDS --vocabulary_size=N --out=DIR"
+_USAGE = "Usage: python data_prep/build_tokenizer.py SHARDS --vocabulary_size=N --out=DIR"
 
-# In this order they get RoBERTa's ids 0 to 3, of which the padding id 1 is the one its positions count from.
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+# In this order, the first four get RoBERTa's ids. The padding id has to be 1: RoBERTa's position ids start after it.
+_SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 _NUM_BYTES = 256
 
 
 def main(shards: str = "", *unexpected: str, vocabulary_size: str = "", out: str = "", **unknown: str) -> None:
-    """Write vocab.json and merges.txt."""
-    refuse_unknown(unexpected, unknown, ["vocabulary_size", "out"], USAGE)
+    """Train a tokenizer and write its vocab.json and merges.txt."""
+    refuse_unknown(unexpected, unknown, ["vocabulary_size", "out"], _USAGE)
     if not shards or not out or not vocabulary_size:
-        raise ConfigError(f"SHARDS, --vocabulary_size and --out are all needed. {USAGE}")
-    size = parse_whole("vocabulary_size", vocabulary_size, _NUM_BYTES + len(SPECIAL_TOKENS))
+        raise ConfigError(f"SHARDS, --vocabulary_size and --out are all needed. {_USAGE}")
+    size = parse_whole("vocabulary_size", vocabulary_size, _NUM_BYTES + len(_SPECIAL_TOKENS))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        _captions(Path(shards)), vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False
+        _read_captions(Path(shards)), vocab_size=size, special_tokens=_SPECIAL_TOKENS, show_progress=False
     )
     if tokenizer.get_vocab_size() != size:
         raise DataError(
-            f"The captions of {shards} give no more than {tokenizer.get_vocab_size()} ids. Use "
-            f"--vocabulary_size={tokenizer.get_vocab_size()}."
+            f"--vocabulary_size={size} is too large: the captions of {shards} give no more than "
+            f"{tokenizer.get_vocab_size()} ids. Use --vocabulary_size={tokenizer.get_vocab_size()}."
         )
     folder = Path(out)
     try:
@@ -48,7 +48,7 @@ def main(shards: str = "", *unexpected: str, vocabulary_size: str = "", out: str
     print(f"{size} ids in {folder}. Use --model.text.tokenizer={folder} --model.text.vocabulary_size={size}.")
 
 
-def _captions(folder: Path) -> Iterator[str]:
+def _read_captions(folder: Path) -> Iterator[str]:
     for shard in load_manifest(folder).shards:
         reader = ShardReader(folder / shard.name)
         for row in range(len(reader)):

@@ -1,4 +1,4 @@
-"""Images that a corpus must not hold, as they are in another one or in an evaluation split: by id and by their look."""
+"""Recognises images that a corpus must not hold, such as those of an evaluation split, by id and by perceptual hash."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ import numpy as np
 import numpy.typing as npt
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.rng import hash64
 from bridgetower.shards.index import load_index, read_row
 from bridgetower.shards.manifest import MANIFEST_NAME, load_manifest
 
 _OTHER_IDS = {"coco_id": "coco", "flickr_id": "flickr30k"}
-"""Fields of a sample that name its picture in another data set, and how image ids of that one begin.
+"""Fields of a sample that name its image in another data set, and the prefix of that data set's image ids.
 
-The files of Flickr30K are named by the number that the photograph has on Flickr, which Visual Genome lists.
+Flickr30K's files are named by the number of the photograph on Flickr, which Visual Genome lists as well.
 """
 _MIN_DETAIL_BITS = 20
-"""Perceptual hashes with fewer bits set or unset are those of plain pictures, which all look alike."""
+"""Perceptual hashes with fewer bits set, or fewer unset, belong to plain images, which all look alike."""
 
 U64 = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What to drop; 16 bytes an image."""
+    """Images to drop; takes 16 bytes of memory per image."""
 
     ids: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
-    """Hashes of the ids, sorted."""
+    """64-bit hashes of the image ids, sorted."""
     hashes: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
     """Perceptual hashes, sorted."""
     distance: int = 0
-    """Pictures count as the same up to this many different bits of 64."""
+    """Largest number of different bits of 64 with which two images count as the same."""
     digest: str = ""
-    """Changes with the content."""
+    """SHA-256 of the content; empty if nothing is excluded."""
 
     def has_id(self, image_id: str, meta: Mapping[str, Any]) -> bool:
-        """True if one of the names of the image is excluded."""
+        """Return true if one of the image's ids is excluded."""
         if not len(self.ids):
             return False
-        names = np.array([hash64(name) for name in image_names(image_id, meta)], np.uint64)
-        at = np.searchsorted(self.ids, names)
-        return bool((self.ids[np.minimum(at, len(self.ids) - 1)] == names).any())
+        hashes = np.array([hash64(name) for name in list_image_names(image_id, meta)], np.uint64)
+        indices = np.searchsorted(self.ids, hashes)
+        return bool((self.ids[np.minimum(indices, len(self.ids) - 1)] == hashes).any())
 
     def has_hash(self, phash: int) -> bool:
-        """True if an excluded image looks like it."""
-        if not len(self.hashes) or not is_telling(phash):
+        """Return true if an excluded image has nearly this perceptual hash."""
+        if not len(self.hashes) or not is_distinctive(phash):
             return False
         return bool((np.bitwise_count(self.hashes ^ np.uint64(phash)) <= self.distance).any())
 
 
-def image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
-    """All names that an image has in the data sets that it is in."""
+def list_image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the ids of an image in all data sets that are known to hold it."""
     if image_id:
         yield image_id
     for name, prefix in _OTHER_IDS.items():
@@ -65,8 +65,8 @@ def image_names(image_id: str, meta: Mapping[str, Any]) -> Iterator[str]:
             yield f"{prefix}:{meta[name]}"
 
 
-def is_telling(phash: int) -> bool:
-    """False for the hash of a plain picture, which says nothing about it."""
+def is_distinctive(phash: int) -> bool:
+    """Return false for the hash of a plain image, which many different images share."""
     return _MIN_DETAIL_BITS <= phash.bit_count() <= 64 - _MIN_DETAIL_BITS
 
 
@@ -74,18 +74,18 @@ def load_exclusion(manifests: Sequence[str], distance: int) -> Exclusion:
     """Collect the images of corpora.
 
     Args:
-        manifests: their folders, or the shards.json in them.
-        distance: up to how many different bits of 64 two pictures count as the same.
+        manifests: folders of the corpora, or the shards.json in them.
+        distance: largest number of different bits of 64 with which two images count as the same.
 
     Raises:
-        DataError: a corpus is not there, or was built without perceptual hashes.
+        DataError: a corpus does not exist, or was built without perceptual hashes.
     """
     ids: list[int] = []
     hashes: list[int] = []
     for name in manifests:
-        path = place(name)
+        path = to_path(name)
         folder = path.parent if path.name == MANIFEST_NAME else path
-        for record in _records(folder):
+        for record in _read_records(folder):
             try:
                 phash = int(record["phash"], 16)
             except (KeyError, TypeError, ValueError):
@@ -93,17 +93,17 @@ def load_exclusion(manifests: Sequence[str], distance: int) -> Exclusion:
                     f"--exclude={name}: its samples have no perceptual hash ({record.get('phash')!r}). Build these "
                     "shards again with this version."
                 ) from None
-            ids += [hash64(one) for one in image_names(record["image_id"], record)]
-            if is_telling(phash):
+            ids += [hash64(image_name) for image_name in list_image_names(record["image_id"], record)]
+            if is_distinctive(phash):
                 hashes.append(phash)
     if not manifests:
         return Exclusion()
-    found = [np.unique(np.array(values, np.uint64)) for values in (ids, hashes)]
-    digest = hashlib.sha256(f"{distance} {len(found[0])} ".encode() + b"".join(one.tobytes() for one in found))
-    return Exclusion(found[0], found[1], distance, digest.hexdigest())
+    sorted_ids, sorted_hashes = (np.unique(np.array(values, np.uint64)) for values in (ids, hashes))
+    content = f"{distance} {len(sorted_ids)} ".encode() + sorted_ids.tobytes() + sorted_hashes.tobytes()
+    return Exclusion(sorted_ids, sorted_hashes, distance, hashlib.sha256(content).hexdigest())
 
 
-def _records(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_records(folder: Path) -> Iterator[dict[str, Any]]:
     for shard in load_manifest(folder).shards:
         for row in load_index(folder / shard.name):
             yield read_row(folder / shard.name, row).record

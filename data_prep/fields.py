@@ -1,4 +1,4 @@
-"""Reads the fields of a JSON row by type: what its owner would not publish is refused with its place and value."""
+"""Reads the fields of a JSON row by type; a field of another type is refused with its file, row and value."""
 
 from __future__ import annotations
 
@@ -8,90 +8,90 @@ from typing import Any
 from bridgetower.errors import DataError
 
 _MAX_SHOWN = 80
-_CURE = "Correct the row, or copy or download the file as its owner publishes it."
+_SUGGESTION = "Correct the row, or copy or download the file as its owner publishes it."
 
 
-def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A field that is a text, which may be empty.
+def get_text(row: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field that is a text, which may be empty.
 
     Args:
         where: names the row in errors.
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the field is missing, or not a text.
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise refusal(row, name, where, "a text")
+        raise field_error(row, name, where, "a text")
     return value
 
 
-def name_of(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A field that is the name of a file or folder, and no path that could lead anywhere else.
+def get_file_name(row: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field that is the name of a file or folder, not a path that could lead out of its folder.
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the field is missing, or not such a name.
     """
     value = row.get(name)
-    if not isinstance(value, str) or value in ("", ".", "..") or any(sign in value for sign in "/\\\0"):
-        raise refusal(row, name, where, "the name of a file or folder, without a path")
+    if not isinstance(value, str) or value in ("", ".", "..") or any(character in value for character in "/\\\0"):
+        raise field_error(row, name, where, "the name of a file or folder, without a path")
     return value
 
 
-def whole_of(row: Mapping[str, Any], name: str, where: str) -> int:
-    """A field that is a whole number.
+def get_whole_number(row: Mapping[str, Any], name: str, where: str) -> int:
+    """Return a field that is a whole number.
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the field is missing, or not a whole number.
     """
     value = row.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise refusal(row, name, where, "a whole number")
+        raise field_error(row, name, where, "a whole number")
     return value
 
 
-def whole_or_none_of(row: Mapping[str, Any], name: str, where: str) -> int | None:
-    """A field that is a whole number, or null, or not there.
+def get_optional_whole_number(row: Mapping[str, Any], name: str, where: str) -> int | None:
+    """Return a field that is a whole number; None where it is null or missing.
 
     Raises:
-        DataError: it is something else.
+        DataError: the field is something else.
     """
-    return None if row.get(name) is None else whole_of(row, name, where)
+    return None if row.get(name) is None else get_whole_number(row, name, where)
 
 
-def objects_of(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
-    """A field that is a list of JSON objects, which may be empty.
+def get_objects(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    """Return a field that is a list of JSON objects, which may be empty.
 
     Raises:
-        DataError: it is missing, or something else.
+        DataError: the field is missing, or not such a list.
     """
     value = row.get(name)
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise refusal(row, name, where, "a list of JSON objects")
+    if not isinstance(value, list) or not all(isinstance(element, dict) for element in value):
+        raise field_error(row, name, where, "a list of JSON objects")
     return value
 
 
-def as_object(value: Any, where: str) -> dict[str, Any]:
-    """An element of an array that is a JSON object.
+def require_object(value: Any, where: str) -> dict[str, Any]:
+    """Return the value itself if it is a JSON object.
 
     Raises:
         DataError: it is something else.
     """
     if not isinstance(value, dict):
-        raise DataError(f"{where} is {_short(value)}; it has to be a JSON object. {_CURE}")
+        raise DataError(f"{where} is {_shorten(value)}; it has to be a JSON object. {_SUGGESTION}")
     return value
 
 
-def refusal(row: Mapping[str, Any], name: str, where: str, wanted: str) -> DataError:
-    """The error for a field that is not what it has to be.
+def field_error(row: Mapping[str, Any], name: str, where: str, expected: str) -> DataError:
+    """Make the error for a field with a wrong value.
 
     Args:
-        wanted: what it has to be, in a few words.
+        expected: what the field has to be, in a few words.
     """
-    found = f"{name}={_short(row[name])}" if name in row else f"no {name}"
-    return DataError(f"{where} has {found}; it has to be {wanted}. {_CURE}")
+    actual = f"{name}={_shorten(row[name])}" if name in row else f"no {name}"
+    return DataError(f"{where} has {actual}; it has to be {expected}. {_SUGGESTION}")
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= _MAX_SHOWN else f"{shown[: _MAX_SHOWN - 3]}..."

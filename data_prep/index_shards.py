@@ -1,9 +1,9 @@
-"""Makes manifest and row indexes for webdataset tars that others built: img2dataset, LAION, DataComp.
+"""Writes the manifest and row indexes of webdataset tars that another tool wrote: img2dataset, LAION, DataComp.
 
 python data_prep/index_shards.py DIR [--source=NAME] [--decode=true] [--workers=N]
 
-A sample needs an image and a json with ``caption`` (or ``captions``). Samples without, and images that cannot be
-decoded, are left out of the index, counted by reason. The tars themselves are not touched.
+A sample needs an image and a json with ``caption`` (or ``captions``). Samples without them, and those whose image
+cannot be decoded, are left out of the index and counted by reason. The tars themselves are not changed.
 """
 
 from __future__ import annotations
@@ -20,27 +20,35 @@ from rich.console import Console
 from bridgetower.config.cli import parse_bool, parse_whole, refuse_unknown, run_command
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import sha256_of
-from bridgetower.io.storage import publish_bytes, reading
-from bridgetower.shards.index import Index, IndexRow, index_bytes, index_path, index_row, make_index, samples_of_tar
+from bridgetower.io.storage import explain_read_errors, publish_bytes
+from bridgetower.shards.index import (
+    Index,
+    IndexRow,
+    encode_index,
+    index_path,
+    iterate_samples,
+    make_index,
+    make_index_row,
+)
 from bridgetower.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, Totals, write_manifest
 from bridgetower.shards.sample import IMAGE_SUFFIXES, parse_record
-from data_prep.build import add_up, num_cores
+from data_prep.build import add_totals, count_cores
 from data_prep.convert import Rejected, convert
-from data_prep.local import each_shard, local_copy, shard_folder
+from data_prep.local import copy_locally, map_shards, require_shard_folder
 from data_prep.record import ImagePolicy
-from data_prep.shard_writer import STATE_FOLDER, writing
+from data_prep.shard_writer import STATE_FOLDER, explain_write_errors
 
 _FLAGS = {
-    "source": "name of the corpus in the manifest (default: that of the folder)",
-    "decode": "decode each image, to leave out damaged ones (default true)",
-    "workers": "processes (default: all cores)",
+    "source": "name of the corpus in the manifest (default: name of the folder)",
+    "decode": "decode every image, to leave out damaged ones (default true)",
+    "workers": "number of processes (default: all cores)",
 }
 _USAGE = "Usage: python data_prep/index_shards.py DIR [flags]\n\nFlags:\n" + "\n".join(
     f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
 )
 INDEXED = "indexed"
-"""A setting in the manifest of such a folder, by which check_shards.py knows it."""
-_AS_THEY_ARE = ImagePolicy(short_side_px=0)
+"""Setting in the manifest by which check_shards.py recognises tars of other tools."""
+_KEEP_SIZE = ImagePolicy(short_side_px=0)
 
 
 def main(
@@ -53,46 +61,46 @@ def main(
 ) -> None:
     """Index the tars of a folder."""
     refuse_unknown(unexpected, unknown, list(_FLAGS), _USAGE)
-    place = shard_folder(folder, _USAGE)
-    with reading(place):
-        shards = sorted(place.glob("*.tar"))
-        if (place / STATE_FOLDER).is_dir():
+    path = require_shard_folder(folder, _USAGE)
+    with explain_read_errors(path):
+        shards = sorted(path.glob("*.tar"))
+        if (path / STATE_FOLDER).is_dir():
             raise ConfigError(
-                f"{place} was built by build_shards.py, which makes manifest and indexes itself. Run it again, or "
-                f"`python data_prep/check_shards.py {place} --repair`."
+                f"{path} was built by build_shards.py, which writes manifest and indexes itself. Run it again, or run "
+                f"`python data_prep/check_shards.py {path} --repair`."
             )
     if not shards:
-        raise DataError(f"{place} has no *.tar files to index.")
-    checked = parse_bool("decode", decode)
-    found = each_shard(
+        raise DataError(f"{path} has no *.tar files to index. Give the folder of the tars.")
+    must_decode = parse_bool("decode", decode)
+    results = map_shards(
         "indexing",
         _index,
-        [(shard, checked) for shard in shards],
-        parse_whole("workers", workers or str(num_cores()), 1),
+        [(shard, must_decode) for shard in shards],
+        parse_whole("workers", workers or str(count_cores()), 1),
     )
     manifest = Manifest(
-        source=source or place.name,
+        source=source or path.name,
         split="",
-        settings={INDEXED: "tars of others", "decode": checked},
+        settings={INDEXED: "tars of others", "decode": must_decode},
         attribution="",
-        totals=add_up([totals for _, totals in found], {}),
-        shards=tuple(entry for entry, _ in found if entry.samples),
+        totals=add_totals([totals for _, totals in results], {}),
+        shards=tuple(entry for entry, _ in results if entry.samples),
     )
-    with writing(place / MANIFEST_NAME):
-        write_manifest(place, manifest)
+    with explain_write_errors(path / MANIFEST_NAME):
+        write_manifest(path, manifest)
     totals = manifest.totals
     rejected = "; ".join(f"{count:,} {reason}" for reason, count in totals.image_rejects.items()) or "none"
     Console().print(
-        f"{place / MANIFEST_NAME}: {totals.images:,} images in {len(manifest.shards):,} shards; left out: {rejected}",
+        f"{path / MANIFEST_NAME}: {totals.images:,} images in {len(manifest.shards):,} shards; left out: {rejected}",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def _index(shard: Path, decode: bool) -> tuple[ShardEntry, Totals]:
-    """Write the index of one tar; runs in a worker."""
-    with local_copy(shard) as local:
-        index, totals = scan_foreign(local, shard.name, decode=decode)
+    """Write the index of one tar; runs in a worker process."""
+    with copy_locally(shard) as local:
+        index, totals = scan_foreign_tar(local, shard.name, decode=decode)
         entry = ShardEntry(
             name=shard.name,
             samples=len(index),
@@ -100,44 +108,45 @@ def _index(shard: Path, decode: bool) -> tuple[ShardEntry, Totals]:
             bytes=local.stat().st_size,
             sha256=sha256_of(local),
         )
-    with writing(index_path(shard)):
-        publish_bytes(index_path(shard), index_bytes(index))
+    with explain_write_errors(index_path(shard)):
+        publish_bytes(index_path(shard), encode_index(index))
     return entry, totals
 
 
-def scan_foreign(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals]:
-    """The row index of a tar of another tool, without the samples that cannot be used.
+def scan_foreign_tar(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals]:
+    """Make the row index of a tar that another tool wrote, without the samples that cannot be used.
 
     Args:
-        name: what errors call the tar.
-        decode: leave out images that cannot be decoded, too.
+        name: names the tar in errors.
+        decode: also leave out the images that cannot be decoded.
+
+    Returns: the index, and the totals of the tar.
 
     Raises:
         DataError: the tar itself is damaged.
     """
     rows: list[IndexRow] = []
     rejects: Counter[str] = Counter()
-    num_samples = words = num_bytes = captions = 0
+    num_samples = words = captions = 0
     with shard.open("rb") as file:
 
-        def content_of(member: tarfile.TarInfo) -> bytes:
+        def read_content(member: tarfile.TarInfo) -> bytes:
             file.seek(member.offset_data)
             return file.read(member.size)
 
-        for key, members in samples_of_tar(shard, name):
+        for key, members in iterate_samples(shard, name):
             num_samples += 1
             try:
-                image, record = _members(members)
-                content = _record(content_of(record), f"{name}:{key}")
+                image, record = _find_members(members)
+                content = _parse_record(read_content(record), f"{name}:{key}")
                 if decode:
-                    convert(content_of(image), _AS_THEY_ARE, f"{name}:{key}")
+                    convert(read_content(image), _KEEP_SIZE, f"{name}:{key}")
             except Rejected as reason:
                 rejects[str(reason)] += 1
                 continue
-            rows.append(index_row(image, record, content))
+            rows.append(make_index_row(image, record, content))
             captions += len(content["captions"])
             words += sum(len(caption.split()) for caption in content["captions"])
-            num_bytes += image.size + record.size
     totals = Totals(
         rows=captions + rejects.total(),
         images_in=num_samples,
@@ -151,7 +160,12 @@ def scan_foreign(shard: Path, name: str, *, decode: bool) -> tuple[Index, Totals
     return make_index(rows), totals
 
 
-def _members(members: dict[str, tarfile.TarInfo]) -> tuple[tarfile.TarInfo, tarfile.TarInfo]:
+def _find_members(members: dict[str, tarfile.TarInfo]) -> tuple[tarfile.TarInfo, tarfile.TarInfo]:
+    """Return the image and the json of a sample.
+
+    Raises:
+        Rejected: it does not have exactly one image, or has no json.
+    """
     images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
     if len(images) != 1:
         raise Rejected("no image" if not images else "more than one image")
@@ -160,7 +174,7 @@ def _members(members: dict[str, tarfile.TarInfo]) -> tuple[tarfile.TarInfo, tarf
     return members[images[0]], members["json"]
 
 
-def _record(raw: bytes, where: str) -> dict[str, Any]:
+def _parse_record(raw: bytes, where: str) -> dict[str, Any]:
     try:
         return parse_record(raw, where)
     except DataError:

@@ -1,4 +1,4 @@
-"""Reads the JSON of Andrej Karpathy's splits, in which COCO and Flickr30K have the same form."""
+"""Reads the JSON files of Andrej Karpathy's splits, which have the same form for COCO and Flickr30K."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from bridgetower.errors import DataError
 from bridgetower.shards.sample import safe_key
-from data_prep.fields import as_object, name_of, objects_of, refusal, text_of, whole_of
-from data_prep.raw_files import json_items, raw_folder, require_files
+from data_prep.fields import field_error, get_file_name, get_objects, get_text, get_whole_number, require_object
+from data_prep.raw_files import read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, Record, SourceOptions
 
 _COCO_FILE = "karpathy/dataset_coco.json"
@@ -24,11 +24,12 @@ COCO_ATTRIBUTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class KarpathyImage:
-    """An image of such a file."""
+    """One image of a file of Karpathy's."""
 
     row: dict[str, Any]
+    """The image's JSON object."""
     where: str
-    """Names it in errors."""
+    """Name of the image in errors: its file and number."""
     file_name: str
     split: str
     captions: tuple[str, ...]
@@ -39,28 +40,28 @@ class KarpathyImage:
         return PurePosixPath(self.file_name).stem
 
 
-def karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[KarpathyImage]:
-    """All images of the file, one at a time.
+def read_karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[KarpathyImage]:
+    """Yield the images of a file, one at a time.
 
     Args:
-        splits: those that there are.
+        splits: the splits that the file may name.
 
     Raises:
-        DataError: the file is not JSON, has no images, or one is not as published.
+        DataError: the file is not JSON, has no images, or an image is not as published.
     """
     number = 0
-    for number, value in enumerate(json_items(file, "images.item"), 1):
+    for number, value in enumerate(read_json_items(file, "images.item"), 1):
         where = f"{file}, image {number}"
-        row = as_object(value, where)
-        split = text_of(row, "split", where)
+        row = require_object(value, where)
+        split = get_text(row, "split", where)
         if split not in splits:
-            raise refusal(row, "split", where, f"one of {', '.join(splits)}")
+            raise field_error(row, "split", where, f"one of {', '.join(splits)}")
         yield KarpathyImage(
             row=row,
             where=where,
-            file_name=name_of(row, "filename", where),
+            file_name=get_file_name(row, "filename", where),
             split=split,
-            captions=tuple(text_of(sentence, "raw", where) for sentence in objects_of(row, "sentences", where)),
+            captions=tuple(get_text(sentence, "raw", where) for sentence in get_objects(row, "sentences", where)),
         )
     if not number:
         raise DataError(
@@ -68,23 +69,23 @@ def karpathy_images(file: Path, splits: Sequence[str]) -> Iterator[KarpathyImage
         )
 
 
-def coco_records(options: SourceOptions, source: str) -> Iterator[Record]:
-    """COCO's images with their captions.
+def read_coco_records(options: SourceOptions, source: str) -> Iterator[Record]:
+    """Yield COCO's images with their captions.
 
     Args:
-        source: which source reads them, for errors.
+        source: name of the source, for errors.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: a file is missing, or not as published.
     """
-    raw = raw_folder(options, source, f"{_COCO_FILE} and the pictures in train2014 and val2014")
+    raw = require_raw_folder(options, source, f"{_COCO_FILE} and the images in train2014 and val2014")
     (file,) = require_files(raw, [_COCO_FILE], source)
-    for image in karpathy_images(file, _COCO_SPLITS):
-        coco_id = whole_of(image.row, "cocoid", image.where)
+    for image in read_karpathy_images(file, _COCO_SPLITS):
+        coco_id = get_whole_number(image.row, "cocoid", image.where)
         yield Record(
             key=safe_key(image.stem),
-            image=ImageFile(path=raw / name_of(image.row, "filepath", image.where) / image.file_name),
+            image=ImageFile(path=raw / get_file_name(image.row, "filepath", image.where) / image.file_name),
             image_id=f"coco:{coco_id}",
             captions=image.captions,
             split=image.split,

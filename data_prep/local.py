@@ -1,4 +1,4 @@
-"""What the commands on finished shards share: their folder, a local copy of a remote shard, and work on all cores."""
+"""Helpers of the commands that read finished shards: their folder, local copies of shards, and work on all cores."""
 
 from __future__ import annotations
 
@@ -16,49 +16,52 @@ from rich.console import Console
 from rich.progress import track
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import is_remote, place, reading
+from bridgetower.io.storage import explain_read_errors, is_remote, to_path
 
 T = TypeVar("T")
 
 
-def shard_folder(text: str, usage: str) -> Path:
-    """The folder of an argument.
+def require_shard_folder(text: str, usage: str) -> Path:
+    """Return the folder that a command line names.
 
     Raises:
-        ConfigError: none was given.
+        ConfigError: the text is empty.
         DataError: there is no such folder.
     """
     if not text:
         raise ConfigError(f"Which folder? {usage}")
-    folder = place(text)
-    with reading(folder):
+    folder = to_path(text)
+    with explain_read_errors(folder):
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder. Give the folder of a corpus, with its *.tar files.")
     return folder
 
 
 @contextmanager
-def local_copy(file: Path) -> Iterator[Path]:
-    """The file itself, or of a remote one a copy that is gone afterwards.
+def copy_locally(file: Path) -> Iterator[Path]:
+    """Yield a local file as it is, and a remote one as a temporary copy.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     if not is_remote(file):
         yield file
         return
     with tempfile.TemporaryDirectory(prefix="shard-") as folder:
         copy = Path(folder) / file.name
-        with reading(file), file.open("rb") as source, copy.open("wb") as target:
+        with explain_read_errors(file), file.open("rb") as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         yield copy
 
 
-def each_shard(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> list[T]:
-    """Call a function for each shard, on several cores, with a progress bar. Returns: what it gives, in order.
+def map_shards(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]], workers: int) -> list[T]:
+    """Call a function for each shard, on several cores, with a progress bar. Returns: its results, in order.
+
+    Args:
+        calls: arguments of each call.
 
     Raises:
-        DataError: a worker died, or what the function raises.
+        DataError: a worker process died, or the function raised it.
     """
     console = Console(stderr=True)
     results: dict[int, T] = {}
@@ -73,7 +76,9 @@ def each_shard(title: str, work: Callable[..., T], calls: Sequence[tuple[Any, ..
             for future in done:
                 results[futures[future]] = future.result()
         except BrokenProcessPool:
-            raise DataError("A worker process died, most likely for want of memory. Use fewer --workers.") from None
+            raise DataError(
+                "A worker process died, most likely because memory ran out. Run the command again with fewer --workers."
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

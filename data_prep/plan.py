@@ -1,7 +1,7 @@
-"""Which record goes into which shard, worked out on disk: rows of the same image joined, put in order, cut into shards.
+"""Plans a build on disk: joins the records of each image into one sample and puts all samples in their final order.
 
-Sources give rows in any order and number. SQLite sorts them in files of its own, so that four million images take no
-more memory than four. The order depends on the seed and the keys alone.
+Sources yield any number of records in any order. SQLite sorts them in files of its own, so that four million images
+take no more memory than four. The order depends only on the seed and the keys.
 """
 
 from __future__ import annotations
@@ -23,89 +23,91 @@ from typing import Any
 
 from bridgetower import rng
 from bridgetower.errors import DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from data_prep.record import ImageFile, Record, Reject
 
 _PREFIX = ".plan-"
 _BATCH = 5_000
 _CACHE_KIB = 32_768
-_SIGN = 1 << 63  # SQLite's integers are signed
+_SIGN_BIT = 1 << 63  # subtracted from 64-bit hashes, since SQLite's integers are signed
 
-# (path, offset, num_bytes) as JSON holds them
-_Image = tuple[str, int, int]
+_EncodedImage = tuple[str, int, int]
+"""Path, offset and length of an image, as the JSON in the plan holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSplit:
-    """The samples of a split, in their final order, and what its source dropped."""
+    """Samples of one split, which stand one after the other in the plan, and the rows that the source dropped."""
 
     name: str
     first: int
     """Number of its first sample in the plan."""
     samples: int
+    """Number of its samples."""
     rows: int
-    """Texts of all its records and rejects."""
+    """Number of texts of its records and rejects; an image without a text counts as one."""
     rejects: dict[str, int]
-    """Rows that the source itself dropped, by reason."""
+    """Number of rows that the source dropped, by reason."""
 
 
 class Plan:
-    """A finished plan; opened by each worker for itself, which reads only its own part."""
+    """A finished plan. Each worker opens it for itself and reads only the records of its shards."""
 
     def __init__(self, file: Path) -> None:
-        """Open a plan that write_plan has made."""
+        """Open a plan that make_plan has written."""
         self.file = file
         self._database = sqlite3.connect(
             f"file:{file.as_posix()}?mode=ro&immutable=1", uri=True, check_same_thread=False
         )
 
     def splits(self) -> list[PlannedSplit]:
-        """All splits by name, those too of which the source dropped every row."""
+        """Return all splits, sorted by name, including those of which the source dropped every row."""
         return [
             PlannedSplit(name=name, first=first, samples=samples, rows=rows, rejects=json.loads(rejects))
             for name, first, samples, rows, rejects in self._database.execute("SELECT * FROM splits ORDER BY name")
         ]
 
     def records(self, first: int, count: int) -> Iterator[Record]:
-        """The joined records from number ``first`` on."""
+        """Yield ``count`` joined records, from number ``first`` on."""
         rows = self._database.execute(
             "SELECT split, key, content FROM samples WHERE number >= ? AND number < ? ORDER BY number",
             (first, first + count),
         )
         for split, key, content in rows:
-            yield _record(split, key, json.loads(content))
+            yield _decode_record(split, key, json.loads(content))
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._database.close()
 
 
 @contextmanager
-def planning(
+def make_plan(
     entries: Iterable[Record | Reject],
     *,
     seed: int,
     scratch: Path | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Plan]:
-    """Make a plan that lasts as long as the block.
+    """Make a plan that exists as long as the block.
 
     Args:
         entries: what a source yields.
         scratch: folder for the plan, which takes about three times the bytes of all texts with their file names; by
-            default the system's folder for temporary files.
-        on_progress: called now and then with the number of rows so far.
+            default the system's temporary folder.
+        on_progress: called with the number of rows read so far, once per batch of records.
 
     Raises:
         DataError: rows contradict each other, there are none, or the disk is full.
     """
     source = iter(entries)
-    wanted = Path(scratch or tempfile.gettempdir()).absolute()
-    there = next(path for path in (wanted, *wanted.parents) if path.is_dir())
-    with _sqlite_files(there):
-        first = list(itertools.islice(source, 1))  # a source that refuses its input does so now: nothing is made for it
-    with _own_folder(scratch) as folder:
-        with _sqlite_files(folder):
+    target = Path(scratch or tempfile.gettempdir()).absolute()
+    existing = next(path for path in (target, *target.parents) if path.is_dir())
+    with _keep_sqlite_files_in(existing):
+        # A source that refuses its input does so at its first entry: then no folder is made.
+        first = list(itertools.islice(source, 1))
+    with _make_plan_folder(scratch) as folder:
+        with _keep_sqlite_files_in(folder):
             _write(itertools.chain(first, source), folder / "plan.sqlite", seed, on_progress)
         plan = Plan(folder / "plan.sqlite")
         try:
@@ -115,8 +117,10 @@ def planning(
 
 
 @contextmanager
-def _sqlite_files(folder: Path) -> Iterator[None]:
-    """Where SQLite puts the files of its sorting and of DiskDict: /tmp and /var/tmp are small or memory on some nodes.
+def _keep_sqlite_files_in(folder: Path) -> Iterator[None]:
+    """Make SQLite put its temporary files, of sorting and of DiskDict, into a folder.
+
+    By default it uses /var/tmp or /tmp, which are small, or memory, on some nodes.
 
     Raises:
         DataError: the disk is full.
@@ -134,29 +138,31 @@ def _sqlite_files(folder: Path) -> Iterator[None]:
 
 
 def _set_temporary_folder(folder: str) -> None:
-    # Of the whole process. The variable SQLITE_TMPDIR would be too late: SQLite reads it once, when it is loaded.
+    # The pragma sets it for the whole process. The variable SQLITE_TMPDIR would come too late: SQLite reads it once,
+    # when it is loaded.
     quoted = folder.replace("'", "''")
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute(f"PRAGMA temp_store_directory = '{quoted}'")
 
 
 @contextmanager
-def _own_folder(scratch: Path | None) -> Iterator[Path]:
-    """A temporary folder; those that killed programs left behind on this machine are removed."""
-    # Locks of other machines are not seen on every file system.
-    own = f"{_PREFIX}{platform.node()}-"
+def _make_plan_folder(scratch: Path | None) -> Iterator[Path]:
+    """Make a folder for the block, and remove those that killed programs left behind on this machine."""
+    # The name has the machine in it: on some file systems, locks of other machines are invisible.
+    prefix = f"{_PREFIX}{platform.node()}-"
     try:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
-        _remove_stale(Path(scratch or tempfile.gettempdir()), own)
-        unnamed = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}new-", dir=scratch))
+        _remove_stale(Path(scratch or tempfile.gettempdir()), prefix)
+        unlocked = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}new-", dir=scratch))
     except OSError as error:
         raise DataError(f"{scratch} cannot be written to ({error.strerror}). Use another folder.") from error
-    # Locked before it has the name by which others look for it: they would take it for one that was left behind.
-    lock = os.open(unnamed, os.O_RDONLY)
+    # The folder gets its final name only after it is locked: under that name, another program would remove an unlocked
+    # folder as stale.
+    lock = os.open(unlocked, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    folder = unnamed.rename(unnamed.with_name(unnamed.name.replace(f"{_PREFIX}new-", own)))
+    folder = unlocked.rename(unlocked.with_name(unlocked.name.replace(f"{_PREFIX}new-", prefix)))
     try:
         yield folder
     finally:
@@ -164,25 +170,25 @@ def _own_folder(scratch: Path | None) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove_stale(scratch: Path, own: str) -> None:
-    for stale in scratch.glob(f"{own}*"):
+def _remove_stale(scratch: Path, prefix: str) -> None:
+    for stale in scratch.glob(f"{prefix}*"):
         try:
             lock = os.open(stale, os.O_RDONLY)
-        except OSError:  # another user's, or gone by now
+        except OSError:  # it belongs to another user, or has been removed meanwhile
             continue
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its program lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its program is running
             shutil.rmtree(stale, ignore_errors=True)
         os.close(lock)
 
 
 def _write(entries: Iterable[Record | Reject], file: Path, seed: int, on_progress: Callable[[int], None]) -> None:
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
-        # Nothing of it has to survive a crash.
+        # Faster without safety: nothing in the plan has to survive a crash.
         for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{_CACHE_KIB}", "temp_store=FILE"):
             database.execute(f"PRAGMA {pragma}")
         database.execute(
-            "CREATE TABLE rows (seq INTEGER PRIMARY KEY, split TEXT, place INTEGER, key TEXT, content TEXT)"
+            "CREATE TABLE rows (seq INTEGER PRIMARY KEY, split TEXT, position INTEGER, key TEXT, content TEXT)"
         )
         database.execute("CREATE TABLE samples (number INTEGER PRIMARY KEY, split TEXT, key TEXT, content TEXT)")
         database.execute(
@@ -190,11 +196,12 @@ def _write(entries: Iterable[Record | Reject], file: Path, seed: int, on_progres
         )
         rows, rejects = _collect(database, entries, seed, on_progress)
         _check_splits(rows, {split for split, _ in rejects})
-        first = {split: (number, samples) for split, number, samples in _join(database)}
+        ranges = {split: (first, samples) for split, first, samples in _join(database)}
         for split in sorted(rows.keys() | {split for split, _ in rejects}):
-            own = {reason: count for (name, reason), count in sorted(rejects.items()) if name == split}
-            start, samples = first.get(split, (0, 0))
-            row = (split, start, samples, rows[split] + sum(own.values()), json.dumps(own))
+            split_rejects = {reason: count for (name, reason), count in sorted(rejects.items()) if name == split}
+            first, samples = ranges.get(split, (0, 0))
+            num_rows = rows[split] + sum(split_rejects.values())
+            row = (split, first, samples, num_rows, json.dumps(split_rejects))
             database.execute("INSERT INTO splits VALUES (?, ?, ?, ?, ?)", row)
         database.execute("DROP TABLE rows")
 
@@ -202,7 +209,7 @@ def _write(entries: Iterable[Record | Reject], file: Path, seed: int, on_progres
 def _collect(
     database: sqlite3.Connection, entries: Iterable[Record | Reject], seed: int, on_progress: Callable[[int], None]
 ) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    """Write all records down as they come. Returns: texts by split, and dropped rows by split and reason."""
+    """Write all records to the database, unsorted. Returns: texts by split, and dropped rows by split and reason."""
     stream = rng.key(seed, "order of records")
     rows: Counter[str] = Counter()
     rejects: Counter[tuple[str, str]] = Counter()
@@ -214,16 +221,19 @@ def _collect(
                 rejects[entry.split, entry.reason] += entry.rows
         for record in records:
             rows[record.split] += max(1, len(record.captions))
-        places = rng.keys(stream, [record.key for record in records])
+        positions = rng.keys(stream, [record.key for record in records])
         database.execute("BEGIN")
         database.executemany(
-            "INSERT INTO rows (split, place, key, content) VALUES (?, ?, ?, ?)",
-            [(r.split, int(at) - _SIGN, r.key, _content(r)) for r, at in zip(records, places, strict=True)],
+            "INSERT INTO rows (split, position, key, content) VALUES (?, ?, ?, ?)",
+            [
+                (record.split, int(position) - _SIGN_BIT, record.key, _encode_record(record))
+                for record, position in zip(records, positions, strict=True)
+            ],
         )
         database.execute("COMMIT")
         on_progress(rows.total() + rejects.total())
     if not rows and not rejects:
-        raise DataError("The source gave no rows: is --raw the right folder, and its caption file not empty?")
+        raise DataError("The source has no rows. Is --raw the right folder, and is its caption file not empty?")
     return rows, rejects
 
 
@@ -231,8 +241,8 @@ def _check_splits(rows: Counter[str], rejected: set[str]) -> None:
     names = sorted(set(rows) | rejected)
     if "" in names and len(names) > 1:
         raise DataError(
-            f"{rows['']} rows have no split, others are in {', '.join(name for name in names if name)}. Give each one "
-            "a split."
+            f"{rows['']} rows have no split, others are in {', '.join(name for name in names if name)}. Give every row "
+            "a split, or none."
         )
     for name in names:
         if name and not all(letter.isalnum() or letter in "_-" for letter in name):
@@ -240,51 +250,51 @@ def _check_splits(rows: Counter[str], rejected: set[str]) -> None:
 
 
 def _join(database: sqlite3.Connection) -> list[tuple[str, int, int]]:
-    """Make one sample of all rows of a key, in the final order. Returns: split, its first number, how many samples."""
-    ordered = database.execute("SELECT split, key, content FROM rows ORDER BY split, place, key, seq")
-    found: list[tuple[str, int, int]] = []
+    """Write one sample per key, in the final order. Returns: each split, its first number and number of samples."""
+    ordered = database.execute("SELECT split, key, content FROM rows ORDER BY split, position, key, seq")
+    ranges: list[tuple[str, int, int]] = []
     number = 0
-    for split, of_split in itertools.groupby(ordered, key=lambda row: str(row[0])):
+    for split, split_rows in itertools.groupby(ordered, key=lambda row: str(row[0])):
         first = number
         samples = (
-            (split, key, json.dumps(_joined(key, [json.loads(row[2]) for row in of_key])))
-            for key, of_key in itertools.groupby(of_split, key=lambda row: str(row[1]))
+            (split, key, json.dumps(_join_records(key, [json.loads(row[2]) for row in key_rows])))
+            for key, key_rows in itertools.groupby(split_rows, key=lambda row: str(row[1]))
         )
         while batch := list(itertools.islice(samples, _BATCH)):
-            numbered = [(number + at, *sample) for at, sample in enumerate(batch)]
+            numbered = [(number, *sample) for number, sample in enumerate(batch, number)]
             database.execute("BEGIN")
             database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?)", numbered)
             database.execute("COMMIT")
             number += len(batch)
-        found.append((split, first, number - first))
-    return found
+        ranges.append((split, first, number - first))
+    return ranges
 
 
-def _joined(key: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    first = parts[0]
-    for part in parts[1:]:
+def _join_records(key: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    first = records[0]
+    for record in records[1:]:
         for field in ("image", "second_image", "image_id", "meta"):
-            if part[field] != first[field]:
+            if record[field] != first[field]:
                 raise DataError(
-                    f"Two images have the key {key!r}: their {field} is {_short(first[field])} and "
-                    f"{_short(part[field])}. Keys are made from file names; rename one, or give both rows the same "
+                    f"Two images have the key {key!r}: their {field} is {_format(first[field])} and "
+                    f"{_format(record[field])}. Keys are made from file names; rename one, or give both rows the same "
                     f"{field}."
                 )
-        first["captions"] += part["captions"]
-        first["annotations"] += part["annotations"]
+        first["captions"] += record["captions"]
+        first["annotations"] += record["annotations"]
     return first
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     return str(value[0]) if isinstance(value, list) else repr(value)
 
 
-def _content(record: Record) -> str:
+def _encode_record(record: Record) -> str:
     assert not record.annotations or len(record.annotations) == len(record.captions), record.key
     return json.dumps(
         {
-            "image": _image(record.image),
-            "second_image": None if record.second_image is None else _image(record.second_image),
+            "image": _encode_image(record.image),
+            "second_image": None if record.second_image is None else _encode_image(record.second_image),
             "image_id": record.image_id,
             "captions": record.captions,
             "annotations": record.annotations,
@@ -293,13 +303,13 @@ def _content(record: Record) -> str:
     )
 
 
-def _image(image: ImageFile) -> _Image:
+def _encode_image(image: ImageFile) -> _EncodedImage:
     return str(image.path), image.offset, image.num_bytes
 
 
-def _record(split: str, key: str, content: dict[str, Any]) -> Record:
+def _decode_record(split: str, key: str, content: dict[str, Any]) -> Record:
     images = [
-        None if image is None else ImageFile(path=place(image[0]), offset=image[1], num_bytes=image[2])
+        None if image is None else ImageFile(path=to_path(image[0]), offset=image[1], num_bytes=image[2])
         for image in (content["image"], content["second_image"])
     ]
     assert images[0] is not None

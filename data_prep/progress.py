@@ -1,4 +1,4 @@
-"""How far a build is: a live display on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a build: a live display on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MAX_REASONS = 6
 
 
 class ProgressLine:
-    """Shows the states of a build as they come; used as a context."""
+    """Display of a build; a context manager, since a terminal has to be restored at the end."""
 
     def __init__(self, title: str, plain_seconds: float) -> None:
         """Prepare the display.
 
         Args:
             title: what is being built.
-            plain_seconds: between two lines where there is no terminal.
+            plain_seconds: shortest time between two lines where there is no terminal.
         """
         self._title, self._plain_seconds = title, plain_seconds
         self._console = Console(stderr=True)
@@ -50,41 +50,43 @@ class ProgressLine:
         if self._console.is_terminal:
             self._live.stop()
 
-    def planned(self, rows: int) -> None:
-        """Rows of the source read so far."""
+    def show_rows(self, rows: int) -> None:
+        """Show how many rows of the source the plan has read."""
         self._bar.update(self._task, rate=f"{rows:,} rows read")
-        self._say(f"{rows:,} rows read")
+        self._print(f"{rows:,} rows read")
 
     def show(self, state: State) -> None:
-        """What the workers have done."""
+        """Show what the workers have done."""
         if not state.shards and not state.samples:
-            self._start = time.monotonic()
-        rate = self._rate(state)
-        reasons = Text(f"  rejected: {_reasons(state.rejects)}", style="yellow") if state.rejects else Text("")
+            self._start = time.monotonic()  # the rate leaves out the time of planning
+        rate = self._format_rate(state)
+        reasons = Text(f"  rejected: {_format_reasons(state.rejects)}", style="yellow") if state.rejects else Text("")
         self._bar.update(self._task, completed=state.samples, total=max(state.all_samples, 1), rate=rate)
         self._live.update(Group(self._bar, reasons))
-        rejected = f", rejected: {_reasons(state.rejects)}" if state.rejects else ""
-        self._say(f"{state.shards:,} of {state.all_shards:,} shards, {rate}, {self._left(state)}{rejected}")
+        rejected = f", rejected: {_format_reasons(state.rejects)}" if state.rejects else ""
+        self._print(
+            f"{state.shards:,} of {state.all_shards:,} shards, {rate}, {self._format_time_left(state)}{rejected}"
+        )
 
-    def _rate(self, state: State) -> str:
+    def _format_rate(self, state: State) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
         return f"{state.images / seconds:,.0f} images/s  {state.bytes / seconds / 1e6:,.1f} MB/s"
 
-    def _left(self, state: State) -> str:
+    def _format_time_left(self, state: State) -> str:
         if not state.samples:
             return "time left unknown"
         seconds = (time.monotonic() - self._start) * (state.all_samples / state.samples - 1)
         return f"{seconds / 60:,.0f} min left" if seconds > 90 else f"{seconds:,.0f} s left"
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last >= self._plain_seconds:
             self._last = now
             print(f"{self._title}: {text}", file=sys.stderr, flush=True)
 
 
-def _reasons(rejects: Mapping[str, int]) -> str:
-    """The most frequent reasons first."""
+def _format_reasons(rejects: Mapping[str, int]) -> str:
+    """Format the counts of the most frequent reasons, most frequent first."""
     ordered = sorted(rejects.items(), key=lambda item: (-item[1], item[0]))
     shown = "; ".join(f"{count:,} {reason}" for reason, count in ordered[:_MAX_REASONS])
     return shown if len(ordered) <= _MAX_REASONS else f"{shown}; {len(ordered) - _MAX_REASONS} other reasons"

@@ -1,4 +1,4 @@
-"""What sources need to read the files of a corpus without holding them in memory."""
+"""Reads the published files of a corpus without holding them in memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any, Literal
 import ijson
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import reading
+from bridgetower.io.storage import explain_read_errors
 from data_prep.record import SourceOptions
 
 
-def raw_folder(options: SourceOptions, source: str, layout: str) -> Path:
-    """The folder of --raw.
+def require_raw_folder(options: SourceOptions, source: str, layout: str) -> Path:
+    """Return the folder of --raw.
 
     Args:
-        layout: which files are expected below it, for the errors.
+        layout: the files that are expected below it, for error messages.
 
     Raises:
         ConfigError: the flag is missing.
@@ -29,53 +29,53 @@ def raw_folder(options: SourceOptions, source: str, layout: str) -> Path:
     """
     if options.raw is None:
         raise ConfigError(f"The source {source} needs --raw=DIR, a folder with {layout}.")
-    with reading(options.raw):
+    with explain_read_errors(options.raw):
         if not options.raw.is_dir():
             raise DataError(f"--raw={options.raw} is not a folder. The source {source} needs one with {layout}.")
     return options.raw
 
 
 def require_files(folder: Path, names: Sequence[str], source: str) -> list[Path]:
-    """The files of these names below a folder.
+    """Return the paths of files below a folder.
 
     Raises:
-        DataError: some are missing; all of them are listed.
+        DataError: some files are missing; the error lists all of them.
     """
     paths = [folder / name for name in names]
-    with reading(folder):
+    with explain_read_errors(folder):
         missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
     if missing:
         raise DataError(
             f"The source {source} does not find {', '.join(missing)} below {folder}. "
-            f"`python data_prep/fetch_corpus.py {source} --out={folder}` says where they come from."
+            f"`python data_prep/fetch_corpus.py {source} --out={folder}` says where to get them."
         )
     return paths
 
 
-def json_items(file: Path, prefix: str) -> Iterator[Any]:
-    """The elements of an array in a JSON file of any size, one at a time.
+def read_json_items(file: Path, prefix: str) -> Iterator[Any]:
+    """Yield the elements of an array in a JSON file of any size, one at a time.
 
     Args:
-        prefix: where the array is, as ijson writes it: ``item`` for a file that is an array, ``images.item`` for one
-            with an array ``images``.
+        prefix: path of the array in ijson's notation: ``item`` for a file that is an array, ``images.item`` for an
+            object with an array ``images``.
 
     Raises:
-        DataError: the file is not JSON, or damaged.
+        DataError: the file is not JSON, or is damaged.
     """
-    with reading(file), file.open("rb") as stream:
+    with explain_read_errors(file), file.open("rb") as stream:
         try:
             yield from ijson.items(stream, prefix, use_float=True)
         except (ijson.JSONError, UnicodeDecodeError) as error:
             raise DataError(f"{file} is not JSON, or was cut short ({error}). Copy or download it again.") from error
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place for errors.
+def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSONL file, each with its file and line for error messages.
 
     Raises:
         DataError: a line is not a JSON object, or the file is not UTF-8.
     """
-    with reading(file), file.open("rb") as stream:
+    with explain_read_errors(file), file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             where = f"{file}, line {number}"
             try:
@@ -88,35 +88,39 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except ValueError as error:
                 raise DataError(f"{where} is not JSON ({error}). Correct it, or copy the file again.") from error
             if not isinstance(row, dict):
-                raise DataError(f"{where} is not a JSON object.")
+                raise DataError(f"{where} is not a JSON object. Correct it, or copy the file again.")
             yield where, row
 
 
-def delimited_rows(
+def read_delimited_rows(
     file: Path, *, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_NONE
 ) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a table of text, each with its place for errors. Never reads a row into another one.
+    """Yield the rows of a text table, each with its file and line for error messages.
+
+    By default quotation marks have no meaning, so that one that is never closed does not join rows.
 
     Raises:
-        DataError: the file is not such a table in UTF-8.
+        DataError: the file is not such a table, or not in UTF-8.
     """
-    with reading(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
+    with explain_read_errors(file), file.open("r", newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             for row in reader:
                 yield f"{file}, line {reader.line_num}", row
         except csv.Error as error:
-            raise DataError(f"{file}, line {reader.line_num} is no row of a table ({error}).") from error
+            raise DataError(
+                f"{file}, line {reader.line_num} is not a row of a table ({error}). Correct it, or copy the file again."
+            ) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 ({error}). Convert it first.") from error
 
 
 class DiskDict:
-    """A dictionary from numbers or texts to JSON values that lies on disk: to join two large files by an id."""
+    """Dictionary on disk, from numbers or texts to JSON values: to join two large files by an id."""
 
     def __init__(self) -> None:
-        """Make an empty one; it is gone when it is closed."""
-        # SQLite keeps a database without a name in a temporary file of its own, and little of it in memory.
+        """Make an empty dictionary; leaving its ``with`` block deletes it."""
+        # SQLite keeps a database without a name in a temporary file of its own, with only a cache in memory.
         self._database = sqlite3.connect("")
         self._database.execute("PRAGMA cache_size=-65536")
         self._database.execute("CREATE TABLE entries (key PRIMARY KEY, value TEXT) WITHOUT ROWID")
@@ -133,12 +137,12 @@ class DiskDict:
         self._database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key, json.dumps(value)))
 
     def get(self, key: int | str, default: Any = None) -> Any:
-        """The value of a key."""
+        """Return the value of a key."""
         row = self._database.execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
         return default if row is None else json.loads(row[0])
 
     def pop(self, key: int | str, default: Any = None) -> Any:
-        """The value of a key, which is then no longer there."""
+        """Remove a key and return its value."""
         value = self.get(key, default)
         self._database.execute("DELETE FROM entries WHERE key = ?", (key,))
         return value
@@ -148,8 +152,3 @@ class DiskDict:
 
     def __len__(self) -> int:
         return int(self._database.execute("SELECT count(*) FROM entries").fetchone()[0])
-
-    def items(self) -> Iterator[tuple[int | str, Any]]:
-        """Every entry, by key."""
-        for key, value in self._database.execute("SELECT key, value FROM entries ORDER BY key"):
-            yield key, json.loads(value)

@@ -1,4 +1,4 @@
-"""What a source yields: input rows with everything known about them, before the bytes of an image are read."""
+"""Types that a source yields: input rows with all that is known about them before an image is read."""
 
 from __future__ import annotations
 
@@ -10,65 +10,68 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """Where the bytes of an image lie: a file, or a part of one."""
+    """Location of an image: a file, or a range of bytes of one."""
 
     path: Path
-    """Local, or in an object store (bridgetower.io.storage.place)."""
+    """Local path, or one in an object store (see bridgetower.io.storage)."""
     offset: int = 0
+    """First byte of the image in the file."""
     num_bytes: int = -1
-    """For a member of a tar, its place in it; -1: the whole file."""
+    """Length of an image in a tar; -1: the whole file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """An image (NLVR2: two) with one text or more. Reading and converting it is left to the worker of its shard.
+    """One image (NLVR2: two) with its texts. The worker of its shard reads and converts the image later.
 
-    A source may give an image as several records, in any order: those of the same split and key become one sample, with
-    the texts in the order in which they came. Their images, image ids and meta have to be equal.
+    A source may yield several records per image, in any order. Records of the same split and key become one sample,
+    with the texts in the order in which they came; their images, image ids and meta have to be equal.
     """
 
     key: str
-    """Names the sample in its split; letters, digits, ``_`` and ``-`` (bridgetower.shards.sample.safe_key)."""
+    """Name of the sample in its split: letters, digits, ``_`` and ``-`` (bridgetower.shards.sample.safe_key)."""
     image: ImageFile
     second_image: ImageFile | None = None
     image_id: str
-    """Equal for the same picture; empty: a hash of the image file."""
+    """Id that equal images share, in other corpora too; empty: a hash of the image file becomes the id."""
     captions: tuple[str, ...]
-    """The texts: captions, questions, hypotheses. As their owner published them; the writer normalises them."""
+    """Texts (captions, questions, sentences or hypotheses) as published; the shard writer normalises them."""
     annotations: tuple[Mapping[str, Any], ...] = ()
-    """What belongs to each text, in the same order (answers, labels, ids), or nothing. Ends up in the sample's json."""
+    """Answers, labels and ids of each text, in the order of the texts, for the sample's json; or empty."""
     split: str = ""
-    """Each split becomes a corpus folder of its own below --out; empty: --out itself."""
+    """Name of the corpus folder below --out; empty: --out itself."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What belongs to the image: ``coco_id``, ``url``. Ends up in the sample's json."""
+    """Further fields of the image for the sample's json, such as ``coco_id`` and ``url``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """Input rows that a source itself drops, so that they are counted: an SNLI-VE pair without a gold label."""
+    """Input rows that a source drops, such as SNLI-VE pairs without a gold label; yielded so that they are counted."""
 
     reason: str
-    """A few words that name a kind of reason, not the row: they are counted together and shown to people."""
+    """A few words that are the same for many rows: rows are counted by reason, and the counts are shown to people."""
     rows: int = 1
+    """Number of rows."""
     split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePolicy:
-    """What happens to the image bytes on their way into the shard."""
+    """How images are converted on their way into the shard."""
 
     short_side_px: int
-    """A longer short side is scaled down to this once (never up); 0 keeps every image as it is."""
+    """Length to which longer short sides are scaled down (shorter ones never up); 0: images keep their size."""
     jpeg_quality: int = 95
+    """Quality of images that are re-encoded, 1 to 100."""
     lossless: bool = False
-    """Images that have to be re-encoded become PNG instead of JPEG: for drawings."""
+    """True if images that are re-encoded become PNG instead of JPEG: for drawings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """The flags of build_shards.py that a source may read."""
+    """Flags of build_shards.py that a source may read."""
 
     raw: Path | None
-    """Folder with the files as their owner published them."""
+    """Folder with the files as their owner published them; None if --raw was not given."""
     flags: Mapping[str, str] = field(default_factory=dict)
-    """The source's own flags (its FLAGS), those that were given."""
+    """Values of the flags that the source declares in its FLAGS, where they were given."""

@@ -1,8 +1,8 @@
-"""Writes shards, their row indexes and the manifest: the same bytes for any number of workers, complete or not at all.
+"""Writes one shard with its row index: complete or not at all, and the same bytes for any number of workers.
 
-A plan (data_prep.plan) fixes the order of all samples and cuts it into shards before any image is read. So a shard
-depends on its own records alone: workers and jobs of a cluster build shards in any order, and a build that was stopped
-goes on with the missing ones.
+A plan (data_prep.plan) fixes the order of all samples before any image is read. So a shard depends only on its own
+records: workers and jobs of a cluster build shards in any order, and a build that was stopped continues with the
+missing ones.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import json
 import os
 import tarfile
 import tempfile
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,33 +26,36 @@ from typing import Any
 from bridgetower.errors import DataError
 from bridgetower.io.files import sha256_of
 from bridgetower.io.storage import EndOfFile, is_remote, publish_bytes, publish_file, read_part
-from bridgetower.shards.index import index_bytes, index_path, scan_tar
+from bridgetower.shards.index import encode_index, index_path, scan_tar
 from bridgetower.shards.manifest import MANIFEST_NAME, ShardEntry, Totals
 from bridgetower.shards.sample import Sample, clean_caption
 from data_prep.convert import Converted, Rejected, convert
 from data_prep.exclusion import Exclusion
+from data_prep.ledger import Ledger, Note, Progress
 from data_prep.plan import Plan
 from data_prep.record import ImageFile, ImagePolicy, Record
 
 STATE_FOLDER = ".build"
-# A part of the digest of a shard's inputs: to be raised when the same input gives other bytes.
+"""Folder beside the shards with the settings of the build, its locks and the outcome of each finished shard."""
 _WRITER_VERSION = 4
+"""Enters the digest of a shard's input; to be raised in every change after which the same input gives other bytes."""
 _TAR_MODE = 0o644
-_NOTE_SECONDS = 0.5
 _READS_AHEAD = 16
-"""Of an object store, in which each read takes tens of milliseconds."""
+"""Number of images read at once from an object store, where each read takes tens of milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One shard to build; handed to a worker process."""
+    """One shard to build, as a worker process gets it."""
 
     folder: Path
     number: int
+    """Number of the shard, from which it gets its name."""
     plan: Path
     first: int
     """Number of its first sample in the plan."""
     count: int
+    """Number of its samples."""
     source: str
     images: ImagePolicy
     keep_repeats: bool
@@ -61,57 +63,47 @@ class Job:
 
     @property
     def shard(self) -> Path:
-        """The tar."""
+        """Path of the tar."""
         return self.folder / f"{self.number:05d}.tar"
 
     @property
     def state(self) -> Path:
-        """What is written down about the shard when it is finished."""
+        """Path of the file with the outcome, which is written when the shard is finished."""
         return self.folder / STATE_FOLDER / f"{self.number:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished shard, as its worker wrote it down."""
+    """A finished shard's line of the manifest, and its counts."""
 
     entry: ShardEntry
     totals: Totals
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What was done since the last note."""
-
-    samples: int = 0
-    """Images read, rejected ones too."""
-    images: int = 0
-    bytes: int = 0
-    rejects: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
-Note = Callable[[Progress], None]
-
-
 def build_shard(job: Job, exclusion: Exclusion, note: Note) -> Outcome:
-    """Write one shard with its index, if an earlier run has not; runs in a worker.
+    """Write one shard with its index, unless an earlier run has done so; runs in a worker process.
+
+    Args:
+        exclusion: images to drop.
+        note: called now and then with the work done since its last call.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the shard cannot be written.
     """
-    digest = input_digest(job)
-    outcome = finished(job, digest, check_content=True)
+    digest = compute_input_digest(job)
+    outcome = load_outcome(job, digest, check_content=True)
     if outcome is not None:
         note(Progress(samples=job.count, rejects=Counter(outcome.totals.rejects)))
         return outcome
-    with writing(job.shard):
-        # Until all of its shards are there again, the folder is not a corpus; and shard and index are two files: only
-        # what is noted afterwards belongs together.
+    with explain_write_errors(job.shard):
+        # The folder is not a corpus until all shards are rebuilt, so its manifest goes first. The old outcome goes as
+        # well: a shard and its index are two files, and only the outcome, written last, says that they belong together.
         (job.folder / MANIFEST_NAME).unlink(missing_ok=True)
         job.state.unlink(missing_ok=True)
         if is_remote(job.shard):
             with tempfile.TemporaryDirectory(prefix="shard-") as folder:
                 return _write(job, exclusion, Path(folder) / job.shard.name, digest, note)
-        for leftover in job.folder.glob(f".{job.shard.name}.*.tmp"):  # of a build that was killed
+        for leftover in job.folder.glob(f".{job.shard.name}.*.tmp"):  # left by a build that was killed
             leftover.unlink(missing_ok=True)
         temporary = job.shard.with_name(f".{job.shard.name}.{os.getpid()}.tmp")
         try:
@@ -120,13 +112,17 @@ def build_shard(job: Job, exclusion: Exclusion, note: Note) -> Outcome:
             temporary.unlink(missing_ok=True)
 
 
-def input_digest(job: Job) -> str:
-    """Changes when the shard's content would; a local image file counts as another when its size or time is."""
+def compute_input_digest(job: Job) -> str:
+    """Return a digest that changes whenever the shard's content would.
+
+    The bytes of the images are not read for it: a local image file counts as changed when its size or time of change
+    is another one.
+    """
     digest = hashlib.sha256()
     policy = [_WRITER_VERSION, job.source, dataclasses.asdict(job.images), job.keep_repeats, job.exclusion_digest]
     digest.update(json.dumps(policy).encode())
-    stamp = lru_cache(maxsize=64)(_stamp)  # thousands of records can lie in the same tar
-    for record in _plan(job.plan).records(job.first, job.count):
+    stamp = lru_cache(maxsize=64)(_stamp)  # thousands of records may be in the same tar
+    for record in _open_plan(job.plan).records(job.first, job.count):
         images = [
             [str(image.path), image.offset, image.num_bytes, stamp(image.path)]
             for image in (record.image, record.second_image)
@@ -138,12 +134,13 @@ def input_digest(job: Job) -> str:
 
 
 @lru_cache(maxsize=1)
-def _plan(file: Path) -> Plan:
+def _open_plan(file: Path) -> Plan:
     return Plan(file)
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    if is_remote(file):  # a question per file would take hours
+    """Return size and time of change of a local file; nothing for others, since a request per file would take hours."""
+    if is_remote(file):
         return ()
     try:
         status = file.stat()
@@ -152,11 +149,11 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns
 
 
-def finished(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
-    """What an earlier run wrote down for a shard, if its input and its files are still the same.
+def load_outcome(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
+    """Return the outcome that an earlier run wrote; None if there is none, or the input or the files have changed.
 
     Args:
-        check_content: compare the checksum of a local shard, too; of a remote one only the size is known.
+        check_content: also compare the checksum of a local shard; of a remote one, only the size is compared.
     """
     try:
         state = json.loads(job.state.read_bytes())
@@ -174,31 +171,35 @@ def finished(job: Job, digest: str, *, check_content: bool) -> Outcome | None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say what to do when the disk or the store refuses."""
-    cure = "Make room or correct the permissions, and run the command again: finished shards are kept."
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a disk or store, raised in the block, into one that says what to do.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    suggestion = "Make room or correct the permissions, and run the command again: finished shards are kept."
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}). {cure}") from error
+        raise DataError(f"{path} cannot be written ({error.strerror or error}). {suggestion}") from error
     except DataError:
         raise
     except Exception as error:
         if not is_remote(path):
             raise
         # Clients of object stores have error classes of their own.
-        raise DataError(f"{path} cannot be written ({type(error).__name__}: {error}). {cure}") from error
+        raise DataError(f"{path} cannot be written ({type(error).__name__}: {error}). {suggestion}") from error
 
 
 def _write(job: Job, exclusion: Exclusion, temporary: Path, digest: str, note: Note) -> Outcome:
     ledger = Ledger(note)
     with temporary.open("wb") as file:
-        # webdataset's TarWriter writes the same bytes, but to import it is to import torch, in every worker.
+        # webdataset's TarWriter writes the same bytes, but its import would load torch in every worker.
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for record, raw in _read_ahead(_plan(job.plan).records(job.first, job.count)):
+            for record, raw in _read_ahead(_open_plan(job.plan).records(job.first, job.count)):
                 sample = make_sample(record, raw, job, exclusion, ledger)
                 if sample is not None:
-                    _add(tar, sample)
+                    _add_members(tar, sample)
         file.flush()
         os.fsync(file.fileno())
     entry = ShardEntry(name=job.shard.name, samples=0, pairs=0, bytes=0, sha256="")
@@ -212,7 +213,7 @@ def _write(job: Job, exclusion: Exclusion, temporary: Path, digest: str, note: N
             bytes=temporary.stat().st_size,
             sha256=sha256_of(temporary),
         )
-        publish_bytes(index_path(job.shard), index_bytes(index))
+        publish_bytes(index_path(job.shard), encode_index(index))
         publish_file(temporary, job.shard)
     else:
         job.shard.unlink(missing_ok=True)
@@ -225,69 +226,8 @@ def _write(job: Job, exclusion: Exclusion, temporary: Path, digest: str, note: N
     return Outcome(entry=entry, totals=totals)
 
 
-class Ledger:
-    """Where every row and every image of a shard went."""
-
-    def __init__(self, note: Note) -> None:
-        """Begin a shard.
-
-        Args:
-            note: is told now and then what was done since the last time.
-        """
-        self.rows = self.images_in = self.images = self.captions = self.words = 0
-        self.rejects: Counter[str] = Counter()
-        self.image_rejects: Counter[str] = Counter()
-        self._note, self._last = note, time.monotonic()
-        self._samples = self._images = self._bytes = 0
-        self._rejects: Counter[str] = Counter()
-
-    def reject(self, reason: str, rows: int = 1) -> None:
-        """Count texts that do not become captions."""
-        self.rejects[reason] += rows
-        self._rejects[reason] += rows
-
-    def reject_image(self, reason: str, rows: int) -> None:
-        """Count an image that does not become a sample, with those of its texts that are not counted yet."""
-        self.image_rejects[reason] += 1
-        self.reject(reason, rows)
-        self._tick()
-
-    def accept(self, sample: Sample) -> None:
-        """Count a sample."""
-        self.images += 1
-        self.captions += len(sample.captions)
-        self.words += sum(len(caption.split()) for caption in sample.captions)
-        self._images += 1
-        self._bytes += len(sample.image) + len(sample.second_image)
-        self._tick()
-
-    def _tick(self) -> None:
-        self._samples += 1
-        now = time.monotonic()
-        if now - self._last > _NOTE_SECONDS:
-            self._last = now
-            self.flush()
-
-    def flush(self) -> None:
-        """Tell what is not told yet."""
-        self._note(Progress(self._samples, self._images, self._bytes, self._rejects))
-        self._samples, self._images, self._bytes, self._rejects = 0, 0, 0, Counter()
-
-    def totals(self, num_bytes: int) -> Totals:
-        """The sums, for the manifest."""
-        return Totals(
-            rows=self.rows,
-            images_in=self.images_in,
-            images=self.images,
-            captions=self.captions,
-            bytes=num_bytes,
-            caption_words=self.words,
-            rejects=dict(sorted(self.rejects.items())),
-            image_rejects=dict(sorted(self.image_rejects.items())),
-        )
-
-
 _Raw = bytes | Rejected
+"""Bytes of an image file, or the reason why it cannot be read."""
 
 
 def _read(image: ImageFile) -> _Raw:
@@ -295,11 +235,11 @@ def _read(image: ImageFile) -> _Raw:
         return read_part(image.path, image.offset, image.num_bytes)
     except FileNotFoundError:
         return Rejected("image file missing")
-    except EndOfFile:  # not its own words, which have a number: reasons are counted together
+    except EndOfFile:  # its message has a number in it, and could not be counted together with others
         return Rejected("image file cut short")
     except OSError as error:
         return Rejected(f"image file unreadable: {error.strerror or type(error).__name__}")
-    except ValueError:  # a name with a NUL
+    except ValueError:  # the name has a NUL
         return Rejected("image file missing")
 
 
@@ -308,7 +248,7 @@ def _read_both(record: Record) -> tuple[_Raw, ...]:
 
 
 def _read_ahead(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[_Raw, ...]]]:
-    """Each record with the bytes of its images; several at once where a store answers slowly."""
+    """Yield each record with the bytes of its images; several are read at once from a store, which answers slowly."""
     pending: deque[tuple[Record, Future[tuple[_Raw, ...]]]] = deque()
     with ThreadPoolExecutor(_READS_AHEAD) as threads:
         for record in records:
@@ -324,7 +264,7 @@ def _read_ahead(records: Iterable[Record]) -> Iterator[tuple[Record, tuple[_Raw,
 
 
 def make_sample(record: Record, raw: tuple[_Raw, ...], job: Job, exclusion: Exclusion, ledger: Ledger) -> Sample | None:
-    """Bring one record into its final form, or note why that cannot be."""
+    """Convert a record to the sample that is written. Returns: None if it is rejected, which the ledger counts."""
     ledger.rows += max(1, len(record.captions))
     ledger.images_in += 1
     captions: list[str] = []
@@ -347,23 +287,23 @@ def make_sample(record: Record, raw: tuple[_Raw, ...], job: Job, exclusion: Excl
     try:
         if exclusion.has_id(record.image_id, record.meta):
             raise Rejected("excluded: the id of an excluded image")
-        converted = [_converted(part, job.images, str(record.image.path)) for part in raw]
-        for one in converted:
-            if exclusion.has_hash(one.phash):
+        images = [_convert(content, job.images, str(record.image.path)) for content in raw]
+        for image in images:
+            if exclusion.has_hash(image.phash):
                 raise Rejected("excluded: looks like an excluded image")
         sample = Sample(
             key=record.key,
-            image=converted[0].content,
-            image_suffix=converted[0].suffix,
-            image_id=record.image_id or _content_id(raw[0]),
+            image=images[0].content,
+            image_suffix=images[0].suffix,
+            image_id=record.image_id or _make_content_id(raw[0]),
             source=job.source,
             captions=tuple(captions),
             annotations=tuple(annotations),
-            width_px=converted[0].width_px,
-            height_px=converted[0].height_px,
-            phash=converted[0].phash,
-            second_image=converted[1].content if len(converted) > 1 else b"",
-            second_image_suffix=converted[1].suffix if len(converted) > 1 else "",
+            width_px=images[0].width_px,
+            height_px=images[0].height_px,
+            phash=images[0].phash,
+            second_image=images[1].content if len(images) > 1 else b"",
+            second_image_suffix=images[1].suffix if len(images) > 1 else "",
             meta=record.meta,
         )
     except Rejected as reason:
@@ -373,19 +313,20 @@ def make_sample(record: Record, raw: tuple[_Raw, ...], job: Job, exclusion: Excl
     return sample
 
 
-def _converted(raw: _Raw, images: ImagePolicy, where: str) -> Converted:
+def _convert(raw: _Raw, images: ImagePolicy, where: str) -> Converted:
     if isinstance(raw, Rejected):
         raise raw
     return convert(raw, images, where)
 
 
-def _content_id(raw: _Raw) -> str:
+def _make_content_id(raw: _Raw) -> str:
     assert isinstance(raw, bytes)
     return f"sha256:{hashlib.sha256(raw).hexdigest()[:32]}"
 
 
-def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+def _add_members(tar: tarfile.TarFile, sample: Sample) -> None:
     for suffix, content in sample.members().items():
-        member = tarfile.TarInfo(f"{sample.key}.{suffix}")  # of owner 0, without names, from 1970
+        # TarInfo's defaults are owner 0 without a name, and a time of 1970: the same bytes in every build.
+        member = tarfile.TarInfo(f"{sample.key}.{suffix}")
         member.size, member.mode = len(content), _TAR_MODE
         tar.addfile(member, io.BytesIO(content))

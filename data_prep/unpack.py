@@ -1,4 +1,4 @@
-"""Unpacks archives that came from the network: plain files below one folder, and no more than they say."""
+"""Unpacks archives from the network: only plain files, only below one folder, and only up to their stated size."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from bridgetower.errors import DataError
+from data_prep.http_files import Show
 
 _BLOCK_BYTES = 1 << 20
 _MAX_RATIO = 200
 """Bytes unpacked per byte packed. Annotations in JSON have 5 to 30; deflate can pack zeros a thousandfold."""
 _IGNORED_FOLDERS = ("__MACOSX",)
-
-Show = Callable[[int, int | None], None]
-"""Is told how many bytes are unpacked, of how many (None: not known before)."""
+"""Folders that other systems leave in archives."""
 
 
 class _Entry(NamedTuple):
+    """One member of a zip or tar."""
+
     name: str
     size: int
     is_folder: bool
-    is_link: bool
-    """Or a device, or a pipe."""
+    is_special: bool
+    """True for a link, a device or a pipe."""
     open: Callable[[], IO[bytes] | None]
 
 
-def unpack(archive: Path, folder: Path, show: Show = lambda there, total: None) -> int:
-    """Unpack a zip or a tar (also compressed). Files that are already there in their size are left as they are.
+def unpack(archive: Path, folder: Path, show: Show = lambda done_bytes, total_bytes: None) -> int:
+    """Unpack a zip or a tar (compressed or not). Existing files of the right size are left as they are.
 
-    Returns: how many files it has.
+    Returns: number of files in the archive.
 
     Raises:
-        DataError: it is damaged, a member would leave the folder or is no plain file, it unpacks to far more than it
-            is, or the disk is full.
+        DataError: the archive is damaged, has a member outside the folder or one that is not a plain file, unpacks to
+            more than 200 times its size, or the disk is full.
     """
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
                 members = packed.infolist()
                 total = sum(member.file_size for member in members)
-                _check_room(archive, folder, total)
-                return _unpack(archive, folder, (_of_zip(packed, member) for member in members), total, show)
+                _check_free_space(archive, folder, total)
+                return _unpack(archive, folder, (_read_zip_entry(packed, member) for member in members), total, show)
         with tarfile.open(archive, "r|*") as stream:
-            return _unpack(archive, folder, (_of_tar(stream, member) for member in stream), None, show)
+            return _unpack(archive, folder, (_read_tar_entry(stream, member) for member in stream), None, show)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         raise DataError(
             f"{archive} cannot be unpacked ({error}). Delete it and run the command again: it is downloaded once more."
@@ -58,66 +59,70 @@ def unpack(archive: Path, folder: Path, show: Show = lambda there, total: None) 
         raise DataError(f"{archive} cannot be unpacked into {folder} ({error.strerror or error}).") from error
 
 
-def _of_zip(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Entry:
-    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was made on Windows
+def _read_zip_entry(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Entry:
+    file_type = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was made on Windows
     return _Entry(
         name=member.filename,
         size=member.file_size,
         is_folder=member.is_dir(),
-        is_link=kind not in (0, stat.S_IFREG, stat.S_IFDIR),
+        is_special=file_type not in (0, stat.S_IFREG, stat.S_IFDIR),
         open=lambda: packed.open(member),
     )
 
 
-def _of_tar(stream: tarfile.TarFile, member: tarfile.TarInfo) -> _Entry:
+def _read_tar_entry(stream: tarfile.TarFile, member: tarfile.TarInfo) -> _Entry:
     return _Entry(
         name=member.name,
         size=member.size,
         is_folder=member.isdir(),
-        is_link=not (member.isdir() or member.isreg()),
+        is_special=not (member.isdir() or member.isreg()),
         open=lambda: stream.extractfile(member),
     )
 
 
 def _unpack(archive: Path, folder: Path, entries: Iterator[_Entry], total: int | None, show: Show) -> int:
-    files = done = 0
-    most = max(archive.stat().st_size, 1) * _MAX_RATIO
+    num_files = done_bytes = 0
+    max_bytes = max(archive.stat().st_size, 1) * _MAX_RATIO
     for entry in entries:
-        relative = _checked_name(archive, entry)
+        relative = _check_name(archive, entry)
         if relative is None:
             continue
         target = folder / relative
-        done += entry.size
-        if done > most:
+        done_bytes += entry.size
+        if done_bytes > max_bytes:
             raise DataError(
-                f"{archive} unpacks to more than {_MAX_RATIO} times its size, as no data does: it is not what it "
-                "should be. Delete it and look at where it came from."
+                f"{archive} unpacks to more than {_MAX_RATIO} times its size. No data set does: it may be an attack. "
+                "Delete it and check where it came from."
             )
         if entry.is_folder:
             target.mkdir(parents=True, exist_ok=True)
             continue
         if not (target.is_file() and target.stat().st_size == entry.size):
             if total is None:
-                _check_room(archive, folder, entry.size)
+                _check_free_space(archive, folder, entry.size)
             _write(archive, entry, target)
-        files += 1
-        show(done, total)
-    return files
+        num_files += 1
+        show(done_bytes, total)
+    return num_files
 
 
-def _checked_name(archive: Path, entry: _Entry) -> PurePosixPath | None:
-    """The path below the folder; None for what other systems leave in archives."""
+def _check_name(archive: Path, entry: _Entry) -> PurePosixPath | None:
+    """Return the path of a member below the folder; None if the member is not needed.
+
+    Raises:
+        DataError: it would be written outside the folder, or is not a plain file.
+    """
     path = PurePosixPath(entry.name)
     is_outside = path.is_absolute() or ".." in path.parts or "\\" in entry.name or "\0" in entry.name
     if is_outside or ":" in (path.parts or ("",))[0]:
         raise DataError(
             f"{archive} has a member {entry.name!r}, which would be written outside its folder. Do not use this "
-            "archive; delete it and look at where it came from."
+            "archive; delete it and check where it came from."
         )
-    if entry.is_link:
+    if entry.is_special:
         raise DataError(
             f"{archive} has a member {entry.name!r} that is a link or a device, which data sets do not need. Do not "
-            "use this archive; delete it and look at where it came from."
+            "use this archive; delete it and check where it came from."
         )
     return None if not path.parts or path.parts[0] in _IGNORED_FOLDERS else path
 
@@ -136,17 +141,20 @@ def _write(archive: Path, entry: _Entry, target: Path) -> None:
                     break
                 file.write(block)
         if written != entry.size:
-            raise DataError(f"{archive}: {entry.name} is not as long as the archive says. Delete it and run again.")
+            raise DataError(
+                f"{archive}: its member {entry.name} does not have the {entry.size:,} bytes that the archive states. "
+                "Delete the archive and run the command again."
+            )
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _check_room(archive: Path, folder: Path, size: int) -> None:
+def _check_free_space(archive: Path, folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(
-            f"{archive} unpacks to {size / 1e9:.1f} GB, but {folder} has room for {free / 1e9:.1f} GB. Make room, or "
+            f"{archive} unpacks to {size / 1e9:.1f} GB, but {folder} has only {free / 1e9:.1f} GB free. Make room, or "
             "use another --out."
         )

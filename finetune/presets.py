@@ -1,7 +1,7 @@
-"""The fine-tuning runs by name. Each is a function that returns a whole run; nothing else knows their names.
+"""The fine-tuning presets. Each is a function that returns a complete run; nothing else depends on its name.
 
-Values that have a number in arXiv 2206.08657, Table 11, or in the published scripts are those; docs/finetune.md says
-which is from where.
+A value that arXiv 2206.08657, Table 11, or the published scripts give is taken from there; docs/finetune.md lists the
+source of each value.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from bridgetower.config.optim import OptimConfig
 from bridgetower.config.run import CheckpointConfig, EngineConfig, TrackerConfig
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-"""Where engine.deepspeed looks for a name."""
+"""Folder of the files that engine.deepspeed names."""
 
 _GPU = EngineConfig(deepspeed="zero2_bf16")
-# Only VQAv2 was published with the large model, at 0.4 times the base model's rate. So are the others here.
-# 27 patches of 14 pixels a side: the nearest to 384 pixels that the large model can read.
+# The paper fine-tunes the large model on VQAv2 alone, at 0.4 times the base model's learning rate. The large presets of
+# the other tasks use that factor too.
+# 27 x 14: the multiple of the large model's 14 px patches that is nearest to the base model's 384 px.
 _LARGE_PX = 378
 
 
@@ -36,7 +37,7 @@ def _model(size: str, image_size_px: int, max_text_tokens: int = 50) -> ModelCon
 
 
 def vqav2_base() -> FinetuneConfig:
-    """VQAv2, base model at 576 px: 10 epochs in batches of 512. Trained on train, scored on val."""
+    """Fine-tune the base model on VQAv2 at 576 px: 10 epochs in batches of 512. Trains on train, scores on val."""
     return FinetuneConfig(
         name="vqav2_base",
         task="vqa",
@@ -56,7 +57,7 @@ def vqav2_base() -> FinetuneConfig:
 
 
 def vqav2_large() -> FinetuneConfig:
-    """VQAv2, large model at 574 px: 10 epochs in batches of 512."""
+    """Fine-tune the large model on VQAv2 at 574 px: 10 epochs in batches of 512."""
     base = vqav2_base()
     return replace(
         base,
@@ -69,7 +70,7 @@ def vqav2_large() -> FinetuneConfig:
 
 
 def snli_ve_base() -> FinetuneConfig:
-    """SNLI-VE, base model at 384 px: 5 epochs in batches of 64."""
+    """Fine-tune the base model on SNLI-VE at 384 px: 5 epochs in batches of 64."""
     return FinetuneConfig(
         name="snli_ve_base",
         task="snli_ve",
@@ -89,7 +90,7 @@ def snli_ve_base() -> FinetuneConfig:
 
 
 def nlvr2_base() -> FinetuneConfig:
-    """NLVR2, base model at 384 px: 10 epochs in batches of 64."""
+    """Fine-tune the base model on NLVR2 at 384 px: 10 epochs in batches of 64."""
     return FinetuneConfig(
         name="nlvr2_base",
         task="nlvr2",
@@ -109,7 +110,10 @@ def nlvr2_base() -> FinetuneConfig:
 
 
 def flickr30k_base() -> FinetuneConfig:
-    """Retrieval on Flickr30K, base model at 384 px: 20 epochs in batches of 512, contrast over 64 pairs on 8 GPUs."""
+    """Fine-tune the base model for retrieval on Flickr30K at 384 px: 20 epochs in batches of 512.
+
+    On 8 GPUs ITC contrasts 64 pairs.
+    """
     return FinetuneConfig(
         name="flickr30k_base",
         task="retrieval",
@@ -131,7 +135,10 @@ def flickr30k_base() -> FinetuneConfig:
 
 
 def coco_base() -> FinetuneConfig:
-    """Retrieval on COCO, base model at 384 px: 30 epochs in batches of 256, contrast over 128 pairs on 8 GPUs."""
+    """Fine-tune the base model for retrieval on COCO at 384 px: 30 epochs in batches of 256.
+
+    On 8 GPUs ITC contrasts 128 pairs.
+    """
     return FinetuneConfig(
         name="coco_base",
         task="retrieval",
@@ -153,6 +160,7 @@ def coco_base() -> FinetuneConfig:
 
 
 def _large(run: FinetuneConfig, base_lr: float) -> FinetuneConfig:
+    """Return a base run with the large model and another learning rate."""
     model = _model("large", _LARGE_PX, run.model.text.max_tokens)
     return replace(
         run, name=run.name.replace("_base", "_large"), model=model, optim=replace(run.optim, base_lr=base_lr)
@@ -160,27 +168,27 @@ def _large(run: FinetuneConfig, base_lr: float) -> FinetuneConfig:
 
 
 def snli_ve_large() -> FinetuneConfig:
-    """SNLI-VE, large model at 378 px: the base run's values at 0.4 times its rate; not published."""
+    """Fine-tune the large model on SNLI-VE at 378 px, at 0.4 times the base rate (not published)."""
     return _large(snli_ve_base(), base_lr=1.2e-6)
 
 
 def nlvr2_large() -> FinetuneConfig:
-    """NLVR2, large model at 378 px: the base run's values at 0.4 times its rate; not published."""
+    """Fine-tune the large model on NLVR2 at 378 px, at 0.4 times the base rate (not published)."""
     return _large(nlvr2_base(), base_lr=2e-6)
 
 
 def flickr30k_large() -> FinetuneConfig:
-    """Retrieval on Flickr30K, large model at 378 px: the base run's values at 0.4 times its rate; not published."""
+    """Fine-tune the large model for retrieval on Flickr30K at 378 px, at 0.4 times the base rate (not published)."""
     return _large(flickr30k_base(), base_lr=2e-6)
 
 
 def coco_large() -> FinetuneConfig:
-    """Retrieval on COCO, large model at 378 px: the base run's values at 0.4 times its rate; not published."""
+    """Fine-tune the large model for retrieval on COCO at 378 px, at 0.4 times the base rate (not published)."""
     return _large(coco_base(), base_lr=1.8e-6)
 
 
 def _tiny(base: Callable[[], FinetuneConfig]) -> FinetuneConfig:
-    """The same task on the model of pretraining's preset tiny, in small batches."""
+    """Return a base run's task on the model of pretraining's preset tiny, in small batches."""
     run = base()
     return replace(
         run,
@@ -210,10 +218,11 @@ _BASE = {
 }
 
 
-def _described(build: Callable[[], FinetuneConfig], text: str) -> Callable[[], FinetuneConfig]:
-    found = partial(_tiny, build)
-    found.__doc__ = text
-    return found
+def _with_docstring(build: Callable[[], FinetuneConfig], docstring: str) -> Callable[[], FinetuneConfig]:
+    """Return the tiny preset of a base run, with the docstring that --help lists."""
+    preset = partial(_tiny, build)
+    preset.__doc__ = docstring
+    return preset
 
 
 PRESETS: Mapping[str, Callable[[], FinetuneConfig]] = {
@@ -224,7 +233,7 @@ PRESETS: Mapping[str, Callable[[], FinetuneConfig]] = {
     "flickr30k_large": flickr30k_large,
     "coco_large": coco_large,
     **{
-        f"tiny_{name.removesuffix('_base')}": _described(build, f"The task of {name} on the tiny model, on a CPU.")
+        f"tiny_{name.removesuffix('_base')}": _with_docstring(build, f"Fine-tune the tiny model as {name}, on a CPU.")
         for name, build in _BASE.items()
     },
 }

@@ -1,4 +1,4 @@
-"""The fine-tuning tasks: the model with a task's head as one module, from a batch to a loss.
+"""The fine-tuning tasks: each is the model with the task's heads as one module, from a batch to a loss.
 
 Shapes: B pairs, L tokens, R rows of the cross-modal encoder, N images, P image positions, K bridged layers, D width,
 C classes.
@@ -32,15 +32,15 @@ _OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Result]] = {
 
 
 class FinetuneTask(nn.Module):
-    """What all tasks have in common."""
+    """The base class of all tasks: losses are summed with weight 1, metrics are merged."""
 
     def __init__(self, model: BridgeTower) -> None:
-        """Take a model with the task's heads and no others: what no loss reads would be decayed."""
+        """Use a model that has the task's heads and no others: a head that no loss reads would only decay."""
         super().__init__()
         self.model = model
 
     def forward(self, batch: FinetuneBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of a micro-batch. Returns: the loss, and metrics as (sum, count)."""
+        """Compute a micro-batch. Returns: the loss, and metrics as (sum, count)."""
         results = self.results(batch)
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         num_pairs = len(batch.replaced_B)
@@ -50,25 +50,25 @@ class FinetuneTask(nn.Module):
 
     @abstractmethod
     def results(self, batch: FinetuneBatch) -> list[Result]:
-        """The losses, which are summed with weight 1."""
+        """Compute the losses of a micro-batch, with their metrics."""
 
 
 class ClassifierTask(FinetuneTask):
-    """VQA, SNLI-VE and NLVR2: a class for each text, on its picture or pictures."""
+    """VQA, SNLI-VE and NLVR2: classifies each text with its image, for NLVR2 with its two images."""
 
     def __init__(self, model: BridgeTower, name: TaskName) -> None:
-        """Take a model.
+        """Use a model with the task's head.
 
         Args:
-            name: of the task and of its head.
+            name: name of the task, which is also the head's.
         """
         super().__init__(model)
         self.name = name
 
     def logits(self, batch: FinetuneBatch) -> Tensor:
-        """The head's, shape (B, C).
+        """Compute the head's logits, shape (B, C).
 
-        NLVR2's text is encoded once and fused with each picture; the head reads both pooled pairs.
+        For NLVR2 each text is encoded once and fused with each of its images; the head reads both pooled pairs.
         """
         model, mask_BL, image_B = self.model, batch.attention_mask_BL, batch.image_B
         text_KBLD = model.encode_text(batch.ids_BL, mask_BL).states_KBND
@@ -87,24 +87,24 @@ class ClassifierTask(FinetuneTask):
         return logits_BC
 
     def results(self, batch: FinetuneBatch) -> list[Result]:
-        """The loss of the task."""
+        """Compute the loss of the task."""
         return [_OBJECTIVES[self.name](self.logits(batch), batch.target_BC)]
 
 
 class RetrievalTask(FinetuneTask):
-    """ITC over the pairs of all ranks, and ITM on each pair and on two hard negatives of it."""
+    """Retrieval: ITC over the pairs of all ranks, and ITM on each pair and on its two hard negatives."""
 
     def __init__(self, model: BridgeTower, group_size: int) -> None:
-        """Take a model.
+        """Use a model with the itm and itc heads.
 
         Args:
-            group_size: hard negatives are drawn within so many consecutive pairs.
+            group_size: number of consecutive pairs within which hard negatives are drawn.
         """
         super().__init__(model)
         self._group_size = group_size
 
     def results(self, batch: FinetuneBatch) -> list[Result]:
-        """ITC, and ITM on B true pairs, B texts with a wrong image and B images with a wrong text.
+        """Compute ITC, and ITM on B true pairs, B texts with a wrong image and B images with a wrong text.
 
         Source: microsoft/BridgeTower, src/modules/objectives.py (compute_irtr_itm_itc).
         """
@@ -115,11 +115,12 @@ class RetrievalTask(FinetuneTask):
         temperature = head.clamped_temperature()
         contrast = image_text_contrast(text_BC, image_BC, batch.image_id_B, temperature)
         wrong = hard_negatives(text_BC, image_BC, batch.image_id_B, batch.draw_B2, temperature, self._group_size)
-        own_B = torch.arange(len(mask_BL), device=mask_BL.device)
-        text_R = torch.cat([own_B, own_B, wrong.text_B])
-        image_R = torch.cat([own_B, wrong.image_B, own_B])
+        pair_B = torch.arange(len(mask_BL), device=mask_BL.device)
+        text_R = torch.cat([pair_B, pair_B, wrong.text_B])
+        image_R = torch.cat([pair_B, wrong.image_B, pair_B])
         pooled = pool_pairs(self.model, text.states_KBND[:, text_R], mask_BL[text_R], image.states_KBND, image_R)
-        # Where all pairs of a group show one picture there is no wrong one: the pair stands there again, as a true one.
+        # A group whose pairs all show the same image has no negatives: hard_negatives then returns the pair itself,
+        # which counts as a true one.
         wrong_label_B = (~wrong.has_any_B).long()
         label_R = torch.cat([torch.ones_like(wrong_label_B), wrong_label_B, wrong_label_B])
         return [contrast, image_text_matching(model.itm_head(pooled), label_R)]

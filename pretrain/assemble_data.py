@@ -1,4 +1,4 @@
-"""From a configuration to the data of a run; nothing here trains."""
+"""The data of a pretraining run: training stream and held-out splits. Nothing here trains."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ import dataclasses
 from bridgetower.config.run import RunConfig
 from bridgetower.data.corpora import Corpora, open_cache
 from bridgetower.data.held_out import HeldOutSplit
-from bridgetower.data.order import Cut, Order
+from bridgetower.data.order import Cut
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
+from bridgetower.run.prepare import build_order
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """The same with every size that the towers' names stand for, which is what a run records.
+    """Fill in every size that the towers' names stand for; run.json records the result.
 
     Raises:
-        ConfigError: a tower cannot be found or bridged, or the parts do not fit.
+        ConfigError: a tower is unknown, or the parts of the model do not fit together.
     """
     return dataclasses.replace(config, model=complete_model_config(config.model))
 
 
 def build_stream(config: RunConfig, corpora: Corpora, cut: Cut, rank: int, tokenizer: Tokenizer) -> PretrainStream:
-    """The training pairs of one rank."""
-    order = Order(
-        corpora.pairs_per_shard,
-        corpora.corpus_of_shard,
-        seed=config.seed,
-        shards_per_window=config.data.shards_per_window,
-        corpus_weights=config.data.corpus_weights,
-    )
+    """Build the stream of one rank's training pairs."""
     return PretrainStream(
         corpora,
-        order,
+        build_order(config, corpora),
         cut,
         config.data,
         rank=rank,
@@ -46,7 +40,7 @@ def build_stream(config: RunConfig, corpora: Corpora, cut: Cut, rank: int, token
 
 
 def build_splits(config: RunConfig, tokenizer: Tokenizer) -> list[HeldOutSplit]:
-    """The held-out splits."""
+    """Open the held-out splits."""
     return [
         HeldOutSplit(
             folder,

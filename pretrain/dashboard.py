@@ -1,4 +1,4 @@
-"""A W&B workspace for the runs of a project: ``python pretrain/dashboard.py --entity=TEAM --project=bridgetower``."""
+"""Build a W&B workspace for a project's runs: ``python pretrain/dashboard.py --entity=TEAM --project=bridgetower``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from bridgetower.errors import ConfigError
 
 USAGE = """Usage: python pretrain/dashboard.py --entity=ENTITY --project=PROJECT [--name=NAME] [--dry-run]
 
-Builds a workspace for the runs that train.py sends to W&B, and prints its address. ENTITY is a team or a user; PROJECT
-is what --tracker.wandb_project says (default: bridgetower). The same command again brings the panels of that workspace
-up to date and leaves its filters and colours as they are. --dry-run prints the JSON that would be sent; it needs
-neither a key nor a network."""
+Builds a workspace for the runs that train.py sends to W&B, and prints its URL. ENTITY is a team or a user; PROJECT is
+the value of --tracker.wandb_project (default: bridgetower). Run the command again to update the panels of the
+workspace; its filters and colours stay. --dry-run prints the JSON that would be sent, without a key or a network."""
 
 _NAME = "BridgeTower pretraining"
 
@@ -34,7 +33,7 @@ def main(
     _check_names(entity, project, name)
     if not is_dry and not has_key():
         raise ConfigError(
-            f"There is no W&B key for {_server()}. Run `wandb login` or set WANDB_API_KEY; --dry-run needs none."
+            f"There is no W&B key for {_server()}. Run `wandb login` or set WANDB_API_KEY; --dry-run needs no key."
         )
     workspace = _build(entity, project, name)
     if is_dry:
@@ -44,7 +43,7 @@ def main(
 
 
 def request(workspace: Any) -> dict[str, Any]:
-    """The variables of the GraphQL mutation that creates a workspace, with its specification as an object."""
+    """Return the variables of the GraphQL mutation that creates a workspace, its specification as an object."""
     view = workspace._to_model()
     return {
         "entityName": view.entity,
@@ -57,22 +56,28 @@ def request(workspace: Any) -> dict[str, Any]:
 
 
 def _check_names(entity: str, project: str, name: str) -> None:
+    """Raise ConfigError for a name that is missing, or that W&B cannot have given."""
     for flag, value in (("entity", entity), ("project", project), ("name", name)):
         if not value.strip():
             raise ConfigError(f"--{flag} is missing. {USAGE.splitlines()[0]} (--help says more)")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", entity):
         raise ConfigError(
-            f"--entity={entity} is no name of a team or user: letters, digits, - and _. It is the first part of "
-            "ENTITY/PROJECT in a project's address."
+            f"--entity={entity} is not the name of a team or user, which has only letters, digits, - and _. It is the "
+            "first part of ENTITY/PROJECT in a project's URL."
         )
     if re.search(r"[/\\#?%:]", project) or len(project) > 128:
         raise ConfigError(
-            f"--project={project} is no name of a project: 128 characters at most, and none of / \\ # ? % :. It is the "
-            "second part of ENTITY/PROJECT in a project's address."
+            f"--project={project} is not the name of a project, which has at most 128 characters and none of "
+            "/ \\ # ? % :. It is the second part of ENTITY/PROJECT in a project's URL."
         )
 
 
 def _build(entity: str, project: str, name: str) -> Any:
+    """Build the workspace, not yet sent.
+
+    Raises:
+        ConfigError: wandb-workspaces is not installed, or W&B does not accept the name.
+    """
     try:
         from pretrain.dashboard_panels import workspace
     except ModuleNotFoundError as error:
@@ -84,15 +89,19 @@ def _build(entity: str, project: str, name: str) -> Any:
     try:
         built = workspace(entity, project, name)
     except ValueError as error:
-        raise ConfigError(f"--name={name} holds emoji or a sign like + or $, which W&B does not take.") from error
-    # Workspace.save keeps a name that is there; a function of the names makes the next call find it.
+        raise ConfigError(
+            f"--name={name} contains emoji or a sign like + or $, which W&B does not accept. Leave them out."
+        ) from error
+    # Workspace.save keeps an internal name that is set. Derived from the names, it lets the next call find this one.
     digest = hashlib.sha256("/".join((entity, project, name)).encode()).hexdigest()
     built._internal_name = f"nw-{digest[:11]}-v"
     return built
 
 
 def _send(workspace: Any) -> str:
-    """Create the workspace, or give one that is there its panels; the address.
+    """Create the workspace, or update the panels of an existing one.
+
+    Returns: its URL.
 
     Raises:
         ConfigError: W&B does not answer, or refuses.
@@ -104,25 +113,26 @@ def _send(workspace: Any) -> str:
     from wandb_workspaces.workspaces.errors import SpecVersionError
 
     wandb.setup(wandb.Settings(silent=True))
-    place = f"{workspace.entity}/{workspace.project}"
+    project_path = f"{workspace.entity}/{workspace.project}"
     key = workspace._internal_name.removeprefix("nw-").removesuffix("-v")
     try:
         try:
-            found = Workspace.from_url(f"https://wandb.ai/{place}?nw={key}")
-        except ValueError as error:  # with three meanings
+            existing = Workspace.from_url(f"https://wandb.ai/{project_path}?nw={key}")
+        except ValueError as error:  # no such project, no such workspace (then it is created), or an unknown format
             if str(error).startswith("Project"):
                 raise ConfigError(
-                    f"{_server()} has no project {place} that this key may see. W&B makes it with the first run: train "
-                    f"with --tracker.wandb_entity={workspace.entity} --tracker.wandb_project={workspace.project}."
+                    f"{_server()} has no project {project_path} that this key may see. W&B creates it with the first "
+                    f"run: train with --tracker.wandb_entity={workspace.entity} "
+                    f"--tracker.wandb_project={workspace.project}."
                 ) from error
             if not str(error).startswith("Workspace"):
                 raise _unknown_format(error) from error
         else:
-            found.sections = workspace.sections
-            workspace = found
+            existing.sections = workspace.sections
+            workspace = existing
         workspace.save()
     except (Error, WandbApiFailedError) as error:
-        raise _refusal(error, place) from error
+        raise _refusal(error, project_path) from error
     except SpecVersionError as error:
         raise _unknown_format(error) from error
     return str(workspace.url)
@@ -130,23 +140,23 @@ def _send(workspace: Any) -> str:
 
 def _unknown_format(error: Exception) -> ConfigError:
     return ConfigError(
-        "The workspace is there, in a format that the installed wandb-workspaces does not know "
+        "The workspace exists in a format that the installed wandb-workspaces does not know "
         f"({_line(error)}). Choose another --name, or delete the workspace in W&B."
     )
 
 
-def _refusal(error: Exception, place: str) -> ConfigError:
-    """What a person can do about an answer of W&B, or about none."""
+def _refusal(error: Exception, project_path: str) -> ConfigError:
+    """Return an error that says what to do about a refusal by W&B, or about a server that does not answer."""
     cause = error if hasattr(error, "response") else error.__cause__
-    said = _line(cause or error)
+    reason = _line(cause or error)
     if cause is not None and getattr(cause, "response", None) is None:
         return ConfigError(
-            f"{_server()} does not answer ({said}). Run this where the network is, e.g. on the login node; "
-            "WANDB_BASE_URL says which server, WANDB_HTTP_TIMEOUT how many seconds it has."
+            f"{_server()} does not answer ({reason}). Run this where there is a network, e.g. on the login node. "
+            "WANDB_BASE_URL sets the server, WANDB_HTTP_TIMEOUT the seconds to wait for it."
         )
     return ConfigError(
-        f"{_server()} refuses: {said}. The key must be one of the server's, of an account that may write to {place}: "
-        "`wandb login --relogin` changes it."
+        f"{_server()} refuses: {reason}. The key must belong to an account on this server that may write to "
+        f"{project_path}; `wandb login --relogin` changes the key."
     )
 
 

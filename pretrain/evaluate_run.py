@@ -1,6 +1,6 @@
 """Score a run on held-out data: ``python pretrain/evaluate_run.py runs/demo``.
 
-Also under deepspeed, torchrun and srun, with the same scores.
+May be started by plain python, deepspeed, torchrun or srun; the scores are the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bridgetower.errors import BridgeTowerError, ConfigError, DataError
 
 USAGE = """Usage: python pretrain/evaluate_run.py RUN [--section.field=value ...]
 
-RUN is a run folder (its newest good checkpoint is scored) or a checkpoint folder. The scores are printed and written
-to eval.json and predictions.json of the run folder. Settings are those of the run unless given here."""
+RUN is a run folder, whose newest good checkpoint is scored, or a checkpoint folder. The scores are printed and written
+to eval.json and predictions.json of the run folder. Settings that are not given are the run's."""
 
 _SETTINGS = ("data.eval_shards", "evaluation.")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("bridgetower.evaluate_run")
 
 
 def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: str) -> None:
-    """Evaluate a run. The deepspeed launcher adds ``local_rank``."""
+    """Score a run on held-out data. The deepspeed launcher adds ``local_rank``."""
     if not run:
         show_usage_or_stop("run", overrides, USAGE)
     path = Path(run)
@@ -37,44 +37,47 @@ def main(run: str = "", *unexpected: str, local_rank: str = "0", **overrides: st
     if not config.data.eval_shards:
         raise ConfigError(f"The run {config.name} has no data.eval_shards. Give --data.eval_shards=DIR.")
     precision = read_run_file(folder / RUN_FILE)["precision"]
-    # What takes seconds to import stays behind the checks that do not need it.
+    # Imports that take seconds stay behind the checks that do not need them.
     from bridgetower.engine import launch as launching
 
-    place = launching.read_launch()
-    start_logging(place.rank)
-    # These import DeepSpeed, which reads what read_launch has completed.
+    launch = launching.read_launch()
+    start_logging(launch.rank)
+    # These import DeepSpeed, which reads environment variables that read_launch has completed.
     from bridgetower.data.held_out import check_held_out
-    from bridgetower.engine.checkpoint import find_checkpoint, read_description
-    from bridgetower.evaluation.pretraining import write_scores
+    from bridgetower.engine.checkpoint import find_checkpoint
+    from bridgetower.engine.checkpoint_files import read_description
+    from bridgetower.evaluation.score_file import write_scores
     from bridgetower.evaluation.table import print_scores
+    from bridgetower.kernels.choose import choose_ops
     from bridgetower.run.prepare import build_tokenizer
     from pretrain import assemble, assemble_data
 
-    # One rank looks; if it finds pictures that were trained on, the launcher ends the others.
-    check_held_out(config.data, _training_data(config.data) if place.rank == 0 else None)
+    # Rank 0 alone compares the images; if it finds some that were trained on, the launcher ends the others.
+    check_held_out(config.data, _open_training_data(config.data) if launch.rank == 0 else None)
     tokenizer = build_tokenizer(config.model)
-    launching.start(place, config.engine.threads_per_rank)
+    launching.start(launch, config.engine.threads_per_rank)
     try:
         checkpoint = find_checkpoint(path)
-        task = assemble.load_task(config, checkpoint, precision).to(place.device)
-        results = assemble.evaluate_splits(task, assemble_data.build_splits(config, tokenizer), config, place.device)
+        ops = choose_ops(launch.device, fuse_kernels=config.compute.fuse_kernels, compiled=config.compute.compile)
+        task = assemble.load_task(config, checkpoint, precision, ops).to(launch.device)
+        results = assemble.evaluate_splits(task, assemble_data.build_splits(config, tokenizer), config, launch.device)
         step = read_description(checkpoint)["step"]
         write_scores(folder, step, results)
-        if place.rank == 0:
+        if launch.rank == 0:
             print_scores(step, results)
     except BridgeTowerError as error:
-        error.rank = place.rank
+        error.rank = launch.rank
         raise
     finally:
         launching.finish()
 
 
-def _training_data(data: DataConfig) -> Corpora | None:
-    """What the run was trained on, or None with a warning: a run may be scored on another machine."""
+def _open_training_data(data: DataConfig) -> Corpora | None:
+    """Open the corpora that the run was trained on; None with a warning where they are not on this machine."""
     try:
         return open_corpora(data.train_shards, data)
     except (ConfigError, DataError) as error:
-        logger.warning("whether the run has trained on these pictures is not checked: %s", error)
+        logger.warning("the held-out images are not compared with the training images: %s", error)
         return None
 
 

@@ -1,4 +1,4 @@
-"""Hand a trained model on: ``python pretrain/export.py runs/base_4m --format=huggingface --out=exports/base``."""
+"""Export a trained model: ``python pretrain/export.py runs/base_4m --format=huggingface --out=exports/base``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from bridgetower.errors import ConfigError
 
 USAGE = """Usage: python pretrain/export.py MODEL --format=safetensors|huggingface|reference --out=DIR
 
-MODEL is a run or checkpoint folder (its float32 weights are taken), or anything else that bridgetower.load_model
-opens. Written into DIR: model.safetensors, which bridgetower.load_model opens; a folder that transformers'
-BridgeTowerForMaskedLM.from_pretrained opens; or model.ckpt for the published code. --image_size_px resizes the
-position table to that side of the images; --drop_heads=itc leaves heads out, for a format that has none of the kind."""
+MODEL is a run or checkpoint folder, whose float32 weights are exported, or anything else that bridgetower.load_model
+opens. DIR gets, by format:
+  safetensors  model.safetensors, which bridgetower.load_model opens
+  huggingface  a folder that transformers' BridgeTowerForMaskedLM.from_pretrained opens
+  reference    model.ckpt, which the published code opens
+--image_size_px resizes the position table to images of that side. --drop_heads=itc leaves out heads that the format
+does not have."""
 
 
 def main(
@@ -30,7 +33,7 @@ def main(
     drop_heads: str = "",
     **unknown: str,
 ) -> None:
-    """Export a model."""
+    """Write a model in one of the formats."""
     if not model:
         show_usage_or_stop("model", unknown, USAGE)
     refuse_unknown(unexpected, unknown, ("format", "out", "image_size_px", "drop_heads"), USAGE)
@@ -41,11 +44,11 @@ def main(
     side = parse_whole("image_size_px", image_size_px, 1) if image_size_px else None
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out={folder} is there already and is not an empty folder. Give another.")
-    # What takes seconds to import stays behind the checks that do not need it.
+        raise ConfigError(f"--out={folder} exists and is not an empty folder. Give another folder.")
+    # Imports that take seconds stay behind the checks that do not need them.
     from bridgetower.engine import launch
 
-    launch.read_launch()  # before DeepSpeed is imported, which reads a run's checkpoint
+    launch.read_launch()  # completes the environment that DeepSpeed, which reads a run's checkpoint, is imported with
     from bridgetower.interop.open import load_model
 
     loaded = load_model(model, image_size_px=side)

@@ -1,4 +1,4 @@
-"""What the paper reports, with where it says so: the targets that a run's model is fine-tuned towards."""
+"""The scores that the paper reports, each with its source: targets for a run's model after fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class PaperScore(NamedTuple):
-    """One score of one model, after fine-tuning, in percent."""
+    """One score of one model, after fine-tuning."""
 
     task: str
     model: str
@@ -14,7 +14,7 @@ class PaperScore(NamedTuple):
     source: str
 
 
-# The abstract and the leaderboard that microsoft/BridgeTower's README names give the test-std scores.
+# The test-std scores are in the abstract, and on the leaderboard that microsoft/BridgeTower's README names.
 PAPER_SCORES = (
     PaperScore("VQAv2 test-dev, not pretrained", "base, Add&Norm bridges", 75.18, "arXiv 2206.08657, Table 1"),
     PaperScore("VQAv2 test-dev", "base", 78.66, "arXiv 2206.08657"),

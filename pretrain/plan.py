@@ -76,7 +76,7 @@ def main(
         raise ConfigError(f"--json={json}: there is no folder {Path(json).parent}. Make it, or use another path.")
     # What takes seconds to import stays behind the checks that do not need it.
     from bridgetower.cost.devices import DEVICES
-    from bridgetower.model.bridgetower import complete_model_config
+    from bridgetower.model.sizes import complete_model_config
     from pretrain import plan_memory, plan_report
     from pretrain.plan_time import Cluster, Planner
 

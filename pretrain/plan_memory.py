@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from bridgetower.config.deepspeed import is_bf16
 from bridgetower.config.run import RunConfig
-from bridgetower.engine.optim import parameter_groups
+from bridgetower.engine.optim import group_parameters
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.init import shapes_alone
@@ -85,7 +85,7 @@ def count_parameters(config: RunConfig) -> Parameters:
         model = BridgeTower(config.model, config.objectives.heads)
     freeze_layers(model, vision=config.optim.frozen_vision_layers, text=config.optim.frozen_text_layers)
     task = PretrainTask(model, config.objectives, config.compute)
-    groups = tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(task, config.optim))
+    groups = tuple(sum(p.numel() for p in group["params"]) for group in group_parameters(task, config.optim))
     return Parameters(groups, sum(p.numel() for p in task.parameters()) - sum(groups))
 
 

@@ -14,7 +14,7 @@ from bridgetower.cost.closed_form import PARTS, StepCost, count_micro_batch, typ
 from bridgetower.cost.devices import DEVICES, Device
 from bridgetower.data.order import Cut
 from bridgetower.errors import ConfigError
-from bridgetower.step.plan import can_be_recorded
+from bridgetower.step.cuda_graphs import can_be_recorded
 from pretrain.plan_memory import STAGES, Parameters, Splitting, States, count_states, why_not_offered
 
 # CUDA's context, NCCL's buffers and libraries' workspaces; docs/plan.md.

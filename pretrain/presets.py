@@ -1,4 +1,4 @@
-"""The pretraining runs by name. Each is a function that returns a whole run; nothing else knows their names."""
+"""The pretraining presets. Each is a function that returns a complete run; nothing else depends on its name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bridgetower.config.run import (
 )
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-"""Where engine.deepspeed looks for a name."""
+"""Folder of the files that engine.deepspeed names."""
 
 # COCO (Karpathy train + restval), Visual Genome, SBU and CC3M: the "4M" images of the paper's Table 9.
 _4M_TRAIN = ("shards/coco/train", "shards/coco/restval", "shards/vg", "shards/sbu", "shards/cc3m/train")
@@ -28,7 +28,7 @@ _4M_EVAL = ("shards/coco/test",)
 
 
 def with_published_towers(model: ModelConfig) -> ModelConfig:
-    """Start from OpenAI's CLIP and from RoBERTa, as every published model does."""
+    """Set the towers' initial weights to OpenAI's CLIP and to RoBERTa, as in every published model."""
     return replace(
         model,
         vision=replace(model.vision, weights="openai"),
@@ -37,7 +37,7 @@ def with_published_towers(model: ModelConfig) -> ModelConfig:
 
 
 def tiny() -> RunConfig:
-    """A few million parameters on the emoji demo corpus: minutes on two CPU cores."""
+    """Pretrain a few million parameters on the emoji demo corpus, in minutes on two CPU cores."""
     return RunConfig(
         name="tiny",
         model=MODELS["tiny"](),
@@ -57,7 +57,7 @@ def tiny() -> RunConfig:
 
 
 def base_4m() -> RunConfig:
-    """BridgeTower-Base as published: 100k steps of 4096 pairs of COCO, VG, SBU and CC3M at 288 px, on 64 GPUs."""
+    """Pretrain BridgeTower-Base as published: 100k steps of 4096 pairs (COCO, VG, SBU, CC3M), 288 px, 64 GPUs."""
     return RunConfig(
         name="base_4m",
         # arXiv 2206.08657, Table 10 and Appendix A; BridgeTower scripts/pre_train.sh.
@@ -70,10 +70,10 @@ def base_4m() -> RunConfig:
 
 
 def large_4m() -> RunConfig:
-    """BridgeTower-Large as published: 100k steps of 4096 pairs of COCO, VG, SBU and CC3M at 294 px, on 64 GPUs."""
+    """Pretrain BridgeTower-Large as published: 100k steps of 4096 pairs (COCO, VG, SBU, CC3M), 294 px, 64 GPUs."""
     return RunConfig(
         name="large_4m",
-        # arXiv 2206.08657, Table 10 and Appendix A; micro-batches of 16 as in BridgeTower scripts/pre_train.sh.
+        # arXiv 2206.08657, Table 10 and Appendix A; micro-batches of 16 from BridgeTower scripts/pre_train.sh.
         model=with_published_towers(MODELS["large"]()),
         data=DataConfig(
             train_shards=_4M_TRAIN,

@@ -1,4 +1,4 @@
-"""One run, or several beside each other, as one HTML file that opens anywhere, without a network.
+"""Report one run, or compare several, in one HTML file that opens anywhere without a network.
 
 ``python pretrain/report.py runs/demo``, ``python pretrain/report.py runs/a runs/b --out=compared.html``.
 """
@@ -16,32 +16,38 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bridgetower.config.cli import refuse_unknown, run_command
 from bridgetower.config.snapshot import RUN_FILE, read_run_file
+from bridgetower.engine.score_file import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.evaluation.pretraining import EVAL_NAME, PREDICTIONS_NAME
 from bridgetower.evaluation.table import LABELS, format_score
-from bridgetower.io.files import short_names, write_atomically
+from bridgetower.io.files import shorten_paths, write_atomically
 from bridgetower.shards.manifest import Manifest, load_manifest
 from pretrain.report_charts import Lines, draw_charts
-from pretrain.report_samples import Pictures, describe_samples
+from pretrain.report_samples import PageImages, describe_samples
 
 USAGE = """Usage: python pretrain/report.py RUN [RUN ...] [--out=FILE]
 
-FILE is report.html in the run folder, of several runs report.html in the folder where the first one lies."""
+FILE is report.html in the run folder; for several runs, report.html in the folder above the first run's."""
 
+# Scores of the headline split that stand in large type at the top, where a run has them.
 _TILES = ("vqa_score", "accuracy", "itm_balanced_accuracy", "t2i_r1", "itc_t2i_r1", "mlm_accuracy")
 
 
 class _Run(NamedTuple):
-    """What a run folder holds."""
+    """The content of a run folder; what a run has not written yet is empty."""
 
     name: str
     folder: Path
     description: dict[str, Any]
+    """run.json"""
     lines: Lines
+    """metrics.jsonl"""
     scores: dict[str, Any]
+    """eval.json"""
     predictions: dict[str, Any]
+    """predictions.json"""
     deepspeed: dict[str, Any]
+    """deepspeed.json"""
 
 
 def main(*runs: str, out: str = "", **unknown: str) -> None:
@@ -58,30 +64,30 @@ def main(*runs: str, out: str = "", **unknown: str) -> None:
 
 
 def render(*folders: Path) -> str:
-    """The page for run folders, from what is there: a run that has just begun has a report too.
+    """Return the HTML page of run folders; a run that has just begun has a report too.
 
     Raises:
-        ConfigError: a folder is not a run's, or is given twice.
+        ConfigError: a folder is not a run folder, or is given twice.
     """
     absolute = [folder.absolute() for folder in folders]
-    if twice := [folder for number, folder in enumerate(folders) if absolute[number] in absolute[:number]]:
+    if twice := [folder for index, folder in enumerate(folders) if absolute[index] in absolute[:index]]:
         raise ConfigError(f"{twice[0]} is given twice. Give each run once.")
-    names = short_names(absolute)
+    names = shorten_paths(absolute)
     runs = [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
-    pictures = Pictures()
-    parts = [_describe(run, pictures) for run in runs]
+    images = PageImages()
+    descriptions = [_describe(run, images) for run in runs]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         title=" · ".join(names),
-        runs=parts,
+        runs=descriptions,
         tiles=_tiles(runs[0].scores) if len(runs) == 1 else [],
         score_rows=_score_rows(runs),
         charts=draw_charts({run.name: run.lines for run in runs}),
         differences=_differences([run.description["config"] for run in runs]),
-        picture_rules=pictures.rules,
-        attributions=sorted({line for part in parts for line in part["attributions"]}),
+        image_rules=images.rules,
+        attributions=sorted({line for description in descriptions for line in description["attributions"]}),
     )
 
 
@@ -97,7 +103,8 @@ def _read(folder: Path, name: str) -> _Run:
     )
 
 
-def _describe(run: _Run, pictures: Pictures) -> dict[str, Any]:
+def _describe(run: _Run, images: PageImages) -> dict[str, Any]:
+    """Return what the template shows of one run."""
     manifests = [(path, role, _manifest(path)) for path, role in _corpora(run.description["config"])]
     return {
         "name": run.name,
@@ -105,9 +112,9 @@ def _describe(run: _Run, pictures: Pictures) -> dict[str, Any]:
         "summary": _summary(run.description, run.lines),
         "splits": list(run.scores["splits"]) if run.scores else [],
         "score_step": run.scores["step"] if run.scores else 0,
-        "corpora": [_corpus_row(*each) for each in manifests],
+        "corpora": [_corpus_row(*corpus) for corpus in manifests],
         "samples": [
-            describe_samples(split, content, pictures) for split, content in run.predictions.get("splits", {}).items()
+            describe_samples(split, content, images) for split, content in run.predictions.get("splits", {}).items()
         ],
         "run_json": json.dumps(run.description, indent=1),
         "deepspeed_json": json.dumps(run.deepspeed, indent=1),
@@ -122,10 +129,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). Delete it; evaluate_run.py makes it anew.") from error
+        raise DataError(f"{path} is not JSON ({error}). Delete it; evaluate_run.py writes a new one.") from error
 
 
 def _corpora(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the folder of each corpus and what it is used for."""
     data = config["data"]
     return [(path, "training") for path in data["train_shards"]] + [(path, "held out") for path in data["eval_shards"]]
 
@@ -133,38 +141,41 @@ def _corpora(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _manifest(path: str) -> Manifest | None:
     try:
         return load_manifest(path)
-    except DataError:  # a report may be made on another machine than the run
+    except DataError:  # the report may be written on another machine, which does not have the corpus
         return None
 
 
-def _summary(run: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> str:
-    config = run["config"]
-    step = int(metrics[-1]["step"]) if metrics else 0
+def _summary(description: Mapping[str, Any], lines: Lines) -> str:
+    """Return the line below the title: progress, machine, precision, seed and commit."""
+    config = description["config"]
+    step = int(lines[-1]["step"]) if lines else 0
     total, batch = config["optim"]["total_steps"], config["data"]["global_batch_size"]
-    parts = [
+    facts = [
         f"{step:,} of {total:,} steps of {batch:,} pairs",
         f"{step * batch:,} pairs seen",
-        f"{run['world_size']} x {run['device'].split(':')[0]}, {run['precision']}, {run['optimizer']} AdamW",
+        f"{description['world_size']} x {description['device'].split(':')[0]}, {description['precision']}, "
+        f"{description['optimizer']} AdamW",
         f"seed {config['seed']}",
     ]
-    if run["commit"]:
-        parts.append(f"commit {run['commit'][:10]}")
-    return " · ".join(parts)
+    if description["commit"]:
+        facts.append(f"commit {description['commit'][:10]}")
+    return " · ".join(facts)
 
 
 def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the scores of the headline split that stand in large type at the top."""
     if not scores:
         return []
     headline = scores["headline_split"]
-    own = scores["splits"][headline]
+    split = scores["splits"][headline]
     tiles = []
     for name in _TILES:
-        if name in own["scores"]:
-            chance = f", guessing {format_score(name, own['chance'][name])}" if name in own["chance"] else ""
+        if name in split["scores"]:
+            chance = f", chance {format_score(name, split['chance'][name])}" if name in split["chance"] else ""
             tiles.append(
                 {
                     "label": LABELS[name],
-                    "value": format_score(name, own["scores"][name]),
+                    "value": format_score(name, split["scores"][name]),
                     "note": f"{headline} split{chance}",
                 }
             )
@@ -172,18 +183,18 @@ def _tiles(scores: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _score_rows(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """A row a score, with a cell for each split of each run."""
-    parts = [part for run in runs for part in run.scores.get("splits", {}).values()]
+    """Return a row per score, with a cell for each split of each run."""
+    splits = [split for run in runs for split in run.scores.get("splits", {}).values()]
     rows = []
     for name, label in LABELS.items():
         cells = [
             {
-                "value": format_score(name, part["scores"][name]),
-                "chance": format_score(name, part["chance"][name]) if name in part["chance"] else "",
+                "value": format_score(name, split["scores"][name]),
+                "chance": format_score(name, split["chance"][name]) if name in split["chance"] else "",
             }
-            if name in part["scores"]
+            if name in split["scores"]
             else None
-            for part in parts
+            for split in splits
         ]
         if any(cells):
             rows.append({"label": label, "cells": cells})
@@ -191,20 +202,21 @@ def _score_rows(runs: Sequence[_Run]) -> list[dict[str, Any]]:
 
 
 def _differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, each with its value in each run."""
-    flat = [dict(_flatten(config)) for config in configs]
-    names = dict.fromkeys(name for one in flat for name in one if name != "name")
-    rows = [(name, [one.get(name, "–") for one in flat]) for name in names]
+    """Return the settings that are not the same in all runs, with the value of each run."""
+    settings = [dict(_flatten(config)) for config in configs]
+    names = dict.fromkeys(name for of_run in settings for name in of_run if name != "name")
+    rows = [(name, [of_run.get(name, "–") for of_run in settings]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _flatten(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return dotted names of all settings with their values as text."""
     flat: list[tuple[str, str]] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            flat += _flatten(value, f"{before}{name}.")
+            flat += _flatten(value, f"{prefix}{name}.")
         else:
-            flat.append((f"{before}{name}", value if isinstance(value, str) else json.dumps(value)))
+            flat.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)))
     return flat
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from bridgetower.config.run import RunConfig
 from bridgetower.data.corpora import open_corpora
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 from bridgetower.data.order import cut_global_batch
 from bridgetower.data.stream import PretrainStream
 from bridgetower.run.prepare import build_tokenizer
@@ -25,7 +25,7 @@ class _TracedStream(Dataset[list[str]]):
     def __getitem__(self, micro_step: int) -> list[str]:
         stream, side_px = self._stream, self._stream.image_size_px
         pixels = torch.empty(stream.max_images, 3, side_px, side_px, dtype=torch.uint8) if self._decode else None
-        return stream.lines(micro_step, stream.draw(micro_step, pixels))
+        return stream.describe_pairs(micro_step, stream.draw(micro_step, pixels))
 
 
 def trace_lines(
@@ -54,7 +54,7 @@ def trace_lines(
     first = (from_step - 1) * cut.accumulation_steps
     end = first + num_steps * cut.accumulation_steps
     micro_batches = [
-        prepared(
+        prepare_items(
             _TracedStream(assemble_data.build_stream(config, corpora, cut, rank, tokenizer), decode),
             first,
             end,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What srun starts: `_task.sh RANKS PYTHON... -- PROGRAM...`, with RANKS processes in this task. Each rank writes a log of
-# its own beside the merged one.
+# The command that srun starts: `_task.sh RANKS PYTHON... -- PROGRAM...` runs RANKS processes in this task. Each rank writes
+# its own log beside the merged one.
 set -uo pipefail
-# Python hears these as soon as it is up. Until then, and here, they must not end anything.
+# Python handles these signals once it is up. Until then they must not end anything, nor end this shell.
 trap '' USR1 TERM
 
 ranks=$1
@@ -28,5 +28,5 @@ echo "rank $rank on ${SLURMD_NODENAME:-this node}, restart ${SLURM_RESTART_COUNT
 code=$?
 [ "$code" != 75 ] || : >"$RANK_LOGS/.stopped.$rank"
 exec >&- 2>&-
-wait "$tee"  # else its last lines are lost when the task ends
+wait "$tee"  # otherwise its last lines are lost when the task ends
 exit "$code"

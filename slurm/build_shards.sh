@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds the shards of a corpus as a job array; each task builds its share. From the root of the repository:
+# Builds the shards of a corpus as a job array; each task builds its slice. From the root of the repository:
 #     sbatch [--array=0-31] slurm/build_shards.sh cc3m --raw=/data/cc3m --out=/data/shards/cc3m [flags]
-# The task that finds all shards there writes the manifest. Submitted again after an interruption, with the same --array,
+# The task that finds all shards complete writes the manifest. After an interruption, submit it again with the same --array:
 # it builds what is missing.
 #SBATCH --job-name=bridgetower-shards
 #SBATCH --array=0-15

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes BridgeTower-Base for retrieval on COCO: 8 GPUs, global batch 256, 30 epochs at 384 px. From the root of the repository:
+# Fine-tunes BridgeTower-Base for retrieval on COCO: 8 GPUs, global batch 256, 30 epochs at 384 px.
+# From the root of the repository:
 #     sbatch [sbatch options] slurm/finetune_coco.sh [PRESET] --init=PATH [--section.field=value ...]
 # PRESET, such as coco_large or the run.json of a run, trains something else on the same node. With
-# --ntasks-per-node=1 the task starts the ranks through torchrun.
+# --ntasks-per-node=1 one task starts the ranks through torchrun.
 #SBATCH --job-name=bridgetower-coco
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -2,7 +2,7 @@
 # Fine-tunes BridgeTower-Base on SNLI-VE: 8 GPUs, global batch 64, 5 epochs at 384 px. From the root of the repository:
 #     sbatch [sbatch options] slurm/finetune_snli_ve.sh [PRESET] --init=PATH [--section.field=value ...]
 # PRESET, such as snli_ve_large or the run.json of a run, trains something else on the same node. With
-# --ntasks-per-node=1 the task starts the ranks through torchrun.
+# --ntasks-per-node=1 one task starts the ranks through torchrun.
 #SBATCH --job-name=bridgetower-snli-ve
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -2,7 +2,7 @@
 # Fine-tunes BridgeTower-Base on VQAv2: 8 GPUs, global batch 512, 10 epochs at 576 px. From the root of the repository:
 #     sbatch [sbatch options] slurm/finetune_vqav2.sh [PRESET] --init=PATH [--section.field=value ...]
 # PRESET, such as vqav2_large or the run.json of a run, trains something else on the same node. With
-# --ntasks-per-node=1 the task starts the ranks through torchrun.
+# --ntasks-per-node=1 one task starts the ranks through torchrun.
 #SBATCH --job-name=bridgetower-vqav2
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

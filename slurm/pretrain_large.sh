@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# BridgeTower-Large as published: 64 GPUs, global batch 4096, 100,000 steps. From the root of the repository:
+# Pretrains BridgeTower-Large as published: 64 GPUs, global batch 4096, 100,000 steps. From the root of the repository:
 #     sbatch [sbatch options] slurm/pretrain_large.sh [PRESET] [--section.field=value ...]
-# PRESET, or the run.json of a run, trains something else on the same nodes. With --ntasks-per-node=1 a task a node starts
-# the ranks through torchrun.
+# PRESET, or the run.json of a run, trains something else on the same nodes. With --ntasks-per-node=1 one task per node
+# starts the ranks through torchrun.
 #SBATCH --job-name=bridgetower-large
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

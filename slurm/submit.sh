@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sbatch with the settings of slurm/site.env (account, partition, ...), which sbatch reads from the environment:
+# Runs sbatch with the settings of slurm/site.env (account, partition, ...), which sbatch reads from the environment:
 #     slurm/submit.sh [sbatch options] slurm/pretrain_base.sh [PRESET] [--section.field=value ...] [--dry-run]
 # --dry-run prints the commands and submits nothing.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -15,7 +15,7 @@ done
 read_site
 read_words "$@"
 if [ -z "$is_dry" ]; then
-    command -v sbatch >/dev/null || fail "this machine has no sbatch. Log in to a node of the cluster that has."
+    command -v sbatch >/dev/null || fail "this machine has no sbatch. Log in to a node of the cluster that has it."
     exec sbatch "${options[@]}" "${words[@]}"
 fi
 for option in "${options[@]}"; do

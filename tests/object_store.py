@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: moto's, with an empty account, for as long as a `with` lasts."""
+"""A real S3 server on loopback for tests: moto's, with an empty account."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def object_store() -> Iterator[str]:
-    """Start a server and give its address; the environment leads there, and to nowhere once it has stopped.
+    """Run a server inside a ``with`` block, and point the environment to it. Yields: its address.
 
-    s3fs keeps one file system per set of arguments for the life of a process, and the address is not among them but
-    in the environment: a file system of an earlier server would ask a port at which nobody listens.
+    s3fs caches file systems by their arguments for the life of a process. The address is not an argument but in the
+    environment, so the cache is cleared: a cached file system would use the port of an earlier server.
     """
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(port=0, verbose=False)

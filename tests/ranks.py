@@ -1,4 +1,4 @@
-"""Real processes that are the ranks of one job."""
+"""Runs a function on the ranks of one job, which are real processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def run_on_ranks(function: Callable[[int, Path], None], ranks: int, folder: Path) -> None:
-    """Call ``function(rank, folder)`` in as many new processes, joined by gloo; an error in one fails the test."""
+    """Call ``function(rank, folder)`` in ``ranks`` new processes, joined by gloo. An error in one fails the test."""
     from tests.conftest import run_script
 
     task = folder / "function.pickle"

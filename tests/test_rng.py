@@ -1,4 +1,4 @@
-"""Random numbers as pure functions: right in their distribution, and never another value for the same key."""
+"""Random numbers as pure functions: the right distribution, and always the same value for the same key and counter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SAME_EVERY_TIME = settings(derandomize=True, deadline=None)
 
 
 def splitmix64_finaliser(value: int) -> int:
-    """As published, in Python's own integers."""
+    """Compute the published finaliser in Python's integers."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return value ^ (value >> 31)
 
 
-def test_the_reference_here_gives_the_first_published_number_of_splitmix64():
+def test_the_reference_in_this_file_gives_the_first_published_number_of_splitmix64():
     # First output of the generator with seed 0, in Vigna's splitmix64.c and Java's SplittableRandom.
     assert splitmix64_finaliser(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
 
@@ -35,7 +35,7 @@ def test_bits_are_splitmix64_twice_with_the_key_in_between(key, counter):
 
 
 def test_old_runs_keep_their_numbers():
-    # Frozen: a change here changes the order, masks and negatives of every run ever made.
+    # Frozen: another value here would change the order, masks and negatives of every existing run.
     assert rng.hash64("BridgeTower") == 13389028695850294950
     assert rng.key(0, "mlm") == 7832900790730964975
     assert rng.key(7, "order of pairs", 3) == 15034402108609590875
@@ -60,27 +60,27 @@ def test_permute_is_a_bijection_of_its_range(count, key):
 
 @SAME_EVERY_TIME
 @given(st.integers(1, 2**40), KEYS)
-def test_permute_keeps_different_numbers_of_a_large_range_different_and_inside(count, key):
+def test_permute_keeps_numbers_of_a_large_range_distinct_and_in_range(count, key):
     numbers = np.unique(np.linspace(0, count - 1, 50).astype(np.int64))
-    sent = rng.permute(key, numbers, count)
-    assert len(set(sent.tolist())) == len(numbers)
-    assert (sent >= 0).all() and (sent < count).all()
+    permuted = rng.permute(key, numbers, count)
+    assert len(set(permuted.tolist())) == len(numbers)
+    assert (permuted >= 0).all() and (permuted < count).all()
 
 
 @SAME_EVERY_TIME
 @given(st.lists(st.tuples(KEYS, st.integers(1, 500), st.integers(0, 499)), min_size=1, max_size=8))
-def test_permutations_with_keys_and_sizes_of_their_own_are_those_asked_for_alone(asked):
-    asked = [(key, size, number % size) for key, size, number in asked]
-    keys, sizes, numbers = zip(*asked, strict=True)
+def test_permute_of_several_keys_and_sizes_equals_one_call_for_each(calls):
+    calls = [(key, size, number % size) for key, size, number in calls]
+    keys, sizes, numbers = zip(*calls, strict=True)
     together = rng.permute(np.array(keys, np.uint64), numbers, np.array(sizes))
-    assert together.tolist() == [int(rng.permute(key, number, size)) for key, size, number in asked]
+    assert together.tolist() == [int(rng.permute(key, number, size)) for key, size, number in calls]
 
 
-def test_every_permutation_of_three_is_about_as_frequent():
+def test_all_permutations_of_three_are_about_equally_frequent():
     keys = np.repeat(rng.bits(1, np.arange(6000)), 3)
-    found = rng.permute(keys, np.tile([0, 1, 2], 6000), 3).reshape(6000, 3)
-    counts = {order: int((found == order).all(axis=1).sum()) for order in permutations(range(3))}
-    # 1000 expected of each, with a standard deviation of 29.
+    orders = rng.permute(keys, np.tile([0, 1, 2], 6000), 3).reshape(6000, 3)
+    counts = {order: int((orders == order).all(axis=1).sum()) for order in permutations(range(3))}
+    # 1000 are expected of each, with a standard deviation of 29.
     assert sum(counts.values()) == 6000
     assert all(850 < count < 1150 for count in counts.values()), counts
 
@@ -99,14 +99,14 @@ def test_below_stays_below_its_bound(key, counters, bound):
     assert (numbers >= 0).all() and (numbers < bound).all()
 
 
-def test_below_takes_a_bound_per_number():
+def test_below_takes_one_bound_per_number():
     assert rng.below(9, np.zeros(3), [1, 2, 1000]).tolist() == [int(rng.below(9, 0, b)) for b in (1, 2, 1000)]
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**64 - 1, rng.key(0, "mlm")])
 def test_numbers_of_a_key_are_spread_evenly(key):
     counts = np.bincount(rng.below(key, np.arange(160_000), 16), minlength=16)
-    # 10,000 expected in each of 16 bins, with a standard deviation of 97.
+    # 10,000 are expected in each of 16 bins, with a standard deviation of 97.
     assert (abs(counts - 10_000) < 500).all(), counts
 
 

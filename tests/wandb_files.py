@@ -1,4 +1,4 @@
-"""What an offline run of W&B holds."""
+"""Read the file that an offline run of W&B writes."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
-# LevelDB's log format behind a header of 7 bytes: blocks of chunks, each with checksum (4), length (2) and kind (1).
-_FILE_HEADER, _BLOCK, _CHUNK_HEADER = 7, 32768, 7
-_WHOLE, _LAST = 1, 4
+# After a file header of 7 bytes comes LevelDB's log format: blocks of 32 KiB that hold chunks. A chunk's header has its
+# checksum (4 bytes), length (2) and type (1); a long record is split into a first, middle and last chunk.
+_FILE_HEADER_BYTES, _BLOCK_BYTES, _CHUNK_HEADER_BYTES = 7, 32768, 7
+_FULL, _LAST = 1, 4
 
 
-def _records(content: bytes) -> Iterator[bytes]:
-    at, parts = _FILE_HEADER, b""
-    while at + _CHUNK_HEADER <= len(content):
-        left = _BLOCK - at % _BLOCK
-        if left < _CHUNK_HEADER:  # the end of a block that no chunk fits in
-            at += left
+def _split_records(content: bytes) -> Iterator[bytes]:
+    offset, record = _FILE_HEADER_BYTES, b""
+    while offset + _CHUNK_HEADER_BYTES <= len(content):
+        left_in_block = _BLOCK_BYTES - offset % _BLOCK_BYTES
+        if left_in_block < _CHUNK_HEADER_BYTES:  # the rest of the block is padding
+            offset += left_in_block
             continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        at += _CHUNK_HEADER
-        parts += content[at : at + length]
-        at += length
-        if kind in (_WHOLE, _LAST):
-            yield parts
-            parts = b""
+        length, chunk_type = int.from_bytes(content[offset + 4 : offset + 6], "little"), content[offset + 6]
+        offset += _CHUNK_HEADER_BYTES
+        record += content[offset : offset + length]
+        offset += length
+        if chunk_type in (_FULL, _LAST):
+            yield record
+            record = b""
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The lines that were logged, each with its ``_step``."""
-    lines = []
-    for data in _records(file.read_bytes()):
+    """Return the logged rows of metrics, each with its ``_step``."""
+    rows = []
+    for data in _split_records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
-            found = {
+            metrics = {
                 "/".join([item.key, *item.nested_key]).strip("/"): json.loads(item.value_json)
                 for item in record.history.item
             }
-            lines.append({"_step": record.history.step.num, **found})
-    return lines
+            rows.append({"_step": record.history.step.num, **metrics})
+    return rows

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bridgetower.kernels.compiled import compile_parts
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
@@ -42,8 +43,8 @@ from bridgetower.config.optim import OptimConfig
 from bridgetower.cost.closed_form import Texts, count_micro_batch
 from bridgetower.cost.devices import peak_flops
 from bridgetower.io.files import write_atomically
-from bridgetower.kernels.compiled import compile_parts
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 
 _DS_CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
@@ -269,7 +270,7 @@ def measure_engine(request: Request, note: Note) -> None:
     launch.start(place, 1 if request.small else 0)
     # imports DeepSpeed, which reads what read_launch has completed
     from bridgetower.engine.initialize import build_engine
-    from bridgetower.engine.optim import chosen_implementation
+    from bridgetower.engine.optim import choose_implementation
 
     device, config, pairs = place.device, _config(request.model), request.runs[0].micro_batch
     memory = read_memory_config(_DS_CONFIGS / f"zero2_{'bf16' if launch.computes_bf16(device) else 'fp32'}.json")
@@ -287,7 +288,7 @@ def measure_engine(request: Request, note: Note) -> None:
     try:
         engine = build_engine(task, optim, settings, device)
     except Exception as error:  # DeepSpeed has one for each thing that a build needs
-        if chosen_implementation(optim, device) != "fused":
+        if choose_implementation(optim, device) != "fused":
             raise
         traceback.print_exc()
         said = f"torch's AdamW, as FusedAdam cannot be built: {type(error).__name__}: {first_line(error)}"
@@ -297,7 +298,7 @@ def measure_engine(request: Request, note: Note) -> None:
         "what": f"ZeRO-2, {'bf16' if is_bf16(memory) else 'fp32'}, {run.describe()}",
         "model": request.model,
         "micro_batch": pairs,
-        "optimizer": chosen_implementation(optim, device),
+        "optimizer": choose_implementation(optim, device),
         "build_seconds": time.perf_counter() - start,
         "note": said,
     }

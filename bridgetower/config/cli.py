@@ -1,4 +1,4 @@
-"""The command lines of the entry scripts: strict, and the same for all of them."""
+"""Command lines of the entry scripts: strict settings and flags, and help and errors of one form."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def config_from_cli(
     overrides: Mapping[str, str],
     usage: str,
 ) -> AnyConfig:
-    """The configuration that a command line asks for.
+    """Build the configuration that a command line describes.
 
     Args:
-        preset: name of a preset, or the path of a ``run.json``, whose run is then repeated.
-        unexpected: positional words behind the preset.
-        overrides: dotted settings; ``help`` prints every setting and ends the program.
-        usage: the line that shows how the command is called.
+        preset: name of a preset, or path of a ``run.json``, whose run is then repeated.
+        unexpected: positional words after the preset.
+        overrides: texts of settings by dotted name; ``help`` prints every setting and exits.
+        usage: how the command is called, its first line alone.
 
     Raises:
-        ConfigError: anything that is not exactly right.
+        ConfigError: the preset or a setting is unknown, a value is wrong, or there are unexpected words.
     """
-    wants_help = _asks_for_help(overrides) or preset == "help"
+    wants_help = _wants_help(overrides) or preset == "help"
     if wants_help and preset not in presets and not preset.endswith(".json"):
         _print_and_exit(f"{usage}\n\nPresets:\n{_list_presets(presets)}\n\n`PRESET --help` lists every setting.")
     if not preset:
@@ -55,7 +55,7 @@ def config_from_cli(
         _print_and_exit(describe_settings(base, usage))
     if unexpected:
         raise ConfigError(
-            f"Unexpected word(s) {' '.join(map(str, unexpected))!r} behind the preset. Settings are written "
+            f"Unexpected word(s) {' '.join(map(str, unexpected))!r} after the preset. Settings are written "
             "--section.field=value."
         )
     return apply_overrides(base, overrides)
@@ -64,15 +64,18 @@ def config_from_cli(
 def narrow_overrides(
     config: AnyConfig, sections: Sequence[str], unexpected: Sequence[str], overrides: Mapping[str, str], usage: str
 ) -> AnyConfig:
-    """The configuration of a run with some settings changed, for commands that only some settings mean something to.
+    """Change settings of a saved run, for commands that use only some of them.
 
     Args:
-        sections: what the names of those settings begin with.
+        sections: prefixes of the names of the settings that may be changed.
+        unexpected: positional words after the run.
+        overrides: texts of settings by dotted name; ``help`` prints those that may be changed and exits.
+        usage: how the command is called.
 
     Raises:
-        ConfigError: any other setting, or anything else that is not exactly right.
+        ConfigError: a setting is unknown or may not be changed, a value is wrong, or there are unexpected words.
     """
-    if _asks_for_help(overrides):
+    if _wants_help(overrides):
         _print_and_exit(describe_settings(config, usage, sections))
     if unexpected:
         raise ConfigError(f"Unexpected word(s) {' '.join(map(str, unexpected))!r}. {usage.splitlines()[0]}")
@@ -84,7 +87,7 @@ def narrow_overrides(
 
 
 def describe_settings(config: Settings, usage: str, sections: Sequence[str] = ("",)) -> str:
-    """Every setting with its value, type and meaning, or those whose names begin with one of ``sections``."""
+    """Return the help text: each setting whose name begins with one of ``sections``, with value, type and meaning."""
     docs: dict[type, dict[str, str]] = {}
     lines = [usage, "", f"Settings and their values in {config.name}:"]
     section = None
@@ -96,13 +99,11 @@ def describe_settings(config: Settings, usage: str, sections: Sequence[str] = ("
         if owner is not section:
             section = owner
             lines += ["", f"{name.rpartition('.')[0] or 'run'}: {(owner.__doc__ or '').strip().splitlines()[0]}"]
-        shown = (
-            ",".join(value)
-            if isinstance(value, tuple)
-            else str(value).lower()
-            if value in (True, False) and isinstance(value, bool)
-            else value
-        )
+        shown = value
+        if isinstance(value, tuple):
+            shown = ",".join(map(str, value))
+        elif isinstance(value, bool):
+            shown = str(value).lower()
         lines.append(f"  --{name}={shown}  ({type_name(annotation)})")
         lines += textwrap.wrap(
             docs[owner].get(name.rpartition(".")[2], ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6
@@ -111,12 +112,17 @@ def describe_settings(config: Settings, usage: str, sections: Sequence[str] = ("
 
 
 def refuse_unknown(unexpected: Sequence[str], overrides: Mapping[str, Any], known: Sequence[str], usage: str) -> None:
-    """For commands whose flags are the parameters of a function: stop at anything else.
+    """Stop at words and flags that a command does not know; print its usage and exit for ``help``.
+
+    For commands whose flags are the parameters of a function, not settings.
+
+    Args:
+        known: names of all flags.
 
     Raises:
-        ConfigError: with the nearest valid flag.
+        ConfigError: there is an unexpected word or an unknown flag (the nearest valid one is suggested).
     """
-    if _asks_for_help(overrides):
+    if _wants_help(overrides):
         _print_and_exit(usage)
     if unexpected:
         raise ConfigError(
@@ -127,21 +133,24 @@ def refuse_unknown(unexpected: Sequence[str], overrides: Mapping[str, Any], know
 
 
 def show_usage_or_stop(missing: str, overrides: Mapping[str, Any], usage: str) -> None:
-    """For a command that was called without its argument.
+    """Handle a command that was called without its argument: print the usage and exit for ``help``, else stop.
+
+    Args:
+        missing: name of the argument, for the error.
 
     Raises:
-        ConfigError: unless help was asked for, which is printed and ends the program.
+        ConfigError: ``help`` is not among the overrides.
     """
-    if _asks_for_help(overrides):
+    if _wants_help(overrides):
         _print_and_exit(usage)
     raise ConfigError(f"Which {missing}? {usage.splitlines()[0]} (--help says more)")
 
 
 def parse_whole(name: str, text: str, minimum: int) -> int:
-    """Read a flag that is a whole number.
+    """Parse the text of a flag as a whole number.
 
     Raises:
-        ConfigError: it is not, or is below ``minimum``.
+        ConfigError: the text is not a whole number, or is below ``minimum``.
     """
     try:
         number = int(text)
@@ -153,18 +162,18 @@ def parse_whole(name: str, text: str, minimum: int) -> int:
 
 
 def parse_bool(name: str, text: str) -> bool:
-    """Read a flag that is on or off.
+    """Parse the text of a flag as true or false.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     if text.lower() not in BOOLEANS:
-        raise ConfigError(f"--{name}={text} is neither true nor false.")
+        raise ConfigError(f"--{name}={text} is neither true nor false. Write one of them.")
     return BOOLEANS[text.lower()]
 
 
 def start_logging(rank: int) -> None:
-    """Lines for people on stderr: progress from rank 0, warnings from all."""
+    """Log to stderr: progress from rank 0, warnings from every rank."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"[rank {rank}] %(message)s", "%H:%M:%S")
@@ -177,7 +186,10 @@ def start_logging(rank: int) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports of libraries: they make a million objects, all of which stay, and garbage need not be looked for."""
+    """Import libraries without garbage collection.
+
+    Imports create a million objects that all stay, so every collection during them is wasted time.
+    """
     gc.disable()
     try:
         yield
@@ -186,9 +198,9 @@ def importing() -> Iterator[None]:
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run an entry script: errors made for people are printed without a traceback and end with their exit code.
+    """Run an entry script. Print a BridgeTowerError without a traceback and exit with its code.
 
-    What all ranks find wrong before they start is said once, by the first.
+    An error that every rank meets before they work apart is printed by the first rank only.
     """
     is_first_rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
@@ -202,13 +214,13 @@ def run_command(command: Callable[[], Any]) -> None:
 
 
 def _refuse_lone_dashes(words: Sequence[str]) -> None:
-    """Stop at - and --, behind which fire keeps every word to itself and runs the command without it."""
+    """Raise ConfigError for - and --: fire would run the command without the words after them."""
     for word in words:
         if word in ("-", "--"):
-            raise ConfigError(f"A lone {word} would hide the words behind it. Leave it out; settings need none.")
+            raise ConfigError(f"A lone {word} would hide the words after it. Leave it out.")
 
 
-def _asks_for_help(overrides: Mapping[str, Any]) -> bool:
+def _wants_help(overrides: Mapping[str, Any]) -> bool:
     return "help" in overrides or "h" in overrides
 
 
@@ -225,7 +237,7 @@ def _list_presets(presets: Mapping[str, Callable[[], Settings]]) -> str:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The texts below the fields of a dataclass, read from its source."""
+    """Return the docstring below each field of a dataclass, read from its source."""
     docs: dict[str, str] = {}
     for base in cls.__bases__:
         if dataclasses.is_dataclass(base):

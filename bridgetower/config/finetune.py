@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run; those it shares with pretraining are in ``schema``."""
+"""Settings of a fine-tuning run. Sections that it shares with pretraining are defined in run, data, model and optim."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridgetower.errors import ConfigError
 TaskName = Literal["vqa", "snli_ve", "nlvr2", "retrieval"]
 
 NO_INIT = "none"
-"""In place of a checkpoint: only the towers are pretrained, as model.vision.weights and model.text.weights say."""
+"""Value of ``init`` without a checkpoint: only the towers are pretrained (model.vision.weights, model.text.weights)."""
 
 HEADS: dict[str, tuple[str, ...]] = {
     "vqa": ("vqa",),
@@ -22,7 +22,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "nlvr2": ("nlvr2",),
     "retrieval": ("itm", "itc"),
 }
-"""The model's heads that each task reads."""
+"""Names of the heads that each task uses."""
 
 SELECTION_METRICS: dict[str, str] = {
     "vqa": "vqa_score",
@@ -30,49 +30,52 @@ SELECTION_METRICS: dict[str, str] = {
     "nlvr2": "accuracy",
     "retrieval": "r_mean",
 }
-"""The score that picks the best weights, for each task."""
+"""Name of the score that selects the best weights of each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneDataConfig(ReadingConfig):
-    """What is read, and how it is cut into batches."""
+    """Shards and batches of a fine-tuning run."""
 
     augmentation: Literal["none", "flip_14_ops", "no_flip_10_ops"] = "none"
-    """Of training pictures, a function of seed and position. Both crop half of the picture or more; flip_14_ops then
-    mirrors every other one and applies two of RandAugment's 14 changes at strength 7 of 30; no_flip_10_ops applies each
-    of two of 10 changes to every other one, at level 5 of 10."""
+    """Augmentation of training images, which depends only on seed and position. Both recipes crop at least half of the
+    image. flip_14_ops then mirrors it with probability 0.5 and applies two of RandAugment's 14 operations at strength 7
+    of 30. no_flip_10_ops draws two of 10 operations at level 5 of 10 and applies each with probability 0.5."""
     negative_group_size: int = 0
-    """Retrieval: ITM's hard negatives are drawn within this many consecutive pairs, whatever the number of ranks. The
-    published code draws within the micro-batch. 0 where a task has no negatives."""
+    """Retrieval: number of consecutive pairs in a group. ITM's hard negatives are drawn within groups, so that they do
+    not depend on the number of ranks; the published code draws within the micro-batch. 0 for tasks without
+    negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneComputeConfig:
-    """How much memory and time a step takes. Losses and gradients are the same with all of it off."""
+    """How a step is computed. No setting changes losses or gradients."""
 
     recompute: tuple[str, ...] = ()
-    """Parts whose layers are computed again in the backward pass instead of kept: some of vision, text, fusion."""
+    """Parts of the model that recompute activations in the backward pass to save memory: any of vision, text,
+    fusion."""
     compile: bool = False
-    """torch.compile of what the layers are made of; the first step then takes minutes."""
+    """True: compile the layers' parts with torch.compile; the first step then takes minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneEvaluationConfig:
-    """Scores on held-out data, and which weights they select."""
+    """Evaluation on held-out data, and selection of the best weights."""
 
     every_epochs: float = 1.0
-    """Evaluate after every so many passes over the training data; 0 only at the end."""
+    """Number of epochs between evaluations; 0 evaluates only at the end."""
     batch_size: int = 64
-    """Pairs (retrieval: images, captions or pairs) of one forward pass."""
+    """Number of pairs (retrieval: images, captions or pairs) per forward pass."""
     rerank_top_k: int = 128
-    """Retrieval: candidates per query that the cross-modal encoder scores after ITC has found them."""
+    """Retrieval: number of candidates per query that the cross-modal encoder re-ranks after ITC."""
     rerank_score: Literal["itm_logit", "itm"] = "itm_logit"
-    """Retrieval: ranks them by ITM's logit of a match alone, as published, or by its log odds of a match."""
+    """Retrieval: score that re-ranks candidates. itm_logit: ITM's logit of a match alone, as published. itm: ITM's log
+    odds of a match."""
     selection_split: str = ""
-    """Name of the held-out split whose score selects the best weights; empty: the first of data.eval_shards."""
+    """Name of the held-out split whose score selects the best weights; empty for the first of data.eval_shards."""
     on_trained_pictures: bool = False
-    """True accepts held-out pictures that are trained on, as the published code does for VQAv2, whose validation
-    questions it trains on. Their scores are those of training."""
+    """True: allow held-out images that are also trained on. The published code does so for VQAv2, as it trains on the
+    validation questions. Scores on such images are training scores."""
 
     def __post_init__(self) -> None:
         if self.every_epochs < 0:
@@ -84,27 +87,28 @@ class FinetuneEvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """A fine-tuning run, whole."""
+    """A fine-tuning run."""
 
     name: str
-    """Folder of the run below run_root."""
+    """Name of the run, and of its folder in run_root."""
     task: TaskName
-    """What is learned: vqa (answers to questions), snli_ve (whether a picture entails a sentence), nlvr2 (whether a
-    sentence about two pictures is true), retrieval (which caption belongs to which picture)."""
+    """Task to learn: vqa (answer questions), snli_ve (decide if an image entails a sentence), nlvr2 (decide if a
+    sentence about two images is true), retrieval (match captions and images)."""
     init: str = ""
-    """Where the weights come from: a pretraining run, a checkpoint, a safetensors export, a Hugging Face folder or hub
-    name, or a .ckpt of the published code; none starts from the towers' own weights."""
+    """Source of the initial weights: a pretraining run, a checkpoint, a safetensors export, a Hugging Face folder or
+    hub name, or a .ckpt of the published code. none: only the towers are pretrained (model.*.weights)."""
     run_root: str = "runs"
-    """Folder that holds the runs."""
+    """Folder that holds the run folders."""
     resume: str = "auto"
-    """auto goes on from the newest good checkpoint if there is one, never refuses a folder that has one,
-    PATH starts from that run folder or checkpoint of the same task."""
+    """auto: continue from the newest good checkpoint, if there is one. never: fail if the run folder already has a
+    checkpoint. PATH: start from that run folder or checkpoint of the same task."""
     seed: int = 0
-    """Of everything random: order, augmentation, negatives, initial weights of new heads and dropout."""
+    """Seed of everything random: order, augmentation, negatives, initial weights of new heads and dropout."""
     epochs: float = 10.0
-    """Passes over the training data, where optim.total_steps is 0."""
+    """Number of passes over the training data, used if optim.total_steps is 0."""
     model: ModelConfig
-    """Sizes have to be those of ``init``; image_size_px, text.max_tokens, dropout and new heads are this run's."""
+    """Model settings. Sizes must be those of ``init``; image_size_px, text.max_tokens, dropout and new heads may
+    differ."""
     data: FinetuneDataConfig
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -116,7 +120,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_run(self.name, self.seed)
         if self.epochs <= 0:
-            raise ConfigError(f"epochs={self.epochs} must be greater than 0.")
+            raise ConfigError(f"epochs={self.epochs} must be greater than 0. Give the number of passes over the data.")
         if self.task == "retrieval" and self.data.negative_group_size < 2:
             raise ConfigError(
                 f"data.negative_group_size={self.data.negative_group_size} must be 2 or more: retrieval draws a pair's "
@@ -125,11 +129,11 @@ class FinetuneConfig:
             )
         if self.task != "retrieval" and self.data.negative_group_size:
             raise ConfigError(
-                f"data.negative_group_size={self.data.negative_group_size} is of task=retrieval; {self.task} has no "
-                "negatives. Leave it out."
+                f"data.negative_group_size={self.data.negative_group_size} is a setting of task=retrieval; "
+                f"{self.task} has no negatives. Leave it out."
             )
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The model's heads that the task reads."""
+        """Names of the heads that the task uses."""
         return HEADS[self.task]

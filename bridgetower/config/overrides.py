@@ -1,4 +1,4 @@
-"""Texts such as ``optim.base_lr=2e-5`` onto a configuration, read by the annotation of the field they name."""
+"""Overrides such as ``optim.base_lr=2e-5``: settings by dotted name, parsed by the annotation of their field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Config = TypeVar("Config")
 
 
 def walk_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, type]]:
-    """Every setting of a configuration: dotted name, annotation, value, and the class that declares it."""
+    """Yield each setting of a configuration: dotted name, annotation, value, and the section's class."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -27,11 +27,13 @@ def walk_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, 
 
 
 def apply_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
-    """Set fields by dotted name, all at once, so that only the result has to be free of contradictions.
+    """Return a configuration with some settings changed, given as texts by dotted name.
+
+    All are set at once, so that only the result must be consistent, and not each state in between.
 
     Raises:
-        ConfigError: an unknown name (with the nearest valid one), a text that is not of the field's type, or a
-            result that contradicts itself.
+        ConfigError: a name is unknown (the nearest valid one is suggested), a text does not fit the field's type, or
+            the resulting settings contradict each other.
     """
     annotations = {name: annotation for name, annotation, _, _ in walk_fields(config)}
     content = to_dict(config)
@@ -47,24 +49,30 @@ def apply_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
 
 
 def unknown_name(kind: str, given: str, known: typing.Iterable[str]) -> str:
-    """The sentence for a name that does not exist, with the nearest one that does."""
+    """Return the error message for an unknown name, with the nearest valid one.
+
+    Args:
+        kind: what the name names: setting, flag, preset.
+        given: the unknown name, with dashes if it is a flag.
+        known: all valid names.
+    """
     names = list(known)
     bare = given.lstrip("-")
     near = difflib.get_close_matches(bare, names, n=1, cutoff=0.6)
-    if not near:  # the right field without its section, or in the wrong one
+    if not near:  # the right field without its section, or in a wrong section
         last = bare.rpartition(".")[2]
         near = [name for name in names if name.rpartition(".")[2] == last][:1]
     if not near:
         leaves = {name.rpartition(".")[2]: name for name in names}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(bare.rpartition(".")[2], leaves, n=1, cutoff=0.7)]
     dashes = "--" if given.startswith("--") else ""
-    cure = f" Did you mean {dashes}{near[0]}?" if near else ""
+    suggestion = f" Did you mean {dashes}{near[0]}?" if near else ""
     listing = f" Known: {', '.join(names)}." if len(names) <= 12 else " --help lists all of them."
-    return f"Unknown {kind} {given}.{cure}{'' if near and len(names) > 12 else listing}"
+    return f"Unknown {kind} {given}.{suggestion}{'' if near and len(names) > 12 else listing}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types."""
+    """Return a configuration as plain JSON types: dicts, lists and scalars."""
     content = dataclasses.asdict(config)
     return typing.cast(dict[str, Any], _plain(content))
 
@@ -78,8 +86,12 @@ def _plain(value: Any) -> Any:
 def from_dict(cls: type[Config], content: Mapping[str, Any], prefix: str = "") -> Config:
     """Build a configuration from plain JSON types, as strictly as from the command line.
 
+    Args:
+        prefix: dotted name of the section in errors, with a dot at its end.
+
     Raises:
-        ConfigError: an unknown or missing name, or a value of the wrong type.
+        ConfigError: a name is unknown, a setting without a default is missing, a value has the wrong type, or settings
+            contradict each other.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -91,7 +103,7 @@ def from_dict(cls: type[Config], content: Mapping[str, Any], prefix: str = "") -
         full = f"{prefix}{name}"
         if name not in content:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"The setting {full} is missing.")
+                raise ConfigError(f"The setting {full} is missing and has no default. Add it.")
             continue
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(content[name], Mapping):
@@ -103,12 +115,12 @@ def from_dict(cls: type[Config], content: Mapping[str, Any], prefix: str = "") -
 
 
 def type_name(annotation: Any) -> str:
-    """How a type is called in help and errors."""
+    """Return the name of a field's type for help and errors."""
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
-        kind = type_name(get_args(annotation)[0])
-        return f"{kind},{kind},..."
+        element = type_name(get_args(annotation)[0])
+        return f"{element},{element},..."
     names: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true|false"}
     return names[annotation]
 
@@ -118,9 +130,7 @@ def _wrong_type(name: str, value: Any, annotation: Any) -> ConfigError:
         near = difflib.get_close_matches(str(value), map(str, get_args(annotation)), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return ConfigError(f"{name}={value} is not one of {', '.join(map(str, get_args(annotation)))}.{hint}")
-    return ConfigError(
-        f"{name}={value} is not of the type {type_name(annotation)}, e.g. {_EXAMPLES[annotation](name)}."
-    )
+    return ConfigError(f"{name}={value} is not of type {type_name(annotation)}, e.g. {_EXAMPLES[annotation](name)}.")
 
 
 _EXAMPLES: dict[Any, typing.Callable[[str], str]] = {
@@ -135,10 +145,11 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "n
 
 
 def _parse(name: str, text: str, annotation: Any) -> Any:
+    """Turn the text of a command line into the JSON type of the field's annotation."""
     try:
         if get_origin(annotation) is tuple:
-            kind = get_args(annotation)[0]
-            return [kind(part.strip()) for part in text.split(",") if part.strip()]
+            element = get_args(annotation)[0]
+            return [element(item.strip()) for item in text.split(",") if item.strip()]
         if annotation is bool:
             return BOOLEANS[text.lower()]
         if annotation is int:
@@ -147,23 +158,24 @@ def _parse(name: str, text: str, annotation: Any) -> Any:
             return float(text)
     except (ValueError, KeyError, OverflowError) as error:
         raise _wrong_type(name, text, annotation) from error
-    return text  # texts and choices; from_dict checks the choice
+    return text  # a text or a choice; from_dict checks choices
 
 
 def _whole(number: float) -> int:
     if number != int(number):
-        raise ValueError(f"{number} is not whole")
+        raise ValueError(f"{number} is not an integer")
     return int(number)
 
 
 def _check(name: str, value: Any, annotation: Any) -> Any:
+    """Return a JSON value as the field's type, or raise ConfigError."""
     if get_origin(annotation) is Literal:
         if value in get_args(annotation):
             return value
     elif get_origin(annotation) is tuple:
-        kind = get_args(annotation)[0]
-        if isinstance(value, (list, tuple)) and not any(isinstance(part, str) != (kind is str) for part in value):
-            return tuple(_check(name, part, kind) for part in value)
+        element = get_args(annotation)[0]
+        if isinstance(value, (list, tuple)) and not any(isinstance(item, str) != (element is str) for item in value):
+            return tuple(_check(name, item, element) for item in value)
     elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if value == value and abs(value) != float("inf"):
             return float(value)

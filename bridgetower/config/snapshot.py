@@ -1,17 +1,18 @@
-"""``run.json``: everything a run was made of, so that it can be repeated and a resumed one compared with it."""
+"""``run.json``, the record of a run: enough to repeat the run, and to check that a resume continues the same one."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from bridgetower.config.finetune import FinetuneConfig
 from bridgetower.config.model import ModelConfig
@@ -23,7 +24,7 @@ from bridgetower.io.files import write_atomically
 RUN_FILE = "run.json"
 
 Settings = RunConfig | FinetuneConfig
-"""Of a run of either kind."""
+"""Settings of a whole run, pretraining or fine-tuning."""
 AnyConfig = TypeVar("AnyConfig", bound=Settings)
 _PACKAGES = (
     "torch",
@@ -36,8 +37,8 @@ _PACKAGES = (
     "bridgetower",
 )
 
-# What is read again later: by a resumed run, the evaluation or the report.
-_SECTIONS: dict[str, type] = {
+# Entries that a resume, an evaluation or the report reads again, with their JSON types.
+_REQUIRED_ENTRIES: dict[str, type] = {
     "config": dict,
     "data_digests": dict,
     "optimizer": str,
@@ -49,7 +50,7 @@ _SECTIONS: dict[str, type] = {
     "commit": str,
 }
 
-# What decides which numbers a run computes. Everything else (workers, micro-batch, logging) may change on resume.
+# Settings that decide which numbers a run computes. All others (workers, micro-batch, logging) may change on resume.
 _FIXED_SECTIONS = ("model", "objectives", "optim", "seed", "task", "init")
 _FIXED_DATA_FIELDS = (
     "global_batch_size",
@@ -61,29 +62,51 @@ _FIXED_DATA_FIELDS = (
     "augmentation",
 )
 
+# Settings that older runs have in their run.json and this version no longer has, with their defaults. Each saved work
+# and changed no loss and no gradient, so a run that had one switched off can still be opened and continued.
+_REMOVED_SETTINGS: Mapping[str, Any] = {
+    "compute.share_images": True,
+    "compute.pack_text": True,
+    "compute.masked_logits_only": True,
+    "compute.prune_last_layer": True,
+    "compute.share_first_layer": True,
+    "compute.absorb_projections": True,
+    "compute.joint_pass": True,
+}
+
+logger = logging.getLogger("bridgetower.config.snapshot")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What decides a run's numbers beside its settings."""
+    """Everything that decides a run's numbers and is not a setting."""
 
     data_digests: dict[str, str]
-    """Digest of the manifest of each training corpus, by folder."""
+    """Digest of each training corpus's manifest, by folder."""
     optimizer: str
-    """The implementation that ``auto`` became."""
+    """Implementation of AdamW in use, where the setting may say ``auto``: fused or torch."""
     precision: str
-    """What weights are held in for computing: bf16 or fp32."""
+    """Data type of the weights in forward and backward: bf16 or fp32."""
     contrast_pairs: int
-    """Pairs that ITC compares with each other: those of one micro-step on all ranks. 0 without ITC."""
+    """Number of pairs that ITC contrasts with each other: one micro-step on all ranks. 0 without ITC."""
 
 
 def write_run_file(
-    folder: Path, config: Settings, identity: Identity, *, world_size: int, device: str, started_from: str = ""
+    folder: Path,
+    config: Settings,
+    identity: Identity,
+    *,
+    world_size: int,
+    device: str,
+    started_from: str = "",
+    kernels: str = "",
 ) -> None:
-    """Write ``run.json`` for a run that starts or goes on.
+    """Write the ``run.json`` of a run that starts or resumes.
 
     Args:
-        device: what it runs on, for people.
-        started_from: the checkpoint of another run, or empty.
+        device: name of the hardware, for people.
+        started_from: checkpoint of another run that this one started from, or empty.
+        kernels: name of what computes the layers.
     """
     content = {
         "config": to_dict(config),
@@ -91,6 +114,7 @@ def write_run_file(
         "started_from": started_from,
         "world_size": world_size,
         "device": device,
+        "kernels": kernels,
         "command": sys.argv,
         "commit": find_commit(),
         "python": platform.python_version(),
@@ -100,52 +124,79 @@ def write_run_file(
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The content of a ``run.json``.
+    """Read a ``run.json`` and check that it has the entries that are used later.
 
     Raises:
-        ConfigError: there is none, or it is not one.
+        ConfigError: the file is missing, unreadable, not JSON, or lacks an entry.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"There is no {path}. A run folder has one from its first step on.") from None
+        raise ConfigError(
+            f"There is no {path}. A run writes it before its first step: check the path of the run folder."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a run folder or its {RUN_FILE}.") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}).") from error
-    for name, kind in _SECTIONS.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+        raise ConfigError(f"{path} is not JSON ({error}). Restore the file from a copy.") from error
+    for name, json_type in _REQUIRED_ENTRIES.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), json_type):
             raise ConfigError(
-                f"{path} is not the {RUN_FILE} of a run: it has no section {name!r}. Take an unedited one."
+                f"{path} is not the {RUN_FILE} of a run: it has no section {name!r}. Give one that was not edited."
             )
     checked: dict[str, Any] = content
     return checked
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration of a pretraining run, as ``read_config`` gives it."""
+    """Read the configuration of a pretraining run: ``read_config`` for ``RunConfig``."""
     return read_config(path, RunConfig)
 
 
-def read_config(path: Path, kind: type[AnyConfig]) -> AnyConfig:
-    """The configuration of a ``run.json``, checked as strictly as a command line.
+def read_config(path: Path, config_type: type[AnyConfig]) -> AnyConfig:
+    """Read the configuration of a ``run.json``, checked as strictly as a command line.
+
+    Settings that this version no longer has are dropped, with a warning if one was not at its default.
 
     Raises:
-        ConfigError: there is none, it is not one, or it is of a run of the other kind.
+        ConfigError: the file is not a run's, the run is a fine-tuning run where pretraining is expected or vice versa,
+            or a setting is unknown or has a wrong value.
     """
     content = read_run_file(path)["config"]
-    if _is_finetuned(content) != (kind is FinetuneConfig):
-        kinds = [("pretraining", "pretrain"), ("fine-tuning", "finetune")]
-        name, folder = kinds[_is_finetuned(content)]
-        raise ConfigError(f"{path} is of a {name} run. Use the commands of {folder}/ with it.")
+    if _is_finetuned(content) != (config_type is FinetuneConfig):
+        stage, folder = ("fine-tuning", "finetune") if _is_finetuned(content) else ("pretraining", "pretrain")
+        raise ConfigError(f"{path} belongs to a {stage} run. Use the commands of {folder}/ with it.")
     try:
-        return from_dict(kind, content)
+        return from_dict(config_type, _drop_removed_settings(config_type, content, path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def _drop_removed_settings(config_type: type[AnyConfig], content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return ``content`` without the settings of ``_REMOVED_SETTINGS`` that ``config_type`` no longer has."""
+    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in content.items()}
+    section_types = get_type_hints(config_type)
+    changed = []
+    for name, default in _REMOVED_SETTINGS.items():
+        section, _, field_name = name.partition(".")
+        known = {field.name for field in dataclasses.fields(section_types[section])}
+        values = kept.get(section)
+        if not isinstance(values, dict) or field_name not in values or field_name in known:
+            continue
+        value = values.pop(field_name)
+        if value != default:
+            changed.append(f"{name}={json.dumps(value)}")
+    if changed:
+        logger.warning(
+            "%s has %s. These settings no longer exist and are ignored; losses and gradients are the same either way.",
+            path,
+            ", ".join(changed),
+        )
+    return kept
+
+
 def read_model_config(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Model and heads of a run of either kind.
+    """Read the model settings and the names of the heads of a pretraining or fine-tuning run.
 
     Raises:
         ConfigError: as ``read_config``.
@@ -162,28 +213,29 @@ def _is_finetuned(content: Mapping[str, Any]) -> bool:
 
 
 def check_resume(folder: Path, config: Settings, identity: Identity) -> str:
-    """Stop at a run folder that must not be continued, or cannot be with these settings.
+    """Check that a run may start or resume in a folder with these settings.
 
-    Returns: the path that the run started from, or starts from now; empty for one from the beginning.
+    Returns:
+        The run folder or checkpoint that the run started from, or starts from now; empty if it starts from step 0.
 
     Raises:
-        ConfigError: the folder has checkpoints, and ``resume`` means others.
-        CheckpointError: there is nothing where ``resume`` points to, or it is another run.
+        ConfigError: the folder has checkpoints, and ``resume`` is never or points to others.
+        CheckpointError: ``resume`` points to nothing, or to a run with other settings or data.
     """
-    has_own = has_checkpoints(folder)
     path = "" if config.resume in ("auto", "never") else str(Path(config.resume).resolve())
-    if has_own:
+    if has_checkpoints(folder):
         started_from = str(read_run_file(folder / RUN_FILE)["started_from"])
         if config.resume == "never":
             raise ConfigError(
                 f"{folder} already holds a run with checkpoints, and resume=never. Give another --name, delete the "
-                "folder, or use --resume=auto to go on with it."
+                "folder, or use --resume=auto to continue it."
             )
-        # The command that started it may be repeated, as Slurm does; it then goes on from the run's own newest.
+        # Slurm repeats the command that started the run, --resume=PATH included. The run then continues from its own
+        # newest checkpoint.
         if path and path != started_from:
             raise ConfigError(
                 f"{folder} has checkpoints of its own and did not start from resume={config.resume}. Use "
-                "--resume=auto to go on from its newest, or another --name for a run that starts from there."
+                "--resume=auto to continue from its newest checkpoint, or another --name to start a run from there."
             )
         check_same_run(folder, config, identity)
         return started_from
@@ -199,22 +251,24 @@ def check_resume(folder: Path, config: Settings, identity: Identity) -> str:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether a run folder holds a run that has been saved."""
+    """Return True if a run folder holds a checkpoint."""
     return any((folder / "checkpoints").glob("step*"))
 
 
 def check_same_run(folder: Path, config: Settings, identity: Identity) -> None:
-    """Stop a resume that would not continue the run it reads.
+    """Check that a resume would continue the run of a folder: same numbers, same training data.
+
+    Settings of ``compute`` are not compared: they change no loss and no gradient.
 
     Raises:
-        CheckpointError: a setting that decides the numbers, or the training data, is another than the run began with.
+        CheckpointError: a setting that decides the numbers, the optimizer, the precision or the training data differs.
     """
     before = read_run_file(folder / RUN_FILE)
     old, new = before["config"], to_dict(config)
     changed = [
-        f"{name}: {_at(old, name)} -> {_at(new, name)}"
+        f"{name}: {_get(old, name)} -> {_get(new, name)}"
         for name in _fixed_names(new)
-        if _at(old, name) != _at(new, name)
+        if _get(old, name) != _get(new, name)
     ]
     for name in ("optimizer", "precision"):
         if before[name] != getattr(identity, name):
@@ -227,29 +281,31 @@ def check_same_run(folder: Path, config: Settings, identity: Identity) -> None:
     if list(before["data_digests"].values()) != list(identity.data_digests.values()):
         changed.append(
             f"training data: {', '.join(before['data_digests'])} -> {', '.join(identity.data_digests)} "
-            "(other shards, or another content of the same folders)"
+            "(other shards, or the same folders with other content)"
         )
     if changed:
         raise CheckpointError(
-            f"{folder} was begun with other settings, so going on would not be the same run:\n  "
+            f"{folder} was started with other settings, so resuming would not continue the same run:\n  "
             + "\n  ".join(changed)
-            + "\nGive the settings it was begun with, or another --name to start a new run."
+            + "\nGive the settings it was started with, or another --name to start a new run."
         )
 
 
 def _fixed_names(content: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted names of the settings that may not change on resume."""
     names: list[str] = []
     for name, value in content.items():
         full = f"{prefix}{name}"
         if isinstance(value, dict):
             names += _fixed_names(value, f"{full}.")
         elif full.split(".")[0] in _FIXED_SECTIONS or (prefix == "data." and name in _FIXED_DATA_FIELDS):
-            # optim.implementation is compared as what it became: auto and fused may be the same.
+            # Identity.optimizer is compared instead: auto and fused may be the same implementation.
             names += [full] if full != "optim.implementation" else []
     return names
 
 
-def _at(content: Mapping[str, Any], name: str) -> Any:
+def _get(content: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a dotted name, or None."""
     value: Any = content
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -264,7 +320,7 @@ def _version(package: str) -> str:
 
 
 def find_commit() -> str:
-    """The commit of this code, with + where files differ from it; empty outside a git checkout."""
+    """Return the git commit of this code, with ``+`` if tracked files differ from it; empty outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(

@@ -20,10 +20,10 @@ from bridgetower.config.compute import PLAIN, ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import absorbs_projections
-from bridgetower.model.packed import similar
+from bridgetower.model.named_vits import is_clip_tower
+from bridgetower.model.sizes import absorbs_projections
 from bridgetower.model.text_tower import encoder_config
-from bridgetower.model.vision_tower import is_clip_tower
+from bridgetower.step.packing import similar
 from bridgetower.step.plan import BUCKET_TOKENS
 
 PARTS = ("vision", "text", "fusion")

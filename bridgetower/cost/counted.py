@@ -21,9 +21,10 @@ from bridgetower.config.compute import PLAIN, ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.closed_form import Texts, count_micro_batch
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import shapes_alone
-from bridgetower.model.vision_tower import is_clip_tower
+from bridgetower.model.named_vits import is_clip_tower
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 
 Result = TypeVar("Result")

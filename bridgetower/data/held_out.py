@@ -1,4 +1,7 @@
-"""A held-out split: its images once, its captions once, in the order of its shards. Nothing is skipped or replaced."""
+"""Held-out splits: each image and each caption once, in the order of the shards. Nothing is skipped or replaced.
+
+Shapes: N images, T captions, L tokens, M masked tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ import torch
 from bridgetower import rng
 from bridgetower.batch import ImageBatch, TextBatch
 from bridgetower.config.data import ReadingConfig
-from bridgetower.data import choices as collate
+from bridgetower.data import choices
 from bridgetower.data.corpora import Corpora, as_int64, open_corpora
 from bridgetower.data.images import load_image, load_whole_image
 from bridgetower.data.text import Tokenizer, pad
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place
+from bridgetower.io.storage import to_path
 from bridgetower.shards.cache import ShardCache
 from bridgetower.shards.index import load_index
 from bridgetower.shards.manifest import load_manifest
 
-_READS_AT_ONCE = 16  # of files in an object store, each of which takes a while to answer
+_CONCURRENT_READS = 16  # an object store takes long to answer, but answers many requests at once
 
 
 class HeldOutSplit:
@@ -41,13 +44,13 @@ class HeldOutSplit:
         whole_images: bool = False,
         cache: ShardCache | None = None,
     ) -> None:
-        """Read the captions of the split; images are read when asked for.
+        """Read the captions of the split; images are read later.
 
         Args:
-            max_images: 0 takes all.
-            exact_resize: never decode at reduced scale, as for training pictures.
-            whole_images: squash pictures to a square, as fine-tuning does, instead of cutting off their ends.
-            cache: where shards of a remote folder are kept.
+            max_images: number of images, the first ones; 0 takes all.
+            exact_resize: decode large JPEGs in full, as data.exact_resize does for training images.
+            whole_images: squash images to a square, as fine-tuning does, instead of cropping them.
+            cache: folder for shards of a remote folder.
         """
         self._corpora = Corpora([folder], cache)
         self.name = self._corpora.names[0]
@@ -55,31 +58,31 @@ class HeldOutSplit:
         self._image_size_px, self._max_text_tokens = image_size_px, max_text_tokens
         self._mlm_probability, self._exact_resize = mlm_probability, exact_resize
         self._load = load_whole_image if whole_images else load_image
-        self._rows: list[tuple[int, int]] = []
+        self._samples: list[tuple[int, int]] = []  # shard and sample of each image
         self.captions: list[str] = []
         image_of_caption: list[int] = []
         image_ids: list[int] = []
         for shard in range(len(self._corpora.shard_paths)):
             reader = self._corpora.reader(shard)
-            for row in range(len(reader)):
-                if max_images and len(self._rows) == max_images:
+            for sample in range(len(reader)):
+                if max_images and len(self._samples) == max_images:
                     break
-                raw = reader.read(row)
-                image_of_caption += [len(self._rows)] * len(raw.record["captions"])
+                raw = reader.read(sample)
+                image_of_caption += [len(self._samples)] * len(raw.record["captions"])
                 self.captions += raw.record["captions"]
-                self._rows.append((shard, row))
+                self._samples.append((shard, sample))
                 image_ids.append(raw.image_id)
-        self.num_images, self.num_captions = len(self._rows), len(self.captions)
+        self.num_images, self.num_captions = len(self._samples), len(self.captions)
         self.image_of_caption_T = torch.tensor(image_of_caption)
         self.image_id_N = torch.from_numpy(as_int64(np.array(image_ids, np.uint64)))
 
     def image_bytes(self, number: int) -> bytes:
-        """The image file as it lies in the shard."""
-        shard, row = self._rows[number]
-        return self._corpora.reader(shard).read(row).image
+        """Read the file of one image from its shard."""
+        shard, sample = self._samples[number]
+        return self._corpora.reader(shard).read(sample).image
 
     def image_batch(self, first: int, size: int) -> ImageBatch:
-        """Decode ``size`` consecutive images."""
+        """Decode ``size`` consecutive images, or fewer at the end of the split."""
         numbers = range(first, min(first + size, self.num_images))
         return ImageBatch(
             first,
@@ -97,11 +100,14 @@ class HeldOutSplit:
         )
 
     def text_batch(self, first: int, size: int, *, seed: int) -> TextBatch:
-        """Tokenise and mask ``size`` consecutive captions. The mask of a caption depends on its number alone."""
+        """Tokenise and mask ``size`` consecutive captions, or fewer at the end of the split.
+
+        The mask of a caption depends only on ``seed`` and the caption's number.
+        """
         numbers = np.arange(first, min(first + size, self.num_captions))
         captions = [self.captions[number] for number in numbers]
         ids_TL = pad(self.tokenizer.encode(captions, self._max_text_tokens), self.tokenizer.pad_id)
-        masked = collate.mask_tokens(
+        masked = choices.mask_tokens(
             ids_TL,
             numbers,
             self.tokenizer,
@@ -123,26 +129,26 @@ def check_held_out(
     train: Corpora | None = None,
     *,
     least_images: int = 2,
-    cure: str = "Take them out of one, or give other data.eval_shards.",
+    suggestion: str = "Remove them from one of the two, or give other data.eval_shards.",
 ) -> None:
-    """Stop before anything starts if a held-out folder cannot be scored, is trained on, or two have the same name.
+    """Check the held-out folders of a run: different names, enough images, and none that the run trains on.
 
     Args:
-        train: what is trained on; None does not look for its pictures.
-        least_images: 2 where a text is matched with one of them.
-        cure: what to do where pictures are in both.
+        train: training corpora; None does not compare images with them.
+        least_images: minimum number of images per folder; 2 where texts are matched with images.
+        suggestion: last sentence of the error about images that are also trained on.
 
     Raises:
-        ConfigError: two folders have the same last name, which would name their scores, or one has pictures that the
-            run trains on.
-        DataError: a folder is not there, or has a single picture, which there is nothing to tell from.
+        ConfigError: two folders have the same last name, which names their scores, or a folder has images that the run
+            trains on.
+        DataError: a folder is missing or has too few images.
     """
     folders = data.eval_shards
-    names = [place(folder).name for folder in folders]
+    names = [to_path(folder).name for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"data.eval_shards names two folders {name!r}; scores are listed by that name. Rename one."
+                f"data.eval_shards names two folders {name!r}, but scores are listed by that name. Rename one."
             )
     trained = image_ids(train) if train is not None and folders else None
     for folder in folders:
@@ -155,12 +161,12 @@ def check_held_out(
             shared = int(np.isin(np.unique(image_ids(open_corpora([folder], data))), trained).sum())
             if shared:
                 raise ConfigError(
-                    f"{shared:,} pictures of the held-out {folder} are also in data.train_shards (same image_id), so "
-                    f"its scores would be those of training. {cure}"
+                    f"{shared:,} images of the held-out {folder} are also in data.train_shards (same image_id), so its "
+                    f"scores would be training scores. {suggestion}"
                 )
 
 
 def image_ids(corpora: Corpora) -> npt.NDArray[np.uint64]:
-    """The 64-bit image ids of all samples, from the row indexes alone."""
-    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+    """Read the 64-bit image ids of all samples from the row indexes alone."""
+    with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
         return np.concatenate(list(pool.map(lambda shard: load_index(shard)["image_id"], corpora.shard_paths)))

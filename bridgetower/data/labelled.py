@@ -1,7 +1,7 @@
-"""Labelled pairs for fine-tuning: the endless stream that is trained on, and held-out splits in blocks.
+"""Labelled pairs for fine-tuning: an endless training stream, and held-out splits in blocks.
 
-What a pair is, how its picture is changed and which random numbers its negatives are drawn with depend on the seed and
-its position alone. Shapes: B pairs, C classes, N images, S image side in pixels.
+A pair, its augmentation and the random numbers of its hard negatives depend only on the seed and the pair's position.
+Shapes: B pairs, C classes, N images, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_whole_image
 from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import I64, Loaded, PairStream
-from bridgetower.data.targets import target_of
+from bridgetower.data.targets import make_target
 from bridgetower.data.text import Tokenizer, pad
 from bridgetower.shards.cache import ShardCache
 
 
 class LabelledStream(PairStream[FinetuneBatch]):
-    """Micro-batch n of one rank: augmented pictures, texts and what is to be learned of them."""
+    """Micro-batches of one rank by number: augmented images, texts and targets."""
 
     config: FinetuneDataConfig
 
@@ -50,7 +50,7 @@ class LabelledStream(PairStream[FinetuneBatch]):
         """Describe the stream; nothing is read yet.
 
         Args:
-            classes: of ``targets.num_classes``.
+            classes: C, as ``targets.count_classes`` returns it.
         """
         super().__init__(
             corpora,
@@ -64,17 +64,17 @@ class LabelledStream(PairStream[FinetuneBatch]):
             max_text_tokens=max_text_tokens,
         )
         self._task, self._classes = task, classes
-        self._pictures = 2 if task == "nlvr2" else 1
-        self.max_images = cut.micro_batch_size * self._pictures
+        self._images_per_pair = 2 if task == "nlvr2" else 1
+        self.max_images = cut.micro_batch_size * self._images_per_pair
 
-    def into(self, pixels: Tensor, micro_step: int) -> FinetuneBatch:
-        """The same, with the images in the first rows of a tensor that is there already."""
+    def read_into(self, pixels: Tensor, micro_step: int) -> FinetuneBatch:
+        """Read and decode one micro-batch, with its images in the first rows of ``pixels``."""
         size = self.cut.micro_batch_size
-        # Row n of each picture of the pair.
-        places = pixels[: self.max_images].unflatten(0, (self._pictures, size)).transpose(0, 1)
-        positions_B, found = self._read(micro_step, list(places))
-        pairs = [one.pair for one in found]
-        return _batch(
+        # In ``pixels`` stand all left images, then all right ones; in ``outs`` the images of each pair together.
+        outs = pixels[: self.max_images].unflatten(0, (self._images_per_pair, size)).transpose(0, 1)
+        positions_B, loaded = self._read(micro_step, list(outs))
+        pairs = [one.pair for one in loaded]
+        return _make_batch(
             pixels[: self.max_images],
             np.arange(size),
             pairs,
@@ -85,20 +85,23 @@ class LabelledStream(PairStream[FinetuneBatch]):
         )._replace(
             draw_B2=torch.from_numpy(
                 np.stack(
-                    [rng.uniform(rng.key(self.seed, f"hard {what}"), positions_B) for what in ("image", "text")],
+                    [
+                        rng.uniform(rng.key(self.seed, f"hard {modality}"), positions_B)
+                        for modality in ("image", "text")
+                    ],
                     axis=1,
                 )
             ),
-            replaced_B=torch.tensor([bool(one.replaced) for one in found]),
-            notes=tuple(one.replaced for one in found if one.replaced),
+            replaced_B=torch.tensor([bool(one.replaced) for one in loaded]),
+            notes=tuple(one.replaced for one in loaded if one.replaced),
         )
 
     def _decode(self, position: int, pair: Pair, out: Tensor | None) -> Loaded:
-        assert out is not None, "labelled pairs are always looked at"
-        for which, raw in enumerate((pair.image, pair.second_image)[: self._pictures]):
+        assert out is not None, "labelled pairs are always decoded"
+        for side, raw in enumerate((pair.image, pair.second_image)[: self._images_per_pair]):
             augmentation = None
             if self.config.augmentation != "none":
-                key = rng.key(self.seed, "augmentation", position, which)
+                key = rng.key(self.seed, "augmentation", position, side)
                 augmentation = Augmentation(self.config.augmentation, key)
             load_whole_image(
                 raw,
@@ -106,13 +109,13 @@ class LabelledStream(PairStream[FinetuneBatch]):
                 pair.where,
                 augmentation=augmentation,
                 exact=self.config.exact_resize,
-                out=out[which],
+                out=out[side],
             )
         return Loaded(pair, "")
 
 
 class LabelledSplit(Dataset[FinetuneBatch]):
-    """A held-out folder in blocks of consecutive pairs. Each pair is in one block; nothing is skipped or replaced."""
+    """A held-out folder in blocks of consecutive pairs. Each pair is in one block; none is skipped or replaced."""
 
     def __init__(
         self,
@@ -127,12 +130,13 @@ class LabelledSplit(Dataset[FinetuneBatch]):
         exact_resize: bool = False,
         cache: ShardCache | None = None,
     ) -> None:
-        """Open the folder; pairs are read when asked for.
+        """Open the folder; pairs are read later.
 
         Args:
-            classes: of ``targets.num_classes``.
-            block_size: pairs of a block; the last may have fewer.
-            cache: where shards of a remote folder are kept.
+            classes: C, as ``targets.count_classes`` returns it.
+            block_size: number of pairs per block; the last block may have fewer.
+            exact_resize: decode large JPEGs in full, as data.exact_resize does for training images.
+            cache: folder for shards of a remote folder.
         """
         self._corpora = Corpora([folder], cache)
         self.name = self._corpora.names[0]
@@ -146,20 +150,20 @@ class LabelledSplit(Dataset[FinetuneBatch]):
         return -(-self.num_pairs // self._block_size)
 
     def __getitem__(self, block: int) -> FinetuneBatch:
-        """Read and decode one block; a picture that stands with several texts is decoded once."""
+        """Read and decode one block. An image that has several texts in the block is decoded once."""
         first = block * self._block_size
         numbers = range(first, min(first + self._block_size, self.num_pairs))
         pairs = [self._corpora.read(*self._corpora.pair_of_corpus(0, number)) for number in numbers]
         rows: dict[tuple[int, int], int] = {}
         image_B = np.array([rows.setdefault((pair.shard, pair.sample), len(rows)) for pair in pairs])
-        shown = [pairs[int(np.flatnonzero(image_B == row)[0])] for row in range(len(rows))]
-        files = [(pair, pair.image) for pair in shown]
+        first_pairs = [pairs[int(np.flatnonzero(image_B == row)[0])] for row in range(len(rows))]
+        files = [(pair, pair.image) for pair in first_pairs]
         if self._task == "nlvr2":
-            files += [(pair, pair.second_image) for pair in shown]
+            files += [(pair, pair.second_image) for pair in first_pairs]
         pixels = torch.stack(
             [load_whole_image(raw, self._image_size_px, pair.where, exact=self._exact_resize) for pair, raw in files]
         )
-        return _batch(
+        return _make_batch(
             pixels,
             image_B,
             pairs,
@@ -170,7 +174,7 @@ class LabelledSplit(Dataset[FinetuneBatch]):
         )
 
 
-def _batch(
+def _make_batch(
     pixels_N3SS: Tensor,
     image_B: I64,
     pairs: Sequence[Pair],
@@ -186,7 +190,7 @@ def _batch(
         ids_BL=torch.from_numpy(ids_BL),
         attention_mask_BL=torch.from_numpy(ids_BL != tokenizer.pad_id),
         image_B=torch.from_numpy(image_B),
-        target_BC=torch.from_numpy(np.stack([target_of(pair, task, classes) for pair in pairs])),
+        target_BC=torch.from_numpy(np.stack([make_target(pair, task, classes) for pair in pairs])),
         image_id_B=torch.from_numpy(as_int64(np.array([pair.image_id for pair in pairs], np.uint64))),
         draw_B2=torch.zeros(len(pairs), 2, dtype=torch.float64),
         replaced_B=torch.zeros(len(pairs), dtype=torch.bool),

@@ -1,7 +1,8 @@
-"""The streams of training micro-batches: numbers in, batches out, as a pure function.
+"""Streams of training micro-batches, as pure functions of the micro-batch's number.
 
-What a pair is, where it stands, what is masked in its caption and which image it is shown with depend on the seed and
-its position alone: not on ranks, workers, or where a run was stopped.
+A pair, its position, its masks and the image that its caption is paired with depend only on the seed and the position:
+not on the number of ranks or workers, nor on where a run was stopped. Shapes: B pairs, L tokens, M masked tokens, N
+images.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from bridgetower import rng
 from bridgetower.batch import FinetuneBatch, PretrainBatch
 from bridgetower.config.data import DataConfig, ReadingConfig
-from bridgetower.data import choices as collate
+from bridgetower.data import choices
 from bridgetower.data.corpora import Corpora, Pair, as_int64
 from bridgetower.data.images import load_image
 from bridgetower.data.order import Cut, Located, Order
@@ -30,43 +31,43 @@ from bridgetower.errors import DataError
 I64 = npt.NDArray[np.int64]
 Batch = TypeVar("Batch", PretrainBatch, FinetuneBatch)
 
-# Pairs that are tried in the place of one that cannot be read, or of a negative that is the picture itself.
+# Number of draws for the replacement of a pair that cannot be read, and for a negative that is not the same image.
 _TRIES = 8
-# Pairs that are looked up together: 8,192 take NumPy 7.6 ms, 32 of them 6.6 ms.
-_LOOK_UP_TOGETHER = 8_192
+# Number of pairs that are located at once: NumPy takes 7.6 ms for 8,192 pairs, and 6.6 ms for 32.
+_LOCATED_TOGETHER = 8_192
 
 
 class Loaded(NamedTuple):
-    """A pair that was read."""
+    """A pair that was read, and decoded if asked."""
 
     pair: Pair
     replaced: str
-    """Why another pair's place was taken; empty for nearly all."""
+    """Why this pair replaces another one; empty if it does not."""
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch with every random choice made, before it becomes tensors. B pairs, L tokens."""
+    """A micro-batch with all random choices made, before it becomes tensors."""
 
     positions_B: I64
     pairs: list[Loaded]
     negatives: list[Loaded]
-    """Images that are there as negatives alone (data.itm_negatives=corpus)."""
+    """Pairs whose images serve only as negatives (data.itm_negatives=corpus)."""
     ids_BL: I64
-    masked: collate.MaskedTokens
-    choice: collate.ImageChoice
-    """Rows of ``pairs`` followed by ``negatives``."""
+    masked: choices.MaskedTokens
+    choice: choices.ImageChoice
+    """Its rows count ``pairs``, then ``negatives``."""
 
     @property
     def images(self) -> list[Loaded]:
-        """What is decoded, row by row."""
+        """The pairs whose images are decoded, in the order of their rows."""
         return [*self.pairs, *self.negatives]
 
 
 class PairStream(Dataset[Batch], Generic[Batch]):
-    """Micro-batch n of one rank, as a pure function of n: what streams of all kinds have in common."""
+    """Micro-batches of one rank by number. Base of the streams for pretraining and fine-tuning."""
 
     max_images: int
-    """Most images of a micro-batch."""
+    """Maximum number of images in a micro-batch."""
 
     def __init__(
         self,
@@ -86,73 +87,89 @@ class PairStream(Dataset[Batch], Generic[Batch]):
         self.rank, self.seed = rank, seed
         self.tokenizer = tokenizer
         self.image_size_px, self.max_text_tokens = image_size_px, max_text_tokens
-        self._found: tuple[range, Located] | None = None
+        # Micro-steps that are located already, and the pairs of all of them.
+        self._located: tuple[range, Located] | None = None
 
     def __getitem__(self, micro_step: int) -> Batch:
-        """Read, decode and collate one micro-batch. Micro-steps count from the start of the run.
+        """Read, decode and collate one micro-batch.
+
+        Args:
+            micro_step: counted from the start of the run.
 
         Raises:
-            DataError: a pair cannot be read, and data.on_bad_sample=fail.
+            DataError: a pair cannot be read and data.on_bad_sample=fail, or no replacement can be read.
         """
         side = self.image_size_px
-        return self.into(torch.empty(self.max_images, 3, side, side, dtype=torch.uint8), micro_step)
+        return self.read_into(torch.empty(self.max_images, 3, side, side, dtype=torch.uint8), micro_step)
 
     @abstractmethod
-    def into(self, pixels: Tensor, micro_step: int) -> Batch:
-        """The same, with the images in the first rows of a tensor that is there already."""
+    def read_into(self, pixels: Tensor, micro_step: int) -> Batch:
+        """Read, decode and collate one micro-batch, with its images in the first rows of ``pixels``.
+
+        Args:
+            pixels: uint8, shape (max_images, 3, S, S).
+            micro_step: counted from the start of the run.
+
+        Raises:
+            DataError: a pair cannot be read and data.on_bad_sample=fail, or no replacement can be read.
+        """
 
     @abstractmethod
     def _decode(self, position: int, pair: Pair, out: Tensor | None) -> Loaded:
-        """Decode what is seen of a pair.
+        """Decode the image of a pair (NLVR2: both).
 
         Args:
-            out: where to; None only if it need not be looked at.
+            out: tensor to write to; None does not decode.
 
         Raises:
-            DataError: it cannot be decoded.
+            DataError: an image cannot be decoded.
         """
 
     def _read(self, micro_step: int, outs: Tensor | Sequence[Tensor] | None) -> tuple[I64, list[Loaded]]:
-        """The pairs of a micro-batch and their positions, decoded into ``outs`` if it is there."""
+        """Read the pairs of a micro-batch, and decode them into ``outs`` if it is given.
+
+        Returns: the pairs' positions, int64, shape (B,), and the pairs.
+        """
         positions_B = self.cut.positions(micro_step, self.rank)
         if self.corpora.is_remote:
-            self.corpora.need(self.order.shards_of(int(positions_B[0]), 2))
+            self.corpora.keep_open(self.order.shards_from(int(positions_B[0]), 2))
         located = self._locate(micro_step)
-        # All are read before the first is decoded: what decoding works with then stays in the processor's caches.
-        places = list(zip(positions_B.tolist(), located.shard.tolist(), located.pair.tolist(), strict=True))
-        found = [self._find(shard, number) for _, shard, number in places]
+        positions, shards = positions_B.tolist(), located.shard.tolist()
+        # All pairs are read before the first is decoded, so that decoding keeps its working set in the CPU's caches.
+        pairs = [self._try_read(shard, number) for shard, number in zip(shards, located.pair.tolist(), strict=True)]
         return positions_B, [
-            self._complete(position, shard, one, None if outs is None else outs[row])
-            for row, ((position, shard, _), one) in enumerate(zip(places, found, strict=True))
+            self._decode_or_replace(position, shard, pair, None if outs is None else outs[row])
+            for row, (position, shard, pair) in enumerate(zip(positions, shards, pairs, strict=True))
         ]
 
     def _locate(self, micro_step: int) -> Located:
-        """Where the pairs of a micro-batch lie."""
+        """Find the pairs of a micro-batch, together with those of the following ones of this worker."""
         size = self.cut.micro_batch_size
-        if self._found is None or micro_step not in self._found[0]:
-            # A worker is given every so many micro-batches. Not far beyond an epoch, as each has to be planned.
+        if self._located is None or micro_step not in self._located[0]:
+            # DataLoader gives a worker every n-th micro-batch. They are located for at most an epoch ahead, as each
+            # epoch has to be planned.
             stride = max(1, self.config.workers)
             per_epoch = self.order.num_pairs // (stride * size * self.cut.world_size)
-            count = max(1, min(_LOOK_UP_TOGETHER // size, per_epoch))
+            count = max(1, min(_LOCATED_TOGETHER // size, per_epoch))
             steps = range(micro_step, micro_step + stride * count, stride)
             positions = np.concatenate([self.cut.positions(step, self.rank) for step in steps])
-            self._found = steps, self.order.locate(positions)
-        row = self._found[0].index(micro_step) * size
-        return Located(*(part[row : row + size] for part in self._found[1]))
+            self._located = steps, self.order.locate(positions)
+        row = self._located[0].index(micro_step) * size
+        return Located(*(array[row : row + size] for array in self._located[1]))
 
-    def _find(self, shard: int, number: int) -> Pair | DataError:
-        """Read a pair from its shard, or say why not."""
+    def _try_read(self, shard: int, number: int) -> Pair | DataError:
+        """Read a pair from its shard. Returns: the pair, or the error."""
         try:
             return self.corpora.read(shard, number)
         except DataError as error:
             return error
 
-    def _complete(self, position: int, shard: int, found: Pair | DataError, out: Tensor | None) -> Loaded:
-        """Decode a pair's image, or give the pair that takes its place."""
+    def _decode_or_replace(self, position: int, shard: int, pair: Pair | DataError, out: Tensor | None) -> Loaded:
+        """Decode a pair, or return a replacement from the same corpus, which depends only on seed and position."""
         try:
-            if isinstance(found, DataError):
-                raise found
-            return self._decode(position, found, out)
+            if isinstance(pair, DataError):
+                raise pair
+            return self._decode(position, pair, out)
         except DataError as error:
             if self.config.on_bad_sample == "fail":
                 raise
@@ -162,18 +179,18 @@ class PairStream(Dataset[Batch], Generic[Batch]):
                     rng.key(self.seed, "substitute", attempt), position, self.corpora.pairs_of_corpus(corpus)
                 )
                 try:
-                    pair = self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn)))
-                    loaded = self._decode(position, pair, out)
+                    other = self.corpora.read(*self.corpora.pair_of_corpus(corpus, int(drawn)))
+                    loaded = self._decode(position, other, out)
                 except DataError:
                     continue
-                return loaded._replace(replaced=f"position {position}: {error} {loaded.pair.where} took its place.")
+                return loaded._replace(replaced=f"position {position}: {error} {loaded.pair.where} replaces it.")
             raise DataError(
-                f"Nor can {_TRIES} others of {self.corpora.names[corpus]} be read in place of a pair: {error}"
+                f"A pair and {_TRIES} replacements from {self.corpora.names[corpus]} cannot be read: {error}"
             ) from error
 
 
 class PretrainStream(PairStream[PretrainBatch]):
-    """Pairs with everything random that MLM, ITM and ITC need."""
+    """Pretraining pairs, with the masks of MLM and the negatives of ITM."""
 
     config: DataConfig
 
@@ -206,11 +223,11 @@ class PretrainStream(PairStream[PretrainBatch]):
         self.mlm_probability = mlm_probability
         self.max_images = cut.micro_batch_size * (1 if config.itm_negatives == "group" else 2)
 
-    def into(self, pixels: Tensor, micro_step: int) -> PretrainBatch:
-        """The same, with the images in the first rows of a tensor that is there already."""
+    def read_into(self, pixels: Tensor, micro_step: int) -> PretrainBatch:
+        """Read, decode and collate one micro-batch, with its images in the first rows of ``pixels``."""
         drawn = self.draw(micro_step, pixels)
         image_id_B = np.array([one.pair.image_id for one in drawn.pairs], np.uint64)
-        weight_M = collate.mlm_weights(
+        weight_M = choices.mlm_weights(
             drawn.masked.index_M, drawn.ids_BL.shape[1], len(drawn.pairs), self.config.negative_group_size
         )
         is_token_BL = drawn.ids_BL != self.tokenizer.pad_id
@@ -231,20 +248,21 @@ class PretrainStream(PairStream[PretrainBatch]):
             num_masked=tuple(num_masked_B.tolist()),
             replaced_B=torch.tensor([bool(one.replaced) for one in drawn.pairs]),
             notes=tuple(one.replaced for one in drawn.images if one.replaced),
-            lines=tuple(self.lines(micro_step, drawn)) if self.config.record_pairs else (),
+            lines=tuple(self.describe_pairs(micro_step, drawn)) if self.config.record_pairs else (),
         )
 
     def draw(self, micro_step: int, pixels: Tensor | None = None) -> MicroBatch:
-        """Read one micro-batch and make its choices.
+        """Read one micro-batch and make its random choices.
 
         Args:
-            pixels: where images are decoded to; without it, one that cannot be decoded is not noticed.
+            micro_step: counted from the start of the run.
+            pixels: tensor that images are decoded into; None does not decode, so that damaged images go unnoticed.
         """
         positions_B, pairs = self._read(micro_step, pixels)
         ids_BL = pad(
             self.tokenizer.encode([one.pair.caption for one in pairs], self.max_text_tokens), self.tokenizer.pad_id
         )
-        masked = collate.mask_tokens(
+        masked = choices.mask_tokens(
             ids_BL,
             positions_B,
             self.tokenizer,
@@ -255,7 +273,7 @@ class PretrainStream(PairStream[PretrainBatch]):
             choice, negatives = self._negatives_of_corpus(positions_B, pairs, pixels)
         else:
             negatives = []
-            choice = collate.choose_images(
+            choice = choices.choose_images(
                 np.array([one.pair.image_id for one in pairs], np.uint64),
                 np.array([one.pair.corpus for one in pairs]),
                 positions_B,
@@ -271,34 +289,37 @@ class PretrainStream(PairStream[PretrainBatch]):
 
     def _negatives_of_corpus(
         self, positions_B: I64, pairs: list[Loaded], pixels: Tensor | None
-    ) -> tuple[collate.ImageChoice, list[Loaded]]:
-        """As published: the negative is a pair drawn from all of the corpus. But never the picture itself."""
-        wants_negative_B = collate.wants_negative(
+    ) -> tuple[choices.ImageChoice, list[Loaded]]:
+        """Draw each negative from the whole corpus, as published, but never the same image.
+
+        A pair for which all draws give its own image stays a positive.
+        """
+        wants_negative_B = choices.wants_negative(
             positions_B, seed=self.seed, group_size=self.config.negative_group_size
         )
         image_B, label_B = np.arange(len(pairs)), np.ones(len(pairs), np.int64)
         negatives: list[Loaded] = []
         for row in np.flatnonzero(wants_negative_B).tolist():
-            own, position = pairs[row].pair, int(positions_B[row])
+            pair, position = pairs[row].pair, int(positions_B[row])
             for attempt in range(_TRIES):
                 stream = rng.key(self.seed, "itm of corpus", attempt)
-                drawn = int(rng.below(stream, position, self.corpora.pairs_of_corpus(own.corpus)))
-                shard, number = self.corpora.pair_of_corpus(own.corpus, drawn)
-                if self.corpora.image_id_of(shard, number) != own.image_id:
+                drawn = int(rng.below(stream, position, self.corpora.pairs_of_corpus(pair.corpus)))
+                shard, number = self.corpora.pair_of_corpus(pair.corpus, drawn)
+                if self.corpora.read_image_id(shard, number) != pair.image_id:
                     image_B[row], label_B[row] = len(pairs) + len(negatives), 0
                     out = None if pixels is None else pixels[int(image_B[row])]
-                    negatives.append(self._complete(position, shard, self._find(shard, number), out))
+                    negatives.append(self._decode_or_replace(position, shard, self._try_read(shard, number), out))
                     break
-        return collate.ImageChoice(image_B, label_B), negatives
+        return choices.ImageChoice(image_B, label_B), negatives
 
-    def lines(self, micro_step: int, drawn: MicroBatch) -> list[str]:
-        """A JSON text for each pair: what the model is given at this position."""
+    def describe_pairs(self, micro_step: int, drawn: MicroBatch) -> list[str]:
+        """Return a line of JSON for each pair: what the model is given at this position."""
         keys = [self.corpora.reader(one.pair.shard).key(one.pair.sample) for one in drawn.images]
         masked: list[list[int]] = [[] for _ in drawn.pairs]
         width = drawn.ids_BL.shape[1]
         for index in drawn.masked.index_M.tolist():
             masked[index // width].append(index % width)
-        result = []
+        lines = []
         for row, one in enumerate(drawn.pairs):
             position, label = int(drawn.positions_B[row]), int(drawn.choice.label_B[row])
             line = {
@@ -317,5 +338,5 @@ class PretrainStream(PairStream[PretrainBatch]):
             }
             if one.replaced:
                 line["replaced"] = one.replaced
-            result.append(json.dumps(line, ensure_ascii=False))
-        return result
+            lines.append(json.dumps(line, ensure_ascii=False))
+        return lines

@@ -1,4 +1,4 @@
-"""What is to be learned of a labelled pair, read from its annotation. Never imports torch."""
+"""Training targets of labelled pairs, from their annotations. Never imports torch."""
 
 from __future__ import annotations
 
@@ -17,55 +17,57 @@ _SOURCES: Mapping[str, str] = {"vqa": "vqav2 or vgqa", "snli_ve": "snli_ve", "nl
 _CLASSES: Mapping[str, int] = {"snli_ve": 3, "nlvr2": 2, "retrieval": 0}
 
 
-def num_classes(task: TaskName, num_answers: int) -> int:
-    """Right and wrong answers that a task knows; 0 where pairs themselves are what is learned.
+def count_classes(task: TaskName, num_answers: int) -> int:
+    """Return the number of classes of a task; 0 for retrieval, which learns the pairs themselves.
 
     Args:
-        num_answers: of VQA's vocabulary.
+        num_answers: size of VQA's vocabulary of answers.
     """
     return num_answers if task == "vqa" else _CLASSES[task]
 
 
-def target_of(pair: Pair, task: TaskName, classes: int) -> F32:
-    """The score of each class, shape (C,): 1 for the right one, or VQA's soft scores.
+def make_target(pair: Pair, task: TaskName, classes: int) -> F32:
+    """Return the score of each class, float32, shape (C,): 1 for the right class, or VQA's soft scores.
 
     Args:
-        classes: of ``num_classes``.
+        classes: C, as ``count_classes`` returns it.
 
     Raises:
-        DataError: the pair has no label, or one that the task does not know; or NLVR2's second picture is missing.
+        DataError: the pair has no label, its label is not a class of the task, or NLVR2's second image is missing.
     """
     target = np.zeros(classes, np.float32)
     if task == "retrieval":
         return target
     if task == "nlvr2" and not pair.second_image:
-        raise DataError(f"{pair.where} has one picture; NLVR2 reads two. {_cure(task)}")
+        raise DataError(f"{pair.where} has one image; NLVR2 needs two. {_suggest_shards(task)}")
     if task == "vqa":
         labels, scores = pair.annotation.get("labels"), pair.annotation.get("scores")
         if not isinstance(labels, list) or not isinstance(scores, list) or len(labels) != len(scores):
             raise DataError(
-                f"{pair.where} has no answers to its question {pair.caption!r}. Those of test and test-dev are not "
-                f"published: a server scores them. {_cure(task)}"
+                f"{pair.where} has no answers to its question {pair.caption!r}. The answers of test and test-dev are "
+                f"not published: a server scores predictions. {_suggest_shards(task)}"
             )
     else:
         labels, scores = [pair.annotation.get("label")], [1.0]
     for label, score in zip(labels, scores, strict=True):
         if not isinstance(label, int) or not 0 <= label < classes:
-            cure = "Give the vocabulary's size as --model.heads.num_answers." if task == "vqa" else _cure(task)
-            raise DataError(f"{pair.where} has the label {label!r}; {task} knows 0 to {classes - 1}. {cure}")
+            suggestion = (
+                "Give the vocabulary's size as --model.heads.num_answers." if task == "vqa" else _suggest_shards(task)
+            )
+            raise DataError(f"{pair.where} has the label {label!r}; {task} has 0 to {classes - 1}. {suggestion}")
         target[label] = score
     return target
 
 
 def check_labels(corpora: Corpora, task: TaskName, classes: int) -> None:
-    """Look at the first pair of each corpus, so that shards of another task are found before anything starts.
+    """Check the first pair of each corpus, so that shards of another task are found before anything starts.
 
     Raises:
-        DataError: as ``target_of``.
+        DataError: as ``make_target``.
     """
     for corpus in range(len(corpora.folders)):
-        target_of(corpora.read(*corpora.pair_of_corpus(corpus, 0)), task, classes)
+        make_target(corpora.read(*corpora.pair_of_corpus(corpus, 0)), task, classes)
 
 
-def _cure(task: TaskName) -> str:
+def _suggest_shards(task: TaskName) -> str:
     return f"Give a folder of data_prep/build_shards.py {_SOURCES[task]} with labels."

@@ -1,8 +1,7 @@
-"""Checkpoints: DeepSpeed's files, published whole or not at all, verified before they are read, at any world size.
+"""The checkpoints of a run: published whole or not at all, verified before they are read, at any world size.
 
 A checkpoint is written under a temporary name, flushed, described by COMPLETE.json (step, sizes, SHA-256) and then
-renamed: a folder named ``stepNNNNNNN`` is complete. DeepSpeed reads its files with a full unpickler, which would run
-code that a file carries; here they are read with ``weights_only``.
+renamed, so a folder named ``stepNNNNNNN`` is complete.
 """
 
 from __future__ import annotations
@@ -17,137 +16,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor
-
 from bridgetower import dist
+from bridgetower.engine.checkpoint_files import COMPLETE_NAME, FORMAT_VERSION, find_fault, read_description
 from bridgetower.errors import CheckpointError
 from bridgetower.io.files import sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
-COMPLETE_NAME = "COMPLETE.json"
-_FORMAT_VERSION = 1
 _STEP_FOLDER = re.compile(r"step(\d{7,})")
 _UNFINISHED = "unfinished-"
-_WEIGHTS_FILE = "mp_rank_00_model_states.pt"
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-# What DeepSpeed's files hold beside tensors and plain types. None of them runs code when it is restored.
-_SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-# ZeRO-2 pads the flat buffer of a group to a multiple of this many elements per rank.
-_ALIGNMENT_PER_RANK = 2
 
 
 @dataclass
 class TrainState:
-    """How far a run is. Order, masks, negatives and dropout are functions of it, so there is no other state."""
+    """How far a run has come. Order, masks, negatives and dropout depend only on it, so there is no other state."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     pairs_seen: int = 0
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """Read one file of a checkpoint without running anything in it.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds more than data.
-    """
-    try:
-        with torch.serialization.safe_globals(_SAFE_CLASSES):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return content
-    except Exception as error:  # torch raises many kinds: pickle, zip, runtime, OS
-        raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}. If it is from elsewhere, it may carry code, "
-            "which is never run here; otherwise it is damaged: resume from an earlier checkpoint."
-        ) from error
-
-
-class CheckpointFiles(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
-    """Writes and reads the single files for DeepSpeed: safely, and for another world size if need be."""
-
-    def __init__(self) -> None:
-        """Take the place of the engine's own."""
-        super().__init__(None)
-        self.zipfile_serialization = True
-        self.written: list[Path] = []
-        self.errors: list[str] = []
-        self.saved_world_size = dist.world_size()
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file. An error is kept for later: raising here would leave the other ranks waiting."""
-        try:
-            torch.save(state_dict, path)
-            with Path(path).open("rb") as file:
-                os.fsync(file.fileno())
-            self.written.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            self.errors.append(f"rank {dist.rank()} could not write {path}: {error}")
-
-    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        """Read one file."""
-        file = Path(path)
-        match = _OPTIMIZER_FILE.fullmatch(file.name)
-        if match and self.saved_world_size != dist.world_size():
-            return _reshard(file, int(match[1]), self.saved_world_size, dist.world_size())
-        content = load_file(file)
-        if file.name == _WEIGHTS_FILE:
-            content["dp_world_size"] = dist.world_size()  # _reshard makes this true
-        return content
-
-
-def _reshard(path: Path, rank: int, saved_world_size: int, world_size: int) -> dict[str, Any]:
-    """The optimiser file that ``rank`` of ``world_size`` would have written.
-
-    ZeRO-2 lays the parameters of a group one after another, pads the end and cuts it evenly over the ranks. So the
-    saved parts are joined without their padding and cut anew.
-    """
-    prefix = path.name[: path.name.index("zero_pp_rank_")]
-    parts = [
-        load_file(path.with_name(f"{prefix}zero_pp_rank_{number}_mp_rank_00_optim_states.pt"))["optimizer_state_dict"]
-        for number in range(saved_world_size)
-    ]
-    result = dict(parts[0])
-    masters = [
-        [part["single_partition_of_fp32_groups"][g] for part in parts] for g in range(len(parts[0]["group_paddings"]))
-    ]
-    result["single_partition_of_fp32_groups"] = [_own_part(group, rank, world_size, pad=False) for group in masters]
-    states: dict[int, dict[str, Any]] = {}
-    for number, first in parts[0]["base_optimizer_state"]["state"].items():
-        lengths = [len(master) for master in masters[number]]
-        states[number] = {}
-        for name, value in first.items():
-            if isinstance(value, Tensor) and value.ndim > 0:
-                pieces = [part["base_optimizer_state"]["state"][number][name] for part in parts]
-                unpadded = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
-                states[number][name] = _own_part(unpadded, rank, world_size, pad=True)
-            else:
-                states[number][name] = value
-    result["base_optimizer_state"] = {**parts[0]["base_optimizer_state"], "state": states}
-    return {"optimizer_state_dict": result}
-
-
-def _own_part(pieces: list[Tensor], rank: int, world_size: int, *, pad: bool) -> Tensor:
-    whole = torch.cat(pieces)
-    alignment = _ALIGNMENT_PER_RANK * world_size
-    length = -(-len(whole) // alignment) * alignment // world_size
-    part = whole[rank * length : (rank + 1) * length]
-    return torch.nn.functional.pad(part, (0, length - len(part))) if pad else part.clone()
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
-        """Use a folder, which is made when something is saved.
+        """Use a folder. The first save makes it.
 
         Args:
-            keep_last: older ones are deleted; 0 keeps all.
+            keep_last: number of checkpoints to keep, older ones are deleted; 0 keeps all.
         """
         self.folder, self._keep_last = folder, keep_last
 
@@ -155,12 +51,14 @@ class Checkpoints:
         """Save on all ranks. When it returns, the checkpoint is complete on disk.
 
         Raises:
-            CheckpointError: on all ranks, if one could not write; earlier checkpoints stay as they are.
+            CheckpointError: on all ranks, if one of them could not write; earlier checkpoints stay as they are.
         """
+        from bridgetower.engine.deepspeed_files import CheckpointFiles  # DeepSpeed, which readers need not import
+
         name = f"step{state.step:07d}"
         temporary, final = self.folder / f"{_UNFINISHED}{name}", self.folder / name
         self._on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        files = CheckpointFiles()
+        files = CheckpointFiles(dist.world_size())
         engine.checkpoint_engine = files
         try:
             engine.save_checkpoint(
@@ -171,60 +69,72 @@ class Checkpoints:
             )
         except OSError as error:
             files.errors.append(f"rank {dist.rank()} could not write to {self.folder}: {error}")
-        own = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files.written}
-        reports = dist.gather_objects((own, files.errors))
+        # Each rank hashes what it wrote; rank 0 gets the facts and publishes.
+        facts = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files.written}
+        reports = dist.gather_objects((facts, files.errors))
         self._raise_together([message for _, errors in reports for message in errors], temporary)
-
-        def publish() -> None:
-            description = {
-                "format_version": _FORMAT_VERSION,
-                "step": state.step,
-                "pairs_seen": state.pairs_seen,
-                "world_size": dist.world_size(),
-                "files": {file: facts for report, _ in reports for file, facts in report.items()},
-            }
-            write_atomically(temporary / COMPLETE_NAME, json.dumps(description, indent=1).encode() + b"\n")
-            if final.exists():  # an earlier life of this run came as far and was resumed from before it
-                _remove(final)
-            os.replace(temporary, final)
-            _flush_folder(self.folder)
-            write_atomically(self.folder / "latest", name.encode())
-            self._prune(state.step)
-
-        self._on_first_rank(publish)
+        facts = {file: file_facts for rank_facts, _ in reports for file, file_facts in rank_facts.items()}
+        self._on_first_rank(lambda: self._publish(temporary, final, state, facts))
         return final
 
+    def _publish(self, temporary: Path, final: Path, state: TrainState, facts: dict[str, dict[str, Any]]) -> None:
+        """Describe a checkpoint whose files are all on disk, and give it its name.
+
+        The order matters at each moment at which the machine may fail: the files are flushed before COMPLETE.json says
+        that they are there, and the rename, which is atomic, comes after both. The folder is flushed before ``latest``
+        names the checkpoint, and older checkpoints go only when it is safe.
+        """
+        description = {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "pairs_seen": state.pairs_seen,
+            "world_size": dist.world_size(),
+            "files": facts,
+        }
+        write_atomically(temporary / COMPLETE_NAME, json.dumps(description, indent=1).encode() + b"\n")
+        if final.exists():  # the run reached this step before, and was then resumed from an earlier one
+            _remove(final)
+        os.replace(temporary, final)
+        _flush_folder(self.folder)
+        write_atomically(self.folder / "latest", final.name.encode())
+        self._prune(state.step)
+
     def _prune(self, newest_step: int) -> None:
-        """Delete what is too old, and what is of a later step: the run came back to before that, as it was damaged."""
-        found = list(self._candidates())
-        for path, step in found:
+        """Delete checkpoints that are too old, and those of later steps.
+
+        There are later ones if they were damaged, so that the run was resumed from before them.
+        """
+        folders = list(self._list_folders())
+        for path, step in folders:
             if step > newest_step:
                 _remove(path)
-        own = [path for path, step in found if step <= newest_step]
-        for old in own[self._keep_last :] if self._keep_last else []:
+        kept = [path for path, step in folders if step <= newest_step]
+        for old in kept[self._keep_last :] if self._keep_last else []:
             _remove(old)
 
-    def _candidates(self) -> Iterator[tuple[Path, int]]:
-        """Folders that claim to be complete, newest first."""
+    def _list_folders(self) -> Iterator[tuple[Path, int]]:
+        """Yield the folders whose names claim that they are complete, with their steps, newest first."""
         if not self.folder.is_dir():
             return
-        found = [
+        folders = [
             (path, int(match[1])) for path in self.folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))
         ]
-        yield from sorted(found, key=lambda pair: -pair[1])
+        yield from sorted(folders, key=lambda folder: -folder[1])
 
-    def newest_good(self) -> Path | None:
-        """The newest checkpoint whose files are all what they were when it was written, on every rank the same.
+    def find_newest_intact(self) -> Path | None:
+        """Find the newest checkpoint whose files have the content they were written with, the same on every rank.
 
-        A damaged one is passed over with a warning. None if there is no checkpoint at all.
+        A damaged one is passed over with a warning.
+
+        Returns: None if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is good.
+            CheckpointError: there are checkpoints, but none is intact.
         """
-        candidates = dist.from_first_rank([path for path, _ in self._candidates()])
+        folders = dist.from_first_rank([path for path, _ in self._list_folders()])
         faults = []
-        for path in candidates:
-            fault = verify(path)
+        for path in folders:
+            fault = find_fault(path)
             if fault is None:
                 return Path(path)
             faults.append(fault)
@@ -239,16 +149,16 @@ class Checkpoints:
         return None
 
     def load(self, engine: Any, path: Path) -> TrainState:
-        """Restore weights, optimiser and schedule on all ranks, whatever the world size it was saved at."""
+        """Restore weights, optimizer and schedule on all ranks, whatever the world size it was saved at."""
+        from bridgetower.engine.deepspeed_files import CheckpointFiles
+
         description = read_description(path)
-        files = CheckpointFiles()
-        files.saved_world_size = description["world_size"]
-        engine.checkpoint_engine = files
+        engine.checkpoint_engine = CheckpointFiles(description["world_size"])
         engine.load_checkpoint(str(path.parent), tag=path.name)
         return TrainState(step=description["step"], pairs_seen=description["pairs_seen"])
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Do something to the folder on rank 0 while the others wait; a failure is everyone's."""
+        """Change the folder on rank 0 while the others wait. If that fails, all ranks raise."""
         fault = dist.on_first_rank(action)
         self._raise_together([fault] if fault else [])
 
@@ -257,62 +167,25 @@ class Checkpoints:
             return
         if leftover is not None and dist.rank() == 0:
             shutil.rmtree(leftover, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+        free_bytes = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
         raise CheckpointError(
-            f"The checkpoint could not be saved: {'; '.join(errors[:3])}. {free / 2**30:.1f} GiB are free there. "
-            "Earlier checkpoints are intact: make room (or lower checkpoint.keep_last) and run the same command again."
+            f"The checkpoint could not be saved: {'; '.join(errors[:3])}. {free_bytes / 2**30:.1f} GiB are free there. "
+            "Earlier checkpoints are intact: free space (or lower checkpoint.keep_last) and run the same command again."
         )
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """The COMPLETE.json of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is of another version.
-    """
-    try:
-        description: dict[str, Any] = json.loads((path / COMPLETE_NAME).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: no readable {COMPLETE_NAME} ({error}).") from error
-    if description.get("format_version") != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {description.get('format_version')!r}, this program reads {_FORMAT_VERSION}."
-        )
-    return description
-
-
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. The ranks share the reading and all get the same answer."""
-    fault: str | None = None
-    try:
-        files = sorted(read_description(path)["files"].items())
-        for number, (name, facts) in enumerate(files):
-            file = path / name
-            if not file.is_file():
-                fault = f"{file} is missing."
-            elif file.stat().st_size != facts["bytes"]:
-                fault = f"{file} has {file.stat().st_size:,} bytes instead of {facts['bytes']:,}."
-            elif number % dist.world_size() == dist.rank() and sha256_of(file) != facts["sha256"]:
-                fault = f"{file} does not have the content it was written with."
-            if fault:
-                break
-    except CheckpointError as error:
-        fault = str(error)
-    return next((found for found in dist.gather_objects(fault) if found), None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder or a checkpoint folder stands for.
+    """Find the checkpoint that a run folder or a checkpoint folder stands for.
 
     Raises:
-        CheckpointError: neither, or nothing intact in it.
+        CheckpointError: the folder is neither, or nothing in it is intact.
     """
     if (path / COMPLETE_NAME).is_file():
-        fault = verify(path)
+        fault = find_fault(path)
         if fault:
             raise CheckpointError(fault)
         return path
-    newest = Checkpoints(path / "checkpoints", 0).newest_good()
+    newest = Checkpoints(path / "checkpoints", 0).find_newest_intact()
     if newest is None:
         raise CheckpointError(
             f"{path} is neither a checkpoint (a folder with {COMPLETE_NAME}) nor a run folder with checkpoints in it."
@@ -320,47 +193,14 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's weights in the precision they are computed with, by name."""
-    weights: dict[str, Tensor] = load_file(checkpoint / _WEIGHTS_FILE)["module"]
-    return weights
-
-
-def load_master_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights in the float32 that the optimiser keeps them in; bfloat16 ones are these, rounded.
-
-    Raises:
-        CheckpointError: the files do not fit each other.
-    """
-    content = load_file(checkpoint / _WEIGHTS_FILE)
-    files = sorted(
-        (int(match[1]), path) for path in checkpoint.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))
-    )
-    states = [load_file(path)["optimizer_state_dict"] for _, path in files]
-    weights: dict[str, Tensor] = {name: value.float() for name, value in content["module"].items()}
-    for number, shapes in enumerate(content["param_shapes"]):
-        # Without padding, and in the order of the group's parameters.
-        flat = torch.cat([state["single_partition_of_fp32_groups"][number] for state in states]).float()
-        if len(flat) != sum(shape.numel() for shape in shapes.values()):
-            raise CheckpointError(
-                f"The optimiser files of {checkpoint} hold {len(flat):,} weights of group {number}, the model has "
-                f"{sum(shape.numel() for shape in shapes.values()):,}: a file is missing or of another run. Use an "
-                "earlier checkpoint."
-            )
-        offset = 0
-        for name, shape in shapes.items():
-            weights[name] = flat[offset : offset + shape.numel()].view(shape).clone()
-            offset += shape.numel()
-    return weights
-
-
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that at no moment half of it looks whole."""
+    """Delete a checkpoint. COMPLETE.json goes first, so that a half-deleted folder never looks complete."""
     (folder / COMPLETE_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, such as one that a rename has changed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,25 +9,25 @@ import torch
 from torch import nn
 
 from bridgetower.config.optim import OptimConfig
-from bridgetower.engine.optim import build_optimizer, parameter_groups, schedule
-from bridgetower.engine.zero import look_at_partitions
+from bridgetower.engine.optim import build_optimizer, build_schedule, group_parameters
+from bridgetower.engine.zero import partitioned_zero
 
 
 def build_engine(task: nn.Module, optim: OptimConfig, deepspeed_config: dict[str, Any], device: torch.device) -> Any:
-    """Wrap a task: split optimiser states, mixed precision, gradient accumulation and schedule.
+    """Wrap a task: partitioned optimizer states, mixed precision, gradient accumulation and schedule.
 
     Args:
-        task: on the CPU or the device, in float32; DeepSpeed casts it as the configuration says.
-        deepspeed_config: as merged; a copy is taken, as DeepSpeed writes into it.
+        task: on the CPU or the device, in float32; DeepSpeed casts it to the precision of the configuration.
+        deepspeed_config: merged with the run's settings. DeepSpeed gets a copy, as it writes into it.
     """
     task.to(device)
-    optimizer = build_optimizer(parameter_groups(task, optim), optim, device)
-    engine, _, _, _ = deepspeed.initialize(
-        model=task,
-        optimizer=optimizer,
-        lr_scheduler=schedule(optim),
-        config=dict(deepspeed_config),
-        dist_init_required=False,
-    )
-    look_at_partitions(engine.optimizer)
+    optimizer = build_optimizer(group_parameters(task, optim), optim, device)
+    with partitioned_zero():
+        engine, _, _, _ = deepspeed.initialize(
+            model=task,
+            optimizer=optimizer,
+            lr_scheduler=build_schedule(optim),
+            config=dict(deepspeed_config),
+            dist_init_required=False,
+        )
     return engine

@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl`` always, a line for people, and W&B when asked."""
+"""Where metrics go: always to ``metrics.jsonl``, as a line to the terminal or log, and to W&B on request."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bridgetower.io.files import write_atomically
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
-# Columns of a terminal from which on a live line has room for a bar, and for the loss of each objective.
-_NARROW, _WIDE = 100, 130
+# Least columns of a terminal whose live line has a bar, and the loss of each objective.
+_BAR_COLUMNS, _OBJECTIVES_COLUMNS = 100, 130
 
 
 class Means:
-    """Adds up (sum, count) metrics on the device, without reading them."""
+    """Sums (sum, count) metrics on the device, without reading them."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start empty."""
         self._totals: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -38,7 +38,10 @@ class Means:
             self._totals[name] = self._totals[name] + value if name in self._totals else value.clone()
 
     def take(self) -> dict[str, float]:
-        """The means over all ranks and micro-steps since the last call. All ranks must call it; it waits for them."""
+        """Compute the means over all ranks and micro-steps since the last call.
+
+        All ranks must call it. It waits for them and for the device.
+        """
         names = sorted(self._totals)
         if not names:
             return {}
@@ -48,7 +51,7 @@ class Means:
 
 
 class Tracker:
-    """Writes the metrics of rank 0."""
+    """Writes metrics on rank 0; does nothing on other ranks."""
 
     def __init__(
         self,
@@ -64,11 +67,11 @@ class Tracker:
         """Open the outputs.
 
         Args:
-            first_step: steps done before; metrics of later steps, of an earlier life of this run, are dropped.
+            first_step: steps done before. Metrics of later steps are dropped: the run was resumed from before them.
             run_config: shown with the run in W&B.
 
         Raises:
-            ConfigError: W&B is to be online, and there is no key.
+            ConfigError: wandb_mode is online, and there is no key.
         """
         self._total_steps = total_steps
         self._path = run_folder / METRICS_NAME
@@ -87,13 +90,13 @@ class Tracker:
                 run_config=run_config,
             )
         if sys.stderr.isatty():
-            console, whole = Console(stderr=True), Column(no_wrap=True)
-            bar = [BarColumn(bar_width=None, table_column=Column(ratio=1))] if console.width >= _NARROW else []
+            console, column = Console(stderr=True), Column(no_wrap=True)
+            bar = [BarColumn(bar_width=None, table_column=Column(ratio=1))] if console.width >= _BAR_COLUMNS else []
             self._progress = Progress(
-                TextColumn("[bold]{task.description}", table_column=whole),
+                TextColumn("[bold]{task.description}", table_column=column),
                 *bar,
-                MofNCompleteColumn(table_column=whole),
-                TextColumn("{task.fields[figures]}", table_column=whole),
+                MofNCompleteColumn(table_column=column),
+                TextColumn("{task.fields[figures]}", table_column=column),
                 console=console,
                 expand=bool(bar),
             )
@@ -104,20 +107,18 @@ class Tracker:
         """Write one line of metrics, if there are any."""
         if self._file is None or not metrics:
             return
-        self._file.write(
-            json.dumps({"step": step, **{name: _rounded(value) for name, value in metrics.items()}}) + "\n"
-        )
+        self._file.write(json.dumps({"step": step, **{name: _round(value) for name, value in metrics.items()}}) + "\n")
         self._file.flush()
         if "train/loss/total" in metrics:
-            left = f"  {_time_left(metrics['progress/eta_hours'])} left" if step < self._total_steps else ""
+            left = f"  {_format_time(metrics['progress/eta_hours'])} left" if step < self._total_steps else ""
             if self._progress is not None:
                 width = self._progress.console.width
-                figures = f"{_figures(metrics, has_parts=width >= _WIDE)}{left}"
-                if width < _NARROW:
+                figures = f"{_format_figures(metrics, has_objectives=width >= _OBJECTIVES_COLUMNS)}{left}"
+                if width < _BAR_COLUMNS:
                     figures = figures.replace("  ", " ")
                 self._progress.update(self._task, completed=step, figures=figures)
             else:
-                figures = _figures(metrics, has_parts=True)
+                figures = _format_figures(metrics, has_objectives=True)
                 logger.info("step %d/%d  %s%s", step, self._total_steps, figures, left)
 
     def show_step(self, step: int) -> None:
@@ -135,21 +136,21 @@ class Tracker:
             self._mirror.close()
 
 
-def _figures(metrics: dict[str, float], *, has_parts: bool) -> str:
-    parts = "  ".join(
+def _format_figures(metrics: dict[str, float], *, has_objectives: bool) -> str:
+    objectives = "  ".join(
         f"{name.removeprefix('train/loss/')} {value:.3f}"
         for name, value in metrics.items()
         if name.startswith("train/loss/") and name != "train/loss/total"
     )
-    losses = f"loss {metrics['train/loss/total']:.3f}" + (f" ({parts})" if has_parts else "")
+    losses = f"loss {metrics['train/loss/total']:.3f}" + (f" ({objectives})" if has_objectives else "")
     utilisation = f"  MFU {metrics['speed/mfu']:.0%}" if "speed/mfu" in metrics else ""
     speed = f"{metrics['speed/pairs_per_second']:.0f} pairs/s{utilisation}"
-    waits = f"{'waits for data' if has_parts else 'waits'} {metrics['data/wait_fraction']:.0%}"
+    waits = f"{'waits for data' if has_objectives else 'waits'} {metrics['data/wait_fraction']:.0%}"
     return f"{losses}  {speed}  {waits}"
 
 
-def _time_left(hours: float) -> str:
-    """As people say it: 2 d 7 h, 5 h 12 min, 3 min, 40 s."""
+def _format_time(hours: float) -> str:
+    """Write a duration as 2 d 7 h, 5 h 12 min, 3 min or 40 s."""
     seconds = round(hours * 3600)
     days, minutes = seconds // 86400, seconds // 60
     if days:
@@ -159,12 +160,13 @@ def _time_left(hours: float) -> str:
     return f"{minutes} min" if minutes >= 2 else f"{seconds} s"
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
+    """Round to 7 significant digits."""
     return float(f"{value:.7g}")
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Remove lines of later steps, and a last line that was cut off."""
+    """Remove the lines of later steps, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []
@@ -178,7 +180,7 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl``; a last line that is being written is left out."""
+    """Read the lines of ``metrics.jsonl``, without a last line that is still being written."""
     lines = []
     path = run_folder / METRICS_NAME
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -1,8 +1,8 @@
-"""Hands the lines of ``metrics.jsonl`` to Weights & Biases, in a process of its own.
+"""Copies the lines of ``metrics.jsonl`` to Weights & Biases, in a process of its own.
 
-Training writes a file and never waits for a server: a W&B that is slow, or away when the run starts, ends or is in the
-middle, holds up this process alone. The trainer starts it and holds its standard input; its end is the sign that no
-more lines come, however the trainer ended. What was sent before is not sent again when a run is resumed.
+Training writes a file and never waits for a server: a W&B that is slow or unreachable, at any time of the run, holds up
+only this process. The trainer starts it and holds the other end of its standard input. When that closes, however the
+trainer ended, no more lines come. A resumed run does not send lines again.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ logger = logging.getLogger("bridgetower.wandb")
 
 _ID_NAME, _SENT_NAME = "wandb_id", "wandb_sent"
 _POLL_SECONDS = 2.0
-# How long the end of a run waits for the last lines to be sent.
+# How long a run waits at its end for the last lines to be sent.
 _PATIENCE_SECONDS = 20.0
 
 Mode = Literal["auto", "online", "offline"]
 
 
 class Mirror:
-    """The process, as the trainer holds it."""
+    """The trainer's handle of the process."""
 
     def __init__(
         self, run_folder: Path, metrics: Path, *, mode: Mode, project: str, entity: str, run_config: dict[str, Any]
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             metrics: the file that training appends to.
-            run_config: shown with the run.
+            run_config: shown with the run in W&B.
 
         Raises:
             ConfigError: mode is online, and there is no key.
@@ -54,7 +54,7 @@ class Mirror:
         if mode == "online" and not has_key():
             raise ConfigError(
                 "tracker.wandb=online, but there is no W&B key. Run `wandb login`, set WANDB_API_KEY, or use "
-                "--tracker.wandb=auto, which keeps offline files where there is none."
+                "--tracker.wandb=auto, which writes offline files if there is no key."
             )
         self._folder, self._metrics = run_folder, metrics
         request = {
@@ -72,11 +72,11 @@ class Mirror:
         try:
             self._stdin.write(json.dumps(request).encode() + b"\n")
             self._stdin.flush()
-        except BrokenPipeError:  # it says itself why it ended
+        except BrokenPipeError:  # the process has ended, and has logged why
             pass
 
     def close(self) -> None:
-        """Let it send the last lines, but do not wait for long."""
+        """Let the process send the last lines, but not for long."""
         with suppress(BrokenPipeError):
             self._stdin.close()
         try:
@@ -92,19 +92,19 @@ class Mirror:
 
 
 def has_key() -> bool:
-    """Whether there is one where W&B looks, without asking its server."""
+    """Return True if W&B would find a key, without asking its server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai") is not None
 
 
 def main() -> None:
-    """Mirror what the request on standard input describes."""
-    # Slurm and terminals signal every process of a job; this one ends when the trainer has.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """Copy the metrics that the request on standard input describes."""
+    # Slurm and terminals signal every process of a job. This one ends after the trainer.
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    request = json.loads(_first_line())
+    request = json.loads(_read_request())
     mode = request["mode"]
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
@@ -112,8 +112,8 @@ def main() -> None:
         return
     folder = Path(request["folder"])
     lock = _claim(folder)
-    lines = _lines(Path(request["metrics"]), _sent(folder))
-    run = _start(request, mode)
+    lines = _follow(Path(request["metrics"]), _read_sent_step(folder))
+    run = _start_run(request, mode)
     for line in lines:
         step = int(line.pop("step"))
         run.log(line, step=step)
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def _claim(folder: Path) -> int:
-    """Wait until the mirror of an earlier life of the run has ended."""
+    """Wait until the process of the run before its resumption has ended."""
     while True:
         try:
             return claim_folder(folder, name=".wandb_lock")
@@ -131,8 +131,8 @@ def _claim(folder: Path) -> int:
             time.sleep(_POLL_SECONDS)
 
 
-def _first_line() -> bytes:
-    """The first line of standard input, without reading on, so that its end can be waited for."""
+def _read_request() -> bytes:
+    """Read the first line of standard input, byte by byte: select() would not see what a buffer has read ahead."""
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(0, 1)):
         line += byte
@@ -140,12 +140,12 @@ def _first_line() -> bytes:
 
 
 def _trainer_ended(seconds: float) -> bool:
-    """Wait for the end of standard input, for so long at most."""
+    """Wait for the end of standard input. Return False if it has not come in time."""
     return bool(select.select([0], [], [], seconds)[0])
 
 
-def _start(request: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
-    """Begin or go on with the dashboard's run; without an answer, again until training has ended, then offline."""
+def _start_run(request: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
+    """Start or resume the run in W&B. Try again while training runs; once it has ended, write offline files."""
     import wandb
     from wandb.errors import Error
 
@@ -168,29 +168,29 @@ def _start(request: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60),
             )
         except Error as error:
-            logger.warning("W&B is not reached (%s). Training goes on; trying again.", " ".join(str(error).split()))
+            logger.warning("W&B cannot be reached (%s). Training goes on; trying again.", " ".join(str(error).split()))
             has_ended = _trainer_ended(_POLL_SECONDS)
 
 
-def _sent(folder: Path) -> int:
-    """The last step that an earlier life of the run handed over."""
+def _read_sent_step(folder: Path) -> int:
+    """Read the last step that was sent before the run was resumed; -1 if there is none."""
     path = folder / _SENT_NAME
     return int(path.read_text()) if path.exists() else -1
 
 
-def _lines(path: Path, sent: int) -> Iterator[dict[str, Any]]:
-    """The lines of later steps, as they are written, until the trainer has ended."""
+def _follow(path: Path, sent_step: int) -> Iterator[dict[str, Any]]:
+    """Yield the lines of later steps as they are written, until the trainer has ended."""
     while not path.exists():
         time.sleep(_POLL_SECONDS)
     with path.open() as file:
-        begun, has_ended = "", False
+        text, has_ended = "", False
         while True:
-            begun += file.readline()
-            if begun.endswith("\n"):
-                line = json.loads(begun)
-                if line["step"] > sent:
+            text += file.readline()  # which may be half a line, while the trainer writes it
+            if text.endswith("\n"):
+                line = json.loads(text)
+                if line["step"] > sent_step:
                     yield line
-                begun = ""
+                text = ""
             elif has_ended:
                 return
             else:

@@ -1,40 +1,44 @@
-"""Held-out scores as a table for the terminal, each beside what guessing gives."""
+"""Held-out scores as a table for the terminal, each beside its chance level."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from bridgetower.evaluation.pretraining import RECALL_AT, SplitScores
+from bridgetower.evaluation.recall import RECALL_AT
+
+if TYPE_CHECKING:  # its module imports torch, which the labels do not need
+    from bridgetower.evaluation.scorer import SplitScores
 
 LABELS: dict[str, str] = {
     "itm_balanced_accuracy": "ITM balanced accuracy (random negatives)",
     **{f"t2i_r{k}": f"text-to-image R@{k}, with ITM" for k in RECALL_AT},
     **{f"i2t_r{k}": f"image-to-text R@{k}, with ITM" for k in RECALL_AT},
-    **{f"itc_t2i_r{k}": f"text-to-image R@{k}, by ITC alone" for k in RECALL_AT},
-    **{f"itc_i2t_r{k}": f"image-to-text R@{k}, by ITC alone" for k in RECALL_AT},
-    "mlm_accuracy": "MLM accuracy of masked words",
-    "mlm_loss": "MLM loss (nats a token)",
-    # Of fine-tuning.
+    **{f"itc_t2i_r{k}": f"text-to-image R@{k}, ITC only" for k in RECALL_AT},
+    **{f"itc_i2t_r{k}": f"image-to-text R@{k}, ITC only" for k in RECALL_AT},
+    "mlm_accuracy": "MLM accuracy on masked words",
+    "mlm_loss": "MLM loss (nats per token)",
+    # Scores of fine-tuning tasks.
     "vqa_score": "VQA score",
     "accuracy": "accuracy",
     "r_mean": "mean of the six recalls, with ITM",
-    "loss": "loss (nats a pair)",
+    "loss": "loss (nats per pair)",
 }
-"""The scores in the order in which they are shown, by their names in eval.json."""
+"""Label of each score, by its name in eval.json, in the order in which scores are shown."""
 
 
 def format_score(name: str, value: float) -> str:
-    """Fractions in percent, losses as they are."""
+    """Format a fraction in percent, and a loss as it is."""
     return f"{value:.3f}" if name.endswith("loss") else f"{100 * value:.1f}%"
 
 
 def print_scores(step: int, results: Mapping[str, SplitScores]) -> None:
-    """Print one column per split, and what guessing gives in brackets."""
-    table = Table("score", title=f"Held-out scores after step {step} (in brackets: guessing)", title_justify="left")
+    """Print a row per score and a column per split."""
+    table = Table("score", title=f"Held-out scores after step {step} (chance level in brackets)", title_justify="left")
     for name in results:
         table.add_column(name, justify="right")
     for name, label in LABELS.items():

@@ -1,7 +1,7 @@
-"""How the same tensor is called here, in the published code's checkpoints, and in Hugging Face's port.
+"""Names of a tensor in three places: this program, checkpoints of the published code, and Hugging Face's port.
 
-No tensor is transposed or split between the three. Two differ in form only: the temperature has shape (1,) here and ()
-in published checkpoints; Hugging Face's contrastive class stores the logarithm of its inverse.
+No tensor is transposed or split between the three. Only the temperature is stored in different ways: with shape (1,) in
+this program and () in published checkpoints; Hugging Face's contrastive class stores the logarithm of its inverse.
 
 Source: BridgeTower (arXiv 2206.08657) src/modules/bt_module.py and meter_module.py; transformers 5.23.0,
 models/bridgetower/modeling_bridgetower.py.
@@ -13,8 +13,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-# In each pair the same placeholders stand in the same order. <m> is a modality, <n> a number, <w> weight or bias, <qkv>
-# one of the three projections, <any> the rest of the name. The first pair that fits is taken.
+# Both names of a rule have the same placeholders in the same order. <m> is a modality, <n> a layer index, <w> weight or
+# bias, <qkv> one of the three projections, <any> the rest of the name. The first rule that matches is taken.
 _PLACEHOLDERS = {
     "<m>": "(text|image)",
     "<n>": r"(\d+)",
@@ -92,39 +92,39 @@ HEAD_OF_REFERENCE = {
     "nlvr2_classifier.": "nlvr2",
     "rank_output.": "rank",
 }
-"""What names of a head's tensors start with in a published checkpoint, and the head."""
+"""Head of each prefix of tensor names in published checkpoints."""
 
 
 def to_reference(ours: str) -> str | None:
-    """The name in a published checkpoint; None if there is none."""
+    """Translate one of this program's tensor names to a published checkpoint's; None if it has no such tensor."""
     return _rename(ours, "ours", "reference")
 
 
 def from_reference(theirs: str) -> str | None:
-    """Our name of a tensor of a published checkpoint; None if there is none."""
+    """Translate a published checkpoint's tensor name to this program's; None if it has no such tensor."""
     return _rename(theirs, "reference", "ours")
 
 
 def to_huggingface(ours: str) -> str | None:
-    """The name in Hugging Face's classes with heads; None if there is none."""
+    """Translate this program's tensor name to that of Hugging Face's classes with heads; None if they have none."""
     published = to_reference(ours)
     return published and _rename(published, "reference", "huggingface")
 
 
 def from_huggingface(theirs: str) -> str | None:
-    """Our name of a tensor of Hugging Face's classes with heads; None if there is none."""
+    """Translate a tensor name of Hugging Face's classes with heads to this program's; None if it has none."""
     published = _rename(theirs, "huggingface", "reference")
     return published and from_reference(published)
 
 
 def _rename(name: str, source: str, target: str) -> str | None:
-    found = _first_fit(name, source, target)
-    # <any> also fits names that the other side has for something else: only what leads back is a rename.
-    return found if found is not None and _first_fit(found, target, source) == name else None
+    renamed = _apply_first_rule(name, source, target)
+    # <any> also matches names that another rule of the target side owns. Only a name that translates back is right.
+    return renamed if renamed is not None and _apply_first_rule(renamed, target, source) == name else None
 
 
-def _first_fit(name: str, source: str, target: str) -> str | None:
-    for pattern, parts in _rules(source, target):
+def _apply_first_rule(name: str, source: str, target: str) -> str | None:
+    for pattern, parts in _compile_rules(source, target):
         match = pattern.fullmatch(name)
         if match:
             groups = iter(match.groups())
@@ -133,13 +133,13 @@ def _first_fit(name: str, source: str, target: str) -> str | None:
 
 
 @lru_cache
-def _rules(source: str, target: str) -> Sequence[tuple[re.Pattern[str], list[str]]]:
-    """A pattern for each source name, and the target name cut at its placeholders."""
+def _compile_rules(source: str, target: str) -> Sequence[tuple[re.Pattern[str], list[str]]]:
+    """Return a pattern for the source name of each rule, with the target name split at its placeholders."""
     table = _OURS_AND_REFERENCE if "ours" in (source, target) else _REFERENCE_AND_HUGGINGFACE
     is_forward = (source, target) in (("ours", "reference"), ("reference", "huggingface"))
-    pairs = table if is_forward else [(right, left) for left, right in table]
-    cut = re.compile(f"({'|'.join(_PLACEHOLDERS)})")
+    rules = table if is_forward else [(right, left) for left, right in table]
+    split = re.compile(f"({'|'.join(_PLACEHOLDERS)})").split
     return [
-        (re.compile("".join(_PLACEHOLDERS.get(part) or re.escape(part) for part in cut.split(one))), cut.split(other))
-        for one, other in pairs
+        (re.compile("".join(_PLACEHOLDERS.get(part) or re.escape(part) for part in split(old))), split(new))
+        for old, new in rules
     ]

@@ -89,7 +89,8 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def _open_run(folder: Path, image_size_px: int | None) -> BridgeTower:
-    from bridgetower.engine.checkpoint import find_checkpoint, load_master_weights
+    from bridgetower.engine.checkpoint import find_checkpoint
+    from bridgetower.engine.checkpoint_files import load_master_weights
     from bridgetower.interop.strict import load_strictly
 
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder

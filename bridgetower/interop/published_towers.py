@@ -1,28 +1,30 @@
-"""The towers of the published model: their configuration from their sizes, and why another tower is not one of them."""
+"""The towers of the published models, CLIP's ViT and RoBERTa: found by their sizes, and compared with other towers."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from open_clip.transformer import QuickGELU, VisionTransformer
-
 from bridgetower.config.model import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.init import shapes_alone
+from bridgetower.model.named_vits import complete_vision_config
 from bridgetower.model.text_tower import complete_text_config
-from bridgetower.model.vision_tower import VisionTower, blocks_of, complete_vision_config
+from bridgetower.model.vision_tower import ClipViT, VisionTower, blocks_of, is_quick_gelu
 
 HEAD_WIDTH = 64
-"""Channels of an attention head, in all towers of CLIP and RoBERTa, and in the published cross-modal layers."""
+"""Channels per attention head in every tower of CLIP and RoBERTa, and in the published cross-modal layers."""
 TOWER_EPS = 1e-5
-"""Of the norms of both towers, of the bridges, and of the norms before the first cross-modal layer."""
+"""Epsilon of the LayerNorms in both towers, in the bridges, and before the first cross-modal layer."""
 
 _CLIP_NAMES = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "ViT-B-32-quickgelu")
 _ROBERTA_NAMES = ("roberta-base", "roberta-large")
 
 
-def clip_tower(*, patch_size_px: int, width: int, num_layers: int) -> VisionTowerConfig:
-    """A CLIP ViT of these sizes, by OpenAI's name if it has one. METER leaves out the last block."""
+def find_clip_config(*, patch_size_px: int, width: int, num_layers: int) -> VisionTowerConfig:
+    """Return the configuration of a CLIP ViT of these sizes: by OpenAI's name if one has them, else a custom tower.
+
+    One layer fewer than a named tower has is that tower without its last block, which METER leaves out.
+    """
     sizes = {"patch_size_px": patch_size_px, "width": width, "num_heads": width // HEAD_WIDTH}
     for name in _CLIP_NAMES:
         known = complete_vision_config(VisionTowerConfig(name=name))
@@ -36,7 +38,7 @@ def clip_tower(*, patch_size_px: int, width: int, num_layers: int) -> VisionTowe
     )
 
 
-def roberta_tower(
+def find_roberta_config(
     *,
     vocabulary_size: int,
     width: int,
@@ -46,7 +48,12 @@ def roberta_tower(
     max_tokens: int,
     dropout: float,
 ) -> TextTowerConfig:
-    """A RoBERTa of these sizes, by its name if it has one."""
+    """Return the configuration of a RoBERTa of these sizes: by its name if one has them, else a custom tower.
+
+    Args:
+        num_positions: rows of the position table. RoBERTa never uses its first two for tokens.
+        max_tokens: tokens per text; capped at what the position table holds.
+    """
     sizes = {
         "vocabulary_size": vocabulary_size,
         "width": width,
@@ -71,20 +78,21 @@ def roberta_tower(
     )
 
 
-def why_no_clip(model: BridgeTower) -> list[str]:
-    """What keeps a model's vision tower from being one of OpenAI's CLIP."""
+def list_clip_mismatches(model: BridgeTower) -> list[str]:
+    """List how a model's vision tower differs from OpenAI's CLIP ViT, one clause per difference."""
     config, vit = model.config.vision, model.vision_tower.vit
-    if not isinstance(vit, VisionTransformer):
-        return [f"model.vision.name={config.name} is no ViT of CLIP"]
+    if not isinstance(vit, ClipViT):
+        return [f"model.vision.name={config.name} is not a CLIP ViT"]
+    # A custom tower is CLIP's plain ViT: a named one with other tensors (LayerScale, RoPE, ...) differs from it.
     same_sizes = dataclasses.replace(config, name=CUSTOM, weights="none")
     with shapes_alone():
         clip = VisionTower(same_sizes, model.config.image_size_px).state_dict()
-    own = model.vision_tower.state_dict()
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in clip.items()}:
-        return [f"model.vision.name={config.name} has other tensors than a ViT of CLIP"]
+    tensors = model.vision_tower.state_dict()
+    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in clip.items()}:
+        return [f"model.vision.name={config.name} has other tensors than a CLIP ViT"]
     reasons = []
-    if not all(isinstance(block.mlp.gelu, QuickGELU) for block in blocks_of(vit)):
-        reasons.append(f"model.vision.name={config.name} has GELU, and CLIP's ViT QuickGELU")
+    if not all(is_quick_gelu(block.mlp.gelu) for block in blocks_of(vit)):
+        reasons.append(f"model.vision.name={config.name} has GELU, and CLIP's ViT has QuickGELU")
     if config.num_heads != config.width // HEAD_WIDTH:
         reasons.append(
             f"model.vision.num_heads={config.num_heads}, and CLIP's ViT has model.vision.width / {HEAD_WIDTH} = "
@@ -93,8 +101,8 @@ def why_no_clip(model: BridgeTower) -> list[str]:
     return reasons
 
 
-def why_no_roberta(model: BridgeTower) -> list[str]:
-    """What keeps a model's text tower from being a RoBERTa."""
+def list_roberta_mismatches(model: BridgeTower) -> list[str]:
+    """List how a model's text tower differs from RoBERTa, one clause per difference."""
     theirs = model.text_tower.encoder.config
     expected = {
         "model_type": "roberta",
@@ -106,7 +114,7 @@ def why_no_roberta(model: BridgeTower) -> list[str]:
     }
     return [
         f"the text tower model.text.name={model.config.text.name} has {field}={getattr(theirs, field)}, and RoBERTa "
-        f"{value}"
+        f"has {value}"
         for field, value in expected.items()
         if getattr(theirs, field) != value
     ]

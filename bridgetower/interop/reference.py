@@ -1,4 +1,4 @@
-"""Checkpoints of the published code: BridgeTower's and METER's ``.ckpt``, read and written, strictly.
+"""Checkpoints of the published code, ``.ckpt`` files of BridgeTower and METER: read and write them, strictly.
 
 Source: BridgeTower (arXiv 2206.08657) src/modules/bt_module.py, meter_module.py and clip_model.py; METER
 meter/modules/clip_model.py; pytorch-lightning 1.5.10 trainer/connectors/checkpoint_connector.py:335-408.
@@ -19,18 +19,26 @@ from torch import Tensor
 from bridgetower.config.model import ModelConfig
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop import names
-from bridgetower.interop.reference_config import PUBLISHED_EPS, heads_of, read_config, why_not_published, write_settings
-from bridgetower.interop.strict import check_tensors, load_strictly, tensors_of
-from bridgetower.interop.weight_files import own_values, read_torch_file, write_whole
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.interop.reference_config import (
+    PUBLISHED_EPS,
+    find_heads,
+    list_unpublished_options,
+    read_config,
+    write_settings,
+)
+from bridgetower.interop.strict import build_shapes, check_tensors, load_strictly
+from bridgetower.interop.weight_files import detach_for_file, read_torch_file, write_atomically
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 
 logger = logging.getLogger(__name__)
 
-# CLIP's text side, of which the published code keeps a few tensors and reads none.
+# Sizes of CLIP's text tower, of which the published code keeps a few tensors and reads none.
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49408
-_CLIP_TEXT_WIDTH = {768: 512, 1024: 768}  # by the width of its image side: ViT-B and ViT-L
+_CLIP_TEXT_WIDTH = {768: 512, 1024: 768}  # by the width of the vision tower: ViT-B and ViT-L
 
-_OLD_NORM = re.compile(r"cross_modal_(text|image)_layernorm\.(\d+)\.(weight|bias)")
+# Early checkpoints number all norms before the cross-modal layers: 0 has no bridge, the others are the bridges'.
+_NUMBERED_NORM = re.compile(r"cross_modal_(text|image)_layernorm\.(\d+)\.(weight|bias)")
 
 
 def from_reference(
@@ -38,53 +46,56 @@ def from_reference(
 ) -> BridgeTower:
     """Load a checkpoint of the published BridgeTower or METER, with all heads that it has.
 
-    The file is opened for its weights alone; one that carries code is refused and nothing of it is run.
+    No code in the file is run; a file that carries code is refused.
 
     Args:
-        config: of its model. None reads it from the shapes; then heads have 64 channels as published, if the checkpoint
-            does not say otherwise itself, and dropout is 0.1.
-        image_size_px: the side of the images it will read, if not config's or its own; the position table is resized.
+        config: configuration of the saved model. None reads it from the tensors' shapes. The number of attention heads
+            and the dropout show in no shape: they are the checkpoint's own settings, or else the published 64 channels
+            per head and 0.1.
+        image_size_px: side of the images to read, if not the configuration's or the checkpoint's; the position table is
+            resized to it.
 
-    Returns: the model, in evaluation mode, with the checkpoint's floating-point type.
+    Returns: the model, in evaluation mode and the checkpoint's floating-point dtype.
 
     Raises:
-        CheckpointError: the file is missing, damaged, carries code, is of something else, or a tensor is missing, not
-            expected or of another shape. Tensors that the published code never reads may be there or not.
+        CheckpointError: the file is missing, damaged, carries code or is no such checkpoint; or a tensor is missing,
+            not expected, or has another shape. Tensors that the published code never reads may be present or absent.
     """
     path = Path(path)
     tensors, settings = _read(path)
-    heads = heads_of(tensors)
-    found = _infer(tensors, settings, str(path)) if config is None else complete_model_config(config)
-    saved = _at_own_resolution(found, tensors)
+    heads = find_heads(tensors)
+    config = _infer_config(tensors, settings, str(path)) if config is None else complete_model_config(config)
+    saved = _at_saved_resolution(config, tensors)
     needed = {
-        _published(name): _as_published(name, value) for name, value in tensors_of(saved, heads, str(path)).items()
+        _to_published_name(name): _to_published_shape(name, value)
+        for name, value in build_shapes(saved, heads, str(path)).items()
     }
-    unused = _unused(saved, heads, tensors)
-    check_tensors(needed, tensors, str(path), unused=unused)
+    check_tensors(needed, tensors, str(path), unused=_list_unused(saved, heads, tensors))
     weights = {
-        _ours(name): value.reshape(1) if name == "temperature" else value
+        _to_our_name(name): value.reshape(1) if name == "temperature" else value
         for name, value in tensors.items()
         if name in needed
     }
-    return load_strictly(saved, heads, weights, str(path), image_size_px=image_size_px or found.image_size_px)
+    return load_strictly(saved, heads, weights, str(path), image_size_px=image_size_px or config.image_size_px)
 
 
 def to_reference(model: BridgeTower, path: str | Path) -> None:
-    """Write a model as a checkpoint that the published code reads, whole or not at all.
+    """Write a model as a checkpoint of the published code, atomically.
 
-    It holds what Lightning saves with ``save_weights_only=True``: weights and settings, nothing to resume from.
+    The file holds what Lightning saves with ``save_weights_only=True``: weights and settings, nothing to resume from.
 
-    Its epsilon in cross-modal layers and MLM head is 1e-12: of a model with another that is said in a warning.
+    The published code has an epsilon of 1e-12 in the cross-modal layers and the MLM head. A model with another epsilon
+    is written with a warning.
 
     Raises:
-        CheckpointError: the published code has no such model, or the file cannot be written.
+        CheckpointError: the published code cannot build this model, or the file cannot be written.
     """
     path = Path(path)
-    tensors = reference_tensors(model)
+    tensors = build_reference_tensors(model)
     if model.config.fusion.layer_norm_eps != PUBLISHED_EPS:
         logger.warning(
-            "The published code has an epsilon of %s in cross-modal layers and MLM head, this model %s: there its MLM "
-            "logits differ by about 1e-4. The weights are the same.",
+            "The published code has an epsilon of %s in the cross-modal layers and the MLM head, this model has %s. In "
+            "the published code the MLM logits will differ by about 1e-4; the weights are unchanged.",
             PUBLISHED_EPS,
             model.config.fusion.layer_norm_eps,
         )
@@ -92,32 +103,35 @@ def to_reference(model: BridgeTower, path: str | Path) -> None:
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": "1.5.10",
-        "state_dict": {name: own_values(value) for name, value in tensors.items()},
+        "state_dict": {name: detach_for_file(value) for name, value in tensors.items()},
         "hparams_name": "kwargs",
         "hyper_parameters": {"config": write_settings(model)},
     }
-    write_whole(path, lambda temporary: torch.save(content, temporary))
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
-def reference_tensors(model: BridgeTower) -> dict[str, Tensor]:
-    """A model's tensors by the published names, with those that the published code registers and never reads.
+def build_reference_tensors(model: BridgeTower) -> dict[str, Tensor]:
+    """Return a model's tensors by their published names, with those that the published code registers and never reads.
 
-    Those are zeros, but for the position ids and the temperature. A pretraining model has 707 parameters (base) or
-    1043 (large), and the buffer of position ids.
+    The unread ones are zeros, except the position ids and the temperature. A pretraining checkpoint has 707 parameters
+    (base) or 1043 (large), and the buffer of position ids.
 
     Raises:
-        CheckpointError: the published code has no such model.
+        CheckpointError: the published code cannot build this model.
     """
-    reasons = why_not_published(model)
+    reasons = list_unpublished_options(model)
     if reasons:
         raise CheckpointError(
             f"The published code cannot hold this model: {'; '.join(reasons)}. Use --format=safetensors, which holds "
             "every model."
         )
     config = model.config
-    tensors = {_published(name): _as_published(name, value.detach()) for name, value in model.state_dict().items()}
-    for name, shape in _unused(config, list(model.heads), {}).items():
-        if name != "vit_model.token_embedding.weight":  # the original METER's alone
+    tensors = {
+        _to_published_name(name): _to_published_shape(name, value.detach())
+        for name, value in model.state_dict().items()
+    }
+    for name, shape in _list_unused(config, list(model.heads), {}).items():
+        if name != "vit_model.token_embedding.weight":  # only the original METER's checkpoints have it
             tensors[name] = model.text_pooler.weight.new_zeros(shape)
     tensors["text_transformer.embeddings.position_ids"] = torch.arange(config.text.num_positions)[None]
     if "itc" not in model.heads:
@@ -128,92 +142,95 @@ def reference_tensors(model: BridgeTower) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The tensors of a checkpoint, and the published code's settings if it has them."""
+    """Read a checkpoint's tensors, and the published code's settings if the file holds them."""
     content = read_torch_file(path)
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         entries = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else "no entries"
         raise CheckpointError(
             f"{path} holds no state_dict of tensors: it is a {type(content).__name__} with {entries}. Give a "
-            "checkpoint of the published code, or a file of its state_dict."
+            "checkpoint of the published code, or its state_dict saved alone."
         )
     parameters = content.get("hyper_parameters")
     settings = parameters.get("config") if isinstance(parameters, dict) else None
-    return _with_new_norms(tensors), settings if isinstance(settings, dict) else {}
+    return _rename_numbered_norms(tensors), settings if isinstance(settings, dict) else {}
 
 
-def _infer(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> ModelConfig:
+def _infer_config(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: str) -> ModelConfig:
     try:
         return complete_model_config(read_config(tensors, settings, source))
     except ConfigError as error:
         raise CheckpointError(
-            f"The shapes in {source} are not those of a model that can be built: {error} If it was not cut off, give "
-            "its configuration: from_reference(path, config=...)."
+            f"No model can be built from the shapes in {source}: {error} If the file is complete, give the model's "
+            "configuration: bridgetower.interop.reference.from_reference(path, config=...)."
         ) from error
 
 
-def _with_new_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Old checkpoints number all norms: the first is the one without a bridge, the others are the bridges'."""
+def _rename_numbered_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the norms of early checkpoints their later names."""
     renamed = {}
     for name, value in tensors.items():
-        old = _OLD_NORM.fullmatch(name)
-        if old:
-            modality, number, kind = old[1], int(old[2]), old[3]
-            place = "layernorm" if number == 0 else f"link_tower.{number - 1}.LayerNorm"
-            new = f"cross_modal_{modality}_{place}.{kind}"
-            name = name if new in tensors else new  # with both, the old one is reported as not expected
+        match = _NUMBERED_NORM.fullmatch(name)
+        if match:
+            modality, index, parameter = match[1], int(match[2]), match[3]
+            module = "layernorm" if index == 0 else f"link_tower.{index - 1}.LayerNorm"
+            new_name = f"cross_modal_{modality}_{module}.{parameter}"
+            # If both names are there, the early one stays and is reported as not expected.
+            name = name if new_name in tensors else new_name
         renamed[name] = value
     return renamed
 
 
-def _at_own_resolution(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
+def _at_saved_resolution(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the configuration with the image size of the checkpoint's position table."""
     table = tensors.get("vit_model.visual.positional_embedding")
-    side = round((len(table) - 1) ** 0.5) if table is not None and table.ndim == 2 and len(table) > 1 else 0
-    return dataclasses.replace(config, image_size_px=side * config.vision.patch_size_px or config.image_size_px)
+    grid_side = round((len(table) - 1) ** 0.5) if table is not None and table.ndim == 2 and len(table) > 1 else 0
+    return dataclasses.replace(config, image_size_px=grid_side * config.vision.patch_size_px or config.image_size_px)
 
 
-def _unused(config: ModelConfig, heads: list[str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the published code registers and never reads.
+def _list_unused(config: ModelConfig, heads: list[str], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the published code registers and never reads.
 
     Args:
-        tensors: of a checkpoint, which tell the width of CLIP's text side; if not, it is that of OpenAI's models.
+        tensors: a checkpoint's tensors, which may show the width of CLIP's text tower; without them it is that of
+            OpenAI's models.
     """
-    text, fusion = config.text.width, config.fusion.width
-    clip = _CLIP_TEXT_WIDTH.get(config.vision.width, config.vision.width)
+    text_width, fusion_width = config.text.width, config.fusion.width
+    clip_width = _CLIP_TEXT_WIDTH.get(config.vision.width, config.vision.width)
     norm = tensors.get("vit_model.ln_final.weight")
     if norm is not None and norm.ndim == 1:
-        clip = len(norm)
+        clip_width = len(norm)
     unused: dict[str, tuple[int, ...]] = {
         "text_transformer.embeddings.position_ids": (1, config.text.num_positions),
-        "text_transformer.pooler.dense.weight": (text, text),
-        "text_transformer.pooler.dense.bias": (text,),
-        "vit_model.positional_embedding": (_CLIP_CONTEXT, clip),
-        "vit_model.token_embedding.weight": (_CLIP_VOCABULARY, clip),
-        "vit_model.ln_final.weight": (clip,),
-        "vit_model.ln_final.bias": (clip,),
+        "text_transformer.pooler.dense.weight": (text_width, text_width),
+        "text_transformer.pooler.dense.bias": (text_width,),
+        "vit_model.positional_embedding": (_CLIP_CONTEXT, clip_width),
+        "vit_model.token_embedding.weight": (_CLIP_VOCABULARY, clip_width),
+        "vit_model.ln_final.weight": (clip_width,),
+        "vit_model.ln_final.bias": (clip_width,),
     }
     if "itc" not in heads:
         unused["temperature"] = ()
     if not config.fusion.num_layers:
-        unused["token_type_embeddings.weight"] = (3 if "nlvr2" in heads else 2, fusion)
-        for modality, width in (("text", text), ("image", config.vision.width)):
-            unused[f"cross_modal_{modality}_transform.weight"] = (fusion, width)
-            unused[f"cross_modal_{modality}_transform.bias"] = (fusion,)
-            unused[f"cross_modal_{modality}_layernorm.weight"] = (fusion,)
-            unused[f"cross_modal_{modality}_layernorm.bias"] = (fusion,)
+        unused["token_type_embeddings.weight"] = (3 if "nlvr2" in heads else 2, fusion_width)
+        for modality, tower_width in (("text", text_width), ("image", config.vision.width)):
+            unused[f"cross_modal_{modality}_transform.weight"] = (fusion_width, tower_width)
+            unused[f"cross_modal_{modality}_transform.bias"] = (fusion_width,)
+            unused[f"cross_modal_{modality}_layernorm.weight"] = (fusion_width,)
+            unused[f"cross_modal_{modality}_layernorm.bias"] = (fusion_width,)
     return unused
 
 
-def _published(name: str) -> str:
-    found = names.to_reference(name)
-    return name if found is None else found  # what the published code has no name for is then reported as missing
+def _to_published_name(name: str) -> str:
+    # A tensor that the published code has no name for keeps this program's, and is then reported as missing under it.
+    return names.to_reference(name) or name
 
 
-def _as_published(name: str, value: Tensor) -> Tensor:
+def _to_published_shape(name: str, value: Tensor) -> Tensor:
     return value.reshape(()) if name == "heads.itc.temperature" else value
 
 
-def _ours(name: str) -> str:
-    found = names.from_reference(name)
-    assert found is not None, name  # it is a name that ours was translated to
-    return found
+def _to_our_name(name: str) -> str:
+    ours = names.from_reference(name)
+    assert ours is not None, name  # _to_published_name gave it
+    return ours

@@ -1,4 +1,4 @@
-"""Our own export: one safetensors file that says itself which model it holds."""
+"""The native export: one safetensors file with the model's configuration in its metadata."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridgetower.config.model import ModelConfig
 from bridgetower.config.overrides import from_dict, to_dict
 from bridgetower.errors import CheckpointError, ConfigError
 from bridgetower.interop.strict import load_strictly
-from bridgetower.interop.weight_files import own_values, read_safetensors, write_whole
+from bridgetower.interop.weight_files import detach_for_file, read_safetensors, write_atomically
 from bridgetower.model.bridgetower import BridgeTower
 
 FILE_NAME = "model.safetensors"
@@ -23,7 +23,7 @@ _FORMAT_VERSION = 1
 
 
 def save_safetensors(model: BridgeTower, path: Path) -> None:
-    """Write a model with its configuration, whole or not at all.
+    """Write a model's weights and configuration to one file, atomically.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -33,31 +33,33 @@ def save_safetensors(model: BridgeTower, path: Path) -> None:
         "config": to_dict(model.config),
         "heads": list(model.heads),
     }
-    weights = {name: own_values(value) for name, value in model.state_dict().items()}
+    weights = {name: detach_for_file(value) for name, value in model.state_dict().items()}
     metadata = {"format": "pt", _KEY: json.dumps(description)}
-    write_whole(path, lambda place: save_file(weights, place, metadata=metadata))
+    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
 
 
 def load_safetensors(path: Path, *, image_size_px: int | None = None) -> BridgeTower:
-    """Read what ``save_safetensors`` wrote.
+    """Load the model of a file that ``save_safetensors`` wrote.
 
     Args:
-        image_size_px: another side of the images than it was saved with; position tables are resized.
+        image_size_px: side of the images to read, if not the saved one; the position table is resized to it.
+
+    Returns: the model with all its heads, in evaluation mode and the saved floating-point dtype.
 
     Raises:
-        CheckpointError: the file is damaged, of another kind or version, or does not hold the whole model.
+        CheckpointError: the file is damaged, is not such an export, has another format version, or lacks a tensor.
     """
     weights = read_safetensors(path)
     description = _read_description(path, _metadata(path))
     try:
         config = from_dict(ModelConfig, description["config"])
     except ConfigError as error:
-        raise CheckpointError(f"{path} describes a model that this program does not know: {error}") from error
+        raise CheckpointError(f"{path} describes a model that this program cannot build: {error}") from error
     return load_strictly(config, description["heads"], weights, str(path), image_size_px=image_size_px)
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a safetensors file was written by ``save_safetensors``."""
+    """Return True for a file that ``save_safetensors`` wrote."""
     try:
         return _KEY in _metadata(path)
     except (OSError, SafetensorError):
@@ -75,9 +77,12 @@ def _read_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
         version = description["format_version"]
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path} was not exported by this program: it does not say which model it holds. For weights of Hugging "
-            "Face give their folder, with config.json."
+            f"{path} was not exported by this program: its metadata has no description of a model. For weights of "
+            "Hugging Face's classes, give their folder, with config.json."
         ) from error
     if version != _FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version!r}, this program reads {_FORMAT_VERSION}.")
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this program reads {_FORMAT_VERSION}. Use the version of the "
+            "program that wrote it, or export the model again."
+        )
     return description

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their checksums, and folders that one program writes to at a time."""
+"""Local files: atomic writes, checksums, folders locked for one writer, and short names of paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridgetower.errors import DataError
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -22,7 +22,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it, so that nobody sees half of it."""
+    """Write a file under a temporary name, flush it to disk and rename it, so that readers never see half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -36,16 +36,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def claim_folder(folder: Path, *, shared: bool = False, name: str = ".lock") -> int:
-    """Make a folder and keep every other program that asks from writing to it.
+    """Create a folder if it does not exist, and lock it against other programs that call this function.
 
     Args:
-        shared: allow other programs that ask so, too.
-        name: of the lock file.
+        shared: allow other programs that also call with ``shared=True``.
+        name: file name of the lock file.
 
-    Returns: a descriptor; closing it, or the end of the process, gives the folder free.
+    Returns: file descriptor of the lock. Closing it, or the end of the process, unlocks the folder.
 
     Raises:
-        DataError: another program holds it, or it cannot be written to.
+        DataError: another program has locked the folder, or it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,19 +60,20 @@ def claim_folder(folder: Path, *, shared: bool = False, name: str = ".lock") -> 
         if error.errno in (errno.EACCES, errno.EAGAIN):
             os.close(lock)
             raise DataError(f"Another program is writing to {folder}. Wait for it, or use another folder.") from None
-        # A file system without locks: go on without.
+        # Any other error means that the file system has no locks. Continue without one.
     return lock
 
 
-def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """A name for each path, as given to people: as much of its end as makes it the only one."""
-    parts = [[part for part in str(path).split("/") if part] for path in paths]
-    ends = [1] * len(parts)
+def shorten_paths(paths: Sequence[str | Path]) -> list[str]:
+    """Return a name for each path: the shortest suffix of the path that distinguishes it, with ``-`` for ``/``."""
+    components = [[component for component in str(path).split("/") if component] for path in paths]
+    lengths = [1] * len(components)
     while True:
-        names = ["-".join(own[-end:]) for own, end in zip(parts, ends, strict=True)]
+        names = ["-".join(path[-length:]) for path, length in zip(components, lengths, strict=True)]
         longer = [
-            min(end + (names.count(name) > 1), len(own)) for name, own, end in zip(names, parts, ends, strict=True)
+            min(length + (names.count(name) > 1), len(path))
+            for name, path, length in zip(names, components, lengths, strict=True)
         ]
-        if longer == ends:
+        if longer == lengths:
             return names
-        ends = longer
+        lengths = longer

@@ -1,158 +1,137 @@
-"""What stands between the products of a layer: residual sums with dropout and norm, and activations.
+"""The operations that the model is made of: one object computes them all, and knows how its device does that best.
 
-On an NVIDIA GPU each is one kernel (``bridgetower.kernels.triton.functions``): it reads its inputs once, and gives the
-gradients of biases and of the norm's weights on the way, for which torch's operators read everything again. Elsewhere
-they are torch's operators.
+The model holds an ``Ops`` and never asks which one. ``bridgetower.kernels.choose.choose_ops`` picks it once, when the
+model is built. What an implementation cannot take (another dtype, another device) it hands to the class above it:
 
-``kernels`` says whether kernels may be used. Shapes: D width, E width inside a feed-forward, N shared rows, R rows that
-read them, P positions.
+    Ops            the interface
+    TorchOps       torch's operators, on any device
+    CpuOps         dropout and attention that are faster on a CPU; matrix units (AMX) for bfloat16
+    FlashOps       FlashAttention for packed rows, on NVIDIA GPUs
+    triton TritonOps   FlashOps, and our own kernels for norms, activations, dropout and short rows
+    CompiledOps    torch.compile around the operations of another one, but its attention
+
+Several operations return their input beside their result. The caller goes on with that input, so that a kernel can sum
+the gradients of both on the way. ``dropout`` is 0 when the model does not train.
+
+Shapes: D width, E width inside a feed-forward, N positions, R rows, T packed tokens, H heads; "..." is (T,) or (R, N).
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import warnings
-from functools import lru_cache
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bridgetower.kernels.dropout import drop
-
-_WIDEST = 4096
+from bridgetower.kernels.layout import Layout, SharedRows
 
 
-def fits(states: Tensor) -> bool:
-    """Whether the kernels take such states; compiled code has its own.
+class Ops(ABC):
+    """The interface of every implementation."""
 
-    They are launched on the current device, and do not know autocast, under which products have another type.
-    """
-    return (
-        states.is_cuda
-        and states.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and states.shape[-1] <= _WIDEST
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cuda")
-        and states.device.index == torch.cuda.current_device()
-        and _has_kernels(states.device)
-    )
+    name: str
+    """What ``run.json`` and a run's first lines call it."""
 
+    @abstractmethod
+    def norm(self, states: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return x and LN(x), shape (..., D); ``layer`` may be an identity, which some towers have in its stead."""
 
-@lru_cache
-def is_ampere_or_later(device: torch.device) -> bool:
-    """Whether a GPU is NVIDIA's and has matrix units for bfloat16."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    @abstractmethod
+    def add_norm(self, states: Tensor, update: Tensor, layer: nn.LayerNorm) -> Tensor:
+        """Return LN(x + u), shape (..., D)."""
 
+    @abstractmethod
+    def project_add_norm(
+        self, states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.Module, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return s = x + Dropout(W h + b), and LN(s).
 
-@lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    if not is_ampere_or_later(device) or importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        _kernels().norm(torch.zeros(1, 16, device=device), nn.LayerNorm(16, device=device))
-    except Exception as error:  # Triton has many, e.g. where there is no C compiler for what starts its kernels
-        said = (str(error).strip().splitlines() or [""])[0][:200]
-        warnings.warn(
-            f"Kernels cannot be built, and torch's operators, which are slower, are used instead: "
-            f"{type(error).__name__}: {said}. Triton needs a C compiler (Debian: gcc and python3-dev).",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def _takes(layer: nn.Module) -> bool:
-    """Whether a norm is one: some towers have nothing in its place."""
-    return isinstance(layer, nn.LayerNorm) and layer.elementwise_affine and layer.bias is not None
-
-
-def _kernels() -> Any:
-    """Imported where there is Triton alone, which not every build of torch brings along."""
-    return importlib.import_module("bridgetower.kernels.triton.functions")
-
-
-def norm(states: Tensor, layer: nn.Module, *, kernels: bool) -> tuple[Tensor, Tensor]:
-    """X and LN(x), shape (..., D): who reads both reads them from here, and their gradients are added on the way."""
-    if kernels and _takes(layer) and fits(states):
-        return _kernels().norm(states, layer)  # type: ignore[no-any-return]
-    return states, layer(states)
-
-
-def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm, *, kernels: bool) -> Tensor:
-    """LN(x + u), shape (..., D)."""
-    if kernels and fits(states):
-        return _kernels().add_norm(states, update, layer)  # type: ignore[no-any-return]
-    result: Tensor = layer(states + update)
-    return result
-
-
-def project_add_norm(
-    states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.LayerNorm, dropout: float, *, kernels: bool
-) -> tuple[Tensor, Tensor]:
-    """X + Dropout(W h + b), and LN of that.
-
-    Args:
-        states: x, shape (..., D).
-        inner: h.
-        dropout: 0 when not training.
-    """
-    if kernels and _takes(layer) and fits(states):
-        found: tuple[Tensor, Tensor] = _kernels().project_add_norm(states, inner, linear, layer, dropout)
-        return found
-    total = states + drop(linear(inner), dropout, training=True)
-    return total, layer(total)
-
-
-def project(states: Tensor, weight: Tensor, bias: Tensor, num_parts: int = 1, *, kernels: bool) -> tuple[Tensor, ...]:
-    """x, for who goes on reading it, and W x + b in equal parts."""
-    if kernels and fits(states):
-        return _kernels().project(states, weight, bias, num_parts)  # type: ignore[no-any-return]
-    return states, *F.linear(states, weight, bias).chunk(num_parts, dim=-1)
-
-
-def expand(states: Tensor, linear: nn.Linear, *, quick: bool = False, kernels: bool) -> tuple[Tensor, Tensor]:
-    """x, for who goes on reading it, and GELU(W x + b).
-
-    Args:
-        states: shape (..., D).
-        quick: x * sigmoid(1.702 x) in its place, as CLIP has it.
-
-    Returns: shapes (..., D) and (..., E).
-    """
-    if kernels and fits(states):
-        return _kernels().expand(states, linear, quick=quick)  # type: ignore[no-any-return]
-    inner = linear(states)
-    # Keeping one tensor for the backward pass instead of three.
-    return states, F.silu(1.702 * inner) / 1.702 if quick else F.gelu(inner)
-
-
-class Shared(NamedTuple):
-    """Which of N rows each of R rows reads; some may read the same."""
-
-    index_R: Tensor
-    order_R: Tensor | None
-    """R rows in the order of what they read; None without kernels."""
-    start_Z: Tensor | None
-    """N + 1 places in that order: where the readers of each begin, and where those of the last end."""
-
-    def take(self, states_NPD: Tensor) -> Tensor:
-        """What each reads, shape (R, P, D).
-
-        The gradients of the readers of a row are added up in one order; torch's own sums on a GPU have none, and round
-        to the states' type at each.
+        Args:
+            states: x, shape (..., D).
+            inner: h.
         """
-        if self.order_R is None or not fits(states_NPD):
-            return states_NPD.index_select(0, self.index_R)
-        return _kernels().take(states_NPD, *self)  # type: ignore[no-any-return]
 
+    @abstractmethod
+    def project(self, states: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Return x and W x + b of each layer; all layers have the same width."""
 
-def share(index_R: Tensor, states_NPD: Tensor, *, kernels: bool) -> Shared:
-    """Prepare to read rows of such states."""
-    if not kernels or not fits(states_NPD):
-        return Shared(index_R, None, None)
-    sorted_R, order_R = index_R.sort(stable=True)
-    number_Z = torch.arange(len(states_NPD) + 1, device=index_R.device)
-    return Shared(index_R, order_R, torch.searchsorted(sorted_R, number_Z))
+    @abstractmethod
+    def activate(self, states: Tensor, linear: nn.Linear, *, quick: bool = False) -> tuple[Tensor, Tensor]:
+        """Return x, shape (..., D), and GELU(W x + b), shape (..., E).
+
+        Args:
+            quick: CLIP's x * sigmoid(1.702 x) instead of GELU.
+        """
+
+    @abstractmethod
+    def drop(self, states: Tensor, dropout: float) -> Tensor:
+        """Return the states after dropout."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_heads: int,
+        dropout: float,
+        *,
+        query_layout: Layout | None = None,
+        key_layout: Layout | None = None,
+        sees_padding: bool = False,
+    ) -> Tensor:
+        """Return what each row's queries attend to among the row's own keys, in the shape of ``query``.
+
+        Args:
+            query: dense, (R, N, D), or packed, (T, D).
+            query_layout: where packed queries lie; None if they are dense.
+            key_layout: where packed keys and values lie; every row has a key.
+            sees_padding: attend to padded keys, too.
+        """
+
+    @abstractmethod
+    def attend_within_rows(
+        self, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return x, and what the positions of each dense row attend to among each other, both (R, P, D).
+
+        Args:
+            weight_ED: the joint projection to queries, keys and values.
+        """
+
+    @abstractmethod
+    def attend_to_dense(
+        self,
+        states_TD: Tensor,
+        context_NPD: Tensor,
+        layers: tuple[nn.Linear, nn.Linear, nn.Linear],
+        num_heads: int,
+        dropout: float,
+        *,
+        layout: Layout,
+        rows: SharedRows | None,
+        absorb: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return x and what short packed rows attend to in long dense ones, both (T, D).
+
+        Args:
+            layers: the projections to queries, keys and values.
+            layout: where the queries lie.
+            rows: the dense row that each row reads; None: its own.
+            absorb: for rows as short as the model's, moving the projections of keys and values to the queries is less
+                work. A kernel that reads projected keys may still project them.
+        """
+
+    @abstractmethod
+    def share_rows(self, index_R: Tensor, states_NPD: Tensor) -> SharedRows:
+        """Return the plan of reading dense rows like ``states_NPD`` more than once."""
+
+    @abstractmethod
+    def take_rows(self, states_NPD: Tensor, rows: SharedRows) -> Tensor:
+        """Return the row that each of R rows reads, shape (R, P, D)."""
+
+    @abstractmethod
+    def supports_buckets(self, states: Tensor, num_heads: int, longest_query: int, longest_key: int) -> bool:
+        """Return True if attention of such states leaves tokens alone that belong to no row.
+
+        Then batches may be filled up to the size of a shape bucket, and share one CUDA graph.
+        """

@@ -1,11 +1,11 @@
 """Bridges: how the state of a tower layer joins the state of the cross-modal layer before.
 
 The nine forms of the paper's Table 1. y is the tower's state, x the cross-modal one, W a matrix with a bias; LN has
-epsilon 1e-5. Source: arXiv 2206.08657, Table 1, and for what the paper leaves open (the order [y; x], the inner norm of
-mlp_concat, starting values) the authors' own code in transformers pull request 20775.
+epsilon 1e-5. Source: arXiv 2206.08657, Table 1; for what the paper leaves open (the order [y; x], the inner norm of
+mlp_concat, initial values) the authors' own code in transformers pull request 20775.
 
-States are of images, (R, P, D), or of packed texts, (T, D) with a layout; N stands for either's positions. Shapes:
-R rows, P image positions, T tokens of all rows, D width.
+States belong to images, (R, P, D), or to packed captions, (T, D) with a layout; N stands for the positions of either.
+Shapes: R rows, P image positions, T tokens of all rows, D width.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bridgetower.config.model import FusionConfig
-from bridgetower.kernels.ops import add_norm
+from bridgetower.kernels.layout import Layout
+from bridgetower.kernels.ops import Ops
 from bridgetower.model.attention import Attention, FeedForward
 from bridgetower.model.init import ZeroInitLinear
-from bridgetower.model.packed import Layout
 
-# Of all bridges and of the norms before the first cross-modal layer (not fusion.layer_norm_eps).
+# Epsilon of all bridges and of the norms before the first cross-modal layer (fusion.layer_norm_eps is another).
 BRIDGE_EPS = 1e-5
 
 
@@ -30,24 +30,23 @@ class Bridge(nn.Module):
     """Joins the two states in one modality before one cross-modal layer."""
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
-        """Join them.
+        """Return the joined states, in the shape of both inputs.
 
         Args:
             tower_ND: y.
             cross_ND: x.
-            layout: where tokens stand; None for images.
-
-        Returns: their shape.
+            layout: where tokens lie; None for images.
         """
         raise NotImplementedError  # abstract
 
 
 class NormedBridge(Bridge):
-    """LN(join(y, x)): all forms but those with cross-attention."""
+    """LN(join(y, x)): every form without cross-attention."""
 
-    def __init__(self, config: FusionConfig) -> None:
-        """Build the norm."""
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
+        """Build the norm around ``join``."""
         super().__init__()
+        self.ops = ops
         self.norm = nn.LayerNorm(config.width, eps=BRIDGE_EPS)
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
@@ -56,18 +55,16 @@ class NormedBridge(Bridge):
         return joined
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
-        """What is normed."""
+        """Return what is normed."""
         raise NotImplementedError  # abstract
 
 
 class AddBridge(NormedBridge):
     """(a) LN(x + y), the published model."""
 
-    uses_kernels = True
-
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Add and norm."""
-        return add_norm(tower_ND, cross_ND, self.norm, kernels=self.uses_kernels)
+        return self.ops.add_norm(tower_ND, cross_ND, self.norm)
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
         """Add."""
@@ -85,9 +82,9 @@ class ProductBridge(NormedBridge):
 class InterpolateBridge(NormedBridge):
     """(c) LN(beta * x + (1 - beta) * y), beta a learned vector that starts at 0.5."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
+        super().__init__(config, ops)
         self.beta = nn.Parameter(torch.full((config.width,), 0.5))
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
@@ -98,9 +95,9 @@ class InterpolateBridge(NormedBridge):
 class GatedInterpolateBridge(NormedBridge):
     """(d) LN(g * x + (1 - g) * y) with g = sigmoid(W [y; x])."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
+        super().__init__(config, ops)
         self.gate = nn.Linear(2 * config.width, config.width)
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
@@ -113,9 +110,9 @@ class GatedInterpolateBridge(NormedBridge):
 class LinearConcatBridge(NormedBridge):
     """(e) LN(W [y; x])."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
+        super().__init__(config, ops)
         self.linear = nn.Linear(2 * config.width, config.width)
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
@@ -127,9 +124,9 @@ class LinearConcatBridge(NormedBridge):
 class MLPConcatBridge(NormedBridge):
     """(f) LN(W_2 GELU(LN(W_1 [y; x]))), both inner sizes 2 D."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
+        super().__init__(config, ops)
         self.expand = nn.Linear(2 * config.width, 2 * config.width)
         self.inner_norm = nn.LayerNorm(2 * config.width, eps=BRIDGE_EPS)
         self.contract = nn.Linear(2 * config.width, config.width)
@@ -144,9 +141,9 @@ class MLPConcatBridge(NormedBridge):
 class LinearResidualBridge(NormedBridge):
     """(i) LN(x + y + W [x; y]), W and its bias zero at first, so that it starts as (a)."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
+        super().__init__(config, ops)
         self.linear = ZeroInitLinear(2 * config.width, config.width)
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
@@ -158,25 +155,25 @@ class LinearResidualBridge(NormedBridge):
 class CrossAttentionBridge(Bridge):
     """(g) Attention from x to y of the same modality, with the residual and norm of a cross-modal layer."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, ops)
         self.masks_padding = config.bridge_masks_padding
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
-        """Attend; the authors' code also looked at padding, which makes the result depend on how long that is."""
+        """Attend; the authors' code attended to padding, too, so that its result depends on how much there is."""
         joined: Tensor = self.attention(cross_ND, tower_ND, layout, layout, sees_padding=not self.masks_padding)
         return joined
 
 
 class CrossAttentionFFNBridge(CrossAttentionBridge):
-    """(h) The same with a feed-forward sublayer after it."""
+    """(h) Cross-attention as in (g), with a feed-forward sublayer after it."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, ops: Ops) -> None:
         """Build it."""
-        super().__init__(config)
-        self.feed_forward = FeedForward(config)
+        super().__init__(config, ops)
+        self.feed_forward = FeedForward(config, ops)
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
         """Attend, then transform."""
@@ -184,7 +181,7 @@ class CrossAttentionFFNBridge(CrossAttentionBridge):
         return joined
 
 
-_FORMS: dict[str, Callable[[FusionConfig], Bridge]] = {
+_FORMS: dict[str, Callable[[FusionConfig, Ops], Bridge]] = {
     "add": AddBridge,
     "product": ProductBridge,
     "interpolate": InterpolateBridge,
@@ -197,6 +194,6 @@ _FORMS: dict[str, Callable[[FusionConfig], Bridge]] = {
 }
 
 
-def build_bridge(config: FusionConfig) -> Bridge:
-    """The bridge that ``config.bridge`` names."""
-    return _FORMS[config.bridge](config)
+def build_bridge(config: FusionConfig, ops: Ops) -> Bridge:
+    """Return a new bridge of the form that ``config.bridge`` names."""
+    return _FORMS[config.bridge](config, ops)

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +48,8 @@ def check_vision_weights(config: VisionTowerConfig) -> None:
             f"model.vision.weights={source} are of a model of open_clip, but model.vision.name={CUSTOM}. Give its "
             f"name, or use --model.vision.weights={NO_WEIGHTS} for random ones."
         )
+    import open_clip  # takes seconds, which towers without named weights do not need
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     if source not in tags and not Path(source).is_file():
         raise ConfigError(
@@ -61,6 +62,8 @@ def check_vision_weights(config: VisionTowerConfig) -> None:
 
 
 def _load_vision(model: BridgeTower) -> None:
+    import open_clip
+
     config = model.config.vision
     name, source = config.name, config.weights
     try:
@@ -80,7 +83,9 @@ def _load_vision(model: BridgeTower) -> None:
 
 
 def _check_activation(name: str, tag: str) -> None:
-    """open_clip only warns of weights that were trained with the other GELU."""
+    """Refuse weights that were trained with the other GELU, of which open_clip only warns."""
+    import open_clip
+
     needs = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
     has = open_clip.get_model_config(name).get("quick_gelu", False)
     if needs and not has:

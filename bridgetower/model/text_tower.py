@@ -1,6 +1,6 @@
-"""The text tower: a RoBERTa-like encoder of transformers that gives the states of its last layers.
+"""The text tower: a RoBERTa-like encoder that returns the states of its last layers.
 
-Shapes: R captions, T tokens of all, D width, H heads.
+Shapes: R captions, L tokens of the longest, T tokens of all captions, D width, E width inside a feed-forward.
 """
 
 from __future__ import annotations
@@ -12,37 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertModel,
-    CamembertModel,
-    PretrainedConfig,
-    RobertaConfig,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from transformers import AutoConfig, BertConfig, PretrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from bridgetower.config.model import CUSTOM, TextTowerConfig
 from bridgetower.errors import ConfigError
-from bridgetower.kernels import ops as fused
-from bridgetower.kernels.cpu import attend
-from bridgetower.kernels.ops import expand, project, project_add_norm
-from bridgetower.kernels.spans import attend_spans, fits
+from bridgetower.kernels.choose import choose_ops
+from bridgetower.kernels.layout import Layout, padded
+from bridgetower.kernels.ops import Ops
 from bridgetower.model.named_sizes import fill_sizes
-from bridgetower.model.packed import Layout, padded
 
-_CLASSES: dict[str, Any] = {
-    "roberta": RobertaModel,
-    "xlm-roberta": XLMRobertaModel,
-    "camembert": CamembertModel,
-    "bert": BertModel,
-}
-
+_MODEL_TYPES = ("roberta", "xlm-roberta", "camembert", "bert")
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
-# Those that are used most are built without the hub. The sizes are those of their config.json.
+# The most used encoders are built without the hub, with the sizes of their config.json.
 _KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "roberta-base": (RobertaConfig, {**_ROBERTA, "vocab_size": 50265}),
     "roberta-large": (RobertaConfig, {**_ROBERTA, **_LARGE, "vocab_size": 50265}),
@@ -57,18 +39,21 @@ _OWNERS = ("FacebookAI/", "distilbert/", "google-bert/")
 
 
 class TextTower(nn.Module):
-    """A transformers encoder without its pooler, which BridgeTower never uses."""
+    """A transformers encoder without its pooler, which BridgeTower never uses.
 
-    uses_kernels = True
+    The weights are held by transformers' modules; the way through them is ours, as theirs computes padding.
+    """
 
-    def __init__(self, config: TextTowerConfig) -> None:
+    def __init__(self, config: TextTowerConfig, ops: Ops | None = None) -> None:
         """Build it with random weights.
 
         Args:
             config: complete (``complete_text_config``).
+            ops: what computes the layers; None: ``choose_ops()``.
         """
         super().__init__()
         self.encoder = build_encoder(encoder_config(config))
+        self.ops = ops or choose_ops()
 
     def forward(
         self, ids_RL: Tensor, attention_mask_RL: Tensor, num_states: int, *, recompute: bool = False
@@ -78,10 +63,10 @@ class TextTower(nn.Module):
         Args:
             ids_RL: token ids; padding has the encoder's pad id, from which a RoBERTa counts positions.
             attention_mask_RL: True for real tokens.
-            num_states: how many of the last layers to hand out.
+            num_states: how many of the last layers to return.
             recompute: keep only what enters a layer.
 
-        Returns: their states, first bridged layer first, each of shape (R, L, D).
+        Returns: the states of the last layers, lowest first, each of shape (R, L, D).
         """
         position_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)
         position_RL = position_L.expand(ids_RL.shape)
@@ -94,92 +79,72 @@ class TextTower(nn.Module):
     def packed(
         self, ids_T: Tensor, column_T: Tensor, layout: Layout, num_states: int, *, recompute: bool = False
     ) -> list[Tensor]:
-        """The same without padding.
+        """Run all layers once on packed captions.
 
         Args:
             ids_T: tokens of all captions.
-            column_T: place of each in its caption.
-            layout: where they stand.
+            column_T: position of each token in its caption, from 0.
+            layout: where the captions lie.
+            num_states: how many of the last layers to return.
+            recompute: keep only what enters a layer.
 
-        Returns: states of shape (T, D).
+        Returns: the states of the last layers, lowest first, each of shape (T, D).
         """
-        return self._run(ids_T, column_T + self._first_position, layout, num_states, recompute)
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether there are kernels for its activation."""
-        return bool(self.encoder.config.hidden_act == "gelu")
+        position_T = column_T + self._first_position
+        if layout.spans is None and self._first_position:  # padded after all: padding has a position of its own
+            pad_id = self.encoder.config.pad_token_id
+            position_T = position_T.masked_fill(ids_T == pad_id, pad_id)
+        return self._run(ids_T, position_T, layout, num_states, recompute)
 
     @property
     def _first_position(self) -> int:
-        """Row of the position table of a caption's first token."""
+        """Row of the position table that a caption's first token reads."""
         config = self.encoder.config
         return 0 if config.model_type == "bert" else int(config.pad_token_id) + 1
 
     def _run(self, ids_T: Tensor, position_T: Tensor, layout: Layout, num_states: int, recompute: bool) -> list[Tensor]:
-        """The parts are transformers'; the way through them is ours, as theirs computes padding."""
         states_TD = self.encoder.embeddings(input_ids=ids_T[None], position_ids=position_T[None])[0]
-        handed_out = [states_TD]
-        # Compiled layers are theirs.
-        kernels = self.uses_kernels and self.has_kernels and fused.fits(states_TD)
+        outputs = [states_TD]
         for layer in self.encoder.encoder.layer:
-            fuses = kernels and layer.output._compiled_call_impl is None
             if recompute and torch.is_grad_enabled():
-                states_TD = checkpoint(_run_layer, layer, states_TD, layout, fuses, use_reentrant=False)
+                states_TD = checkpoint(self._layer, layer, states_TD, layout, use_reentrant=False)
             else:
-                states_TD = _run_layer(layer, states_TD, layout, fuses)
-            handed_out.append(states_TD)
-        return handed_out[-num_states:]
+                states_TD = self._layer(layer, states_TD, layout)
+            outputs.append(states_TD)
+        return outputs[-num_states:]
 
+    def _layer(self, layer: Any, states_TD: Tensor, layout: Layout) -> Tensor:
+        """Run one of transformers' layers on packed states."""
+        ops, attention = self.ops, layer.attention.self
+        states_TD, query, key, value = ops.project(states_TD, attention.query, attention.key, attention.value)
+        dropout = attention.dropout.p if layer.training else 0.0
+        heads = attention.num_attention_heads
+        attended_TD = ops.attend(query, key, value, heads, dropout, query_layout=layout, key_layout=layout)
+        states_TD = self._add_norm(layer.attention.output, states_TD, attended_TD)
+        if self.encoder.config.hidden_act == "gelu":
+            states_TD, inner_TE = ops.activate(states_TD, layer.intermediate.dense)
+        else:
+            inner_TE = layer.intermediate(states_TD)
+        return self._add_norm(layer.output, states_TD, inner_TE)
 
-def _run_layer(layer: Any, states_TD: Tensor, layout: Layout, fuses: bool) -> Tensor:
-    attention, grid = layer.attention.self, layout.whole
-    heads = (attention.num_attention_heads, -1)
-    layers = (attention.query, attention.key, attention.value)
-    if fuses:
-        weight, bias = torch.cat([part.weight for part in layers]), torch.cat([part.bias for part in layers])
-        states_TD, *parts = project(states_TD, weight, bias, 3, kernels=True)
-    else:
-        parts = [part(states_TD) for part in layers]
-    dropout = attention.dropout.p if layer.training else 0.0
-    if layout.spans is not None and fits(states_TD, attention.num_attention_heads):
-        query_THd, key_THd, value_THd = (part_TD.unflatten(-1, heads) for part_TD in parts)
-        spans = layout.spans
-        attended_TD = attend_spans(query_THd, key_THd, value_THd, spans, spans, dropout, kernels=fuses).flatten(1)
-    else:
-        query_RHLd, key_RHLd, value_RHLd = (
-            grid.spread(part_TD).unflatten(-1, heads).transpose(1, 2) for part_TD in parts
-        )
-        attended_RHLd = attend(query_RHLd, key_RHLd, value_RHLd, grid.mask_RL, dropout)
-        attended_TD = grid.collect(attended_RHLd.transpose(1, 2).flatten(2))
-    if fuses:
-        states_TD = _finish(layer.attention.output, states_TD, attended_TD)
-        states_TD, inner_TE = expand(states_TD, layer.intermediate.dense, kernels=True)
-        return _finish(layer.output, states_TD, inner_TE)
-    states_TD = layer.attention.output(attended_TD, states_TD)
-    result: Tensor = layer.output(layer.intermediate(states_TD), states_TD)
-    return result
-
-
-def _finish(part: Any, states_TD: Tensor, inner: Tensor) -> Tensor:
-    """What a part of transformers' does that ends in a sum and its norm."""
-    dropout = part.dropout.p if part.training else 0.0
-    return project_add_norm(states_TD, inner, part.dense, part.LayerNorm, dropout, kernels=True)[1]
+    def _add_norm(self, output: Any, states_TD: Tensor, inner: Tensor) -> Tensor:
+        """Run one of transformers' output modules: LN(x + Dropout(W h + b))."""
+        dropout = output.dropout.p if output.training else 0.0
+        return self.ops.project_add_norm(states_TD, inner, output.dense, output.LayerNorm, dropout)[1]
 
 
 def build_encoder(config: PretrainedConfig) -> Any:
-    """A transformers encoder with random weights and no pooler."""
+    """Return a transformers encoder with random weights and no pooler."""
+    # Their modules take seconds to import, which sizes and costs do not need.
+    from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
+
+    classes = dict(zip(_MODEL_TYPES, (RobertaModel, XLMRobertaModel, CamembertModel, BertModel), strict=True))
     config._attn_implementation = "sdpa"
-    return _CLASSES[config.model_type](config, add_pooling_layer=False)
-
-
-def encoder_class(config: TextTowerConfig) -> Any:
-    """The class of transformers that a text tower is."""
-    return _CLASSES[encoder_config(config).model_type]
+    return classes[config.model_type](config, add_pooling_layer=False)
 
 
 def encoder_config(config: TextTowerConfig) -> PretrainedConfig:
-    """A text tower as transformers describes it.
+    """Return transformers' configuration of a text tower.
 
     Args:
         config: complete.
@@ -229,19 +194,19 @@ def complete_text_config(config: TextTowerConfig) -> TextTowerConfig:
     if config.max_tokens > longest_text(complete):
         raise ConfigError(
             f"model.text.max_tokens={config.max_tokens}: {config.name} reads at most {longest_text(complete)} tokens. "
-            "Use so many or fewer."
+            "Use that many or fewer."
         )
     return complete
 
 
 def longest_text(config: TextTowerConfig) -> int:
-    """Tokens that the position table of a text tower has rows for: a RoBERTa starts after its pad id."""
+    """Return how many tokens the position table has rows for: a RoBERTa starts after its pad id."""
     theirs = encoder_config(config)
     return config.num_positions - (0 if theirs.model_type == "bert" else theirs.pad_token_id + 1)
 
 
 def padding_id(config: TextTowerConfig) -> int:
-    """The id that padding must have."""
+    """Return the id that padding must have."""
     return int(encoder_config(config).pad_token_id)
 
 
@@ -259,12 +224,12 @@ def _named(name: str) -> PretrainedConfig:
             f"on disk with its config.json, a name of the hub (run once where it can be reached), {CUSTOM}, or one "
             f"that needs no hub: {', '.join(_KNOWN)}."
         ) from error
-    if found.model_type not in _CLASSES:
+    if found.model_type not in _MODEL_TYPES:
         raise ConfigError(
             f"model.text.name={name} is a {found.model_type}, which cannot be bridged here: its layers or positions "
-            f"work otherwise than RoBERTa's. What fits: {', '.join(_CLASSES)}, e.g. roberta-base or xlm-roberta-base."
+            f"work differently from RoBERTa's. What fits: {', '.join(_MODEL_TYPES)}, e.g. roberta-base."
         )
-    # transformers 5.23 reads the setting no more, and would build a tower that computes something else.
+    # transformers 5.23 ignores the setting, and would build a tower that computes something else.
     if (positions := getattr(found, "position_embedding_type", "absolute")) != "absolute":
         raise ConfigError(
             f"model.text.name={name} has {positions} positions (position_embedding_type in its config.json), which "

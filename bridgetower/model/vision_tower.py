@@ -1,320 +1,267 @@
-"""The vision tower: a ViT of open_clip or timm that gives the states of its last layers.
+"""The vision tower: a ViT that returns the states of its last layers.
 
-Shapes: B images, S image side in pixels, P positions (class token first), R registers, N patches, D width.
+``ClipViT`` is the architecture of OpenAI's and open_clip's own models; ViTs of timm are run as timm has them
+(``bridgetower.model.named_vits`` builds both by name).
+
+Shapes: B images, S image side in pixels, P positions (class token first), R registers, N patches, D width, E width
+inside an MLP.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-import open_clip
-import timm
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.model import CLIPVisionCfg
-from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bridgetower.config.model import CUSTOM, VisionTowerConfig
-from bridgetower.errors import ConfigError
-from bridgetower.kernels import ops as fused
-from bridgetower.kernels.ops import expand, norm, project_add_norm
-from bridgetower.kernels.spans import attend_within_rows
-from bridgetower.model.init import shapes_alone
-from bridgetower.model.named_sizes import fill_sizes
+from bridgetower.kernels.choose import choose_ops
+from bridgetower.kernels.ops import Ops
+from bridgetower.model.named_vits import build_named, is_clip_tower
 
-_TIMM_VITS = (timm.models.VisionTransformer, timm.models.Eva, timm.models.VisionTransformerRelPos)
-LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
+
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU: x * sigmoid(1.702 x)."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the activation, in the shape of the states."""
+        return states * torch.sigmoid(1.702 * states)
+
+
+def is_quick_gelu(activation: nn.Module) -> bool:
+    """Return True for the class above and for open_clip's own, which a named tower has."""
+    return type(activation).__name__ == QuickGELU.__name__
+
+
+class ClipBlock(nn.Module):
+    """One pre-norm block of CLIP's ViT; its parts have the names that open_clip gives them."""
+
+    def __init__(self, width: int, num_heads: int, activation: nn.Module, ops: Ops) -> None:
+        """Build it with open_clip's initial weights."""
+        super().__init__()
+        self.ops = ops
+        self.ln_1 = nn.LayerNorm(width)
+        # Holds the weights; its own forward pass copies queries, keys and values.
+        self.attn: Any = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.ls_1: nn.Module = nn.Identity()
+        self.ln_2 = nn.LayerNorm(width)
+        expand, contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp: Any = nn.Sequential(OrderedDict(c_fc=expand, gelu=activation, c_proj=contract))
+        self.ls_2: nn.Module = nn.Identity()
+
+    @classmethod
+    def adopt(cls, block: Any, ops: Ops) -> ClipBlock:
+        """Return a block made of the parts, and so the weights, of one of open_clip's."""
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted.ops = ops
+        for name, part in block.named_children():
+            adopted.add_module(name, part)
+        return adopted
+
+    def forward(self, states_BPD: Tensor) -> Tensor:
+        """Return the output of the block, shape (B, P, D)."""
+        states_BPD, inner_BPE = self.until_last_matmul(*self.ops.norm(states_BPD, self.ln_1))
+        result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner_BPE))
+        return result
+
+    def until_last_matmul(self, states_BPD: Tensor, normed_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states after attention, and the input of the block's last matmul, (B, P, E).
+
+        Args:
+            normed_BPD: ln_1 of the states.
+        """
+        attention, mlp, ops = self.attn, self.mlp, self.ops
+        joint = attention.in_proj_weight, attention.in_proj_bias
+        _, attended_BPD = ops.attend_within_rows(normed_BPD, *joint, attention.num_heads, 0.0)
+        if isinstance(self.ls_1, nn.Identity):
+            states_BPD, normed_BPD = ops.project_add_norm(states_BPD, attended_BPD, attention.out_proj, self.ln_2, 0.0)
+        else:
+            states_BPD = states_BPD + self.ls_1(attention.out_proj(attended_BPD))
+            states_BPD, normed_BPD = ops.norm(states_BPD, self.ln_2)
+        is_quick = is_quick_gelu(mlp.gelu)
+        if is_quick or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none"):
+            return states_BPD, ops.activate(normed_BPD, mlp.c_fc, quick=is_quick)[1]
+        return states_BPD, mlp.gelu(mlp.c_fc(normed_BPD))
+
+
+class ClipViT(nn.Module):
+    """CLIP's ViT without pooling and projection; its parts have the names that open_clip gives them."""
+
+    def __init__(self, config: VisionTowerConfig, image_size_px: int, ops: Ops) -> None:
+        """Build it with the initial weights that open_clip's would have with the same seed.
+
+        Args:
+            config: of a custom tower.
+        """
+        super().__init__()
+        width, patch, scale = config.width, config.patch_size_px, config.width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((image_size_px // patch) ** 2 + 1, width))
+        self.ln_pre: nn.Module = nn.LayerNorm(width)
+        activation = QuickGELU if config.activation == "quick_gelu" else nn.GELU
+        blocks = [ClipBlock(width, config.num_heads, activation(), ops) for _ in range(config.num_layers)]
+        self.transformer: Any = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_post = nn.LayerNorm(width)
+        torch.randn(width, 512)  # open_clip draws its projection next, and what is built later draws after it
+
+    @classmethod
+    def adopt(cls, vit: Any, ops: Ops) -> ClipViT:
+        """Return a ViT made of the parts, and so the weights, of one of open_clip's."""
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        adopted.conv1, adopted.ln_pre, adopted.ln_post = vit.conv1, vit.ln_pre, vit.ln_post
+        adopted.class_embedding, adopted.positional_embedding = vit.class_embedding, vit.positional_embedding
+        blocks = [
+            ClipBlock.adopt(block, ops) if type(block).__name__ == "ResidualAttentionBlock" else block
+            for block in vit.transformer.resblocks
+        ]
+        adopted.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        return adopted
+
+    @property
+    def blocks(self) -> Any:
+        """The transformer blocks, lowest first."""
+        return self.transformer["resblocks"]
+
+    def embed(self, pixels_B3SS: Tensor) -> Tensor:
+        """Return the class token and the patches with their positions, shape (B, P, D)."""
+        # The convolution of patches that do not overlap is a matmul; cuDNN takes ten times as long for it.
+        size = self.conv1.kernel_size[0]
+        patches_B3YyXx = pixels_B3SS.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        patches_BNE = patches_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches_BND = F.linear(patches_BNE, self.conv1.weight.flatten(1), self.conv1.bias)
+        class_B1D = self.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
+        return torch.cat([class_B1D, patches_BND], dim=1) + self.positional_embedding.to(patches_BND.dtype)
+
+
+class HalfEncoded(NamedTuple):
+    """Images on their way through the vision tower."""
+
+    states_BPD: Tensor
+    """The stream after the last block that was run; for a timm tower still the pixels."""
+    normed_BPD: Tensor
+    """The norm of the stream that the next block reads, where norms are joined to the block before."""
+    num_states: int
+    recompute: bool
+    next_block: int = 0
+    outputs: tuple[Tensor, ...] = ()
+    """States that are returned, as far as they are computed."""
+
+    def joins_norms(self, blocks: Iterable[nn.Module]) -> bool:
+        """Return True if a block's last sum and the next norm are computed as one operation."""
+        plain = (isinstance(block, ClipBlock) and isinstance(block.ls_2, nn.Identity) for block in blocks)
+        return not self.recompute and all(plain)
 
 
 class VisionTower(nn.Module):
     """A ViT without its pooling and projection, which BridgeTower never uses.
 
-    A tower without a class token (SigLIP's) gets the mean of its patches in that place, at each layer.
+    A tower without a class token (SigLIP's) gets the mean of its patches in its place, at each layer.
     """
 
-    uses_kernels = True
-
-    def __init__(self, config: VisionTowerConfig, image_size_px: int) -> None:
+    def __init__(self, config: VisionTowerConfig, image_size_px: int, ops: Ops | None = None) -> None:
         """Build it with random weights.
 
         Args:
             config: complete (``complete_vision_config``).
+            ops: what computes the layers; None: ``choose_ops()``.
         """
         super().__init__()
-        self.vit = _build_vit(config, image_size_px)
-        blocks = blocks_of(self.vit)
-        del blocks[config.num_layers :]
-        for block in blocks:
-            efficient_block(block)
+        self.ops = ops = ops or choose_ops()
+        if config.name == CUSTOM:
+            self.vit: Any = ClipViT(config, image_size_px, ops)
+        else:
+            vit = build_named(config.name, image_size_px)
+            self.vit = ClipViT.adopt(vit, ops) if is_clip_tower(config) else vit
+        del self.vit.blocks[config.num_layers :]
 
-    def forward(
-        self,
-        pixels_B3SS: Tensor,
-        num_states: int,
-        *,
-        recompute: bool = False,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> list[Tensor]:
+    def forward(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> list[Tensor]:
         """Run all layers once.
 
-        The final norm is applied to a copy of each state handed out; the stream that feeds the next layer stays
+        The final norm is applied to a copy of each returned state; the stream that feeds the next layer stays
         un-normed (BridgeTower issue 3: one shared norm for all bridged layers).
 
         Args:
             pixels_B3SS: normalised.
-            num_states: how many of the last layers to hand out.
+            num_states: how many of the last layers to return.
             recompute: keep only what enters a block.
-            meanwhile: called once, after a third of the blocks where these are open_clip's.
 
-        Returns: their states, first bridged layer first, each of shape (B, P, D).
+        Returns: the states of the last layers, lowest first, each of shape (B, P, D).
         """
-        if isinstance(self.vit, VisionTransformer):
-            recompute = recompute and torch.is_grad_enabled()
-            return self._clip_states(self.vit, pixels_B3SS, num_states, recompute, meanwhile)
-        if meanwhile is not None:
-            meanwhile()
-        self.vit.set_grad_checkpointing(recompute)
-        states = self.vit.forward_intermediates(
+        return self.finish(self.begin(pixels_B3SS, num_states, recompute=recompute))
+
+    def begin(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> HalfEncoded:
+        """Run the first third of the blocks; ``finish`` runs the others.
+
+        Between the two a caller gives a GPU other work without making it wait for the host.
+        """
+        if not isinstance(self.vit, ClipViT):
+            return HalfEncoded(pixels_B3SS, pixels_B3SS, num_states, recompute)
+        recompute = recompute and torch.is_grad_enabled()
+        states_BPD = self.ops.norm(self.vit.embed(pixels_B3SS), self.vit.ln_pre)[1]
+        stream = HalfEncoded(states_BPD, states_BPD, num_states, recompute)
+        if stream.joins_norms(self.vit.blocks):
+            stream = stream._replace(normed_BPD=self.ops.norm(states_BPD, self.vit.blocks[0].ln_1)[1])
+        return self._run_blocks(self.vit, stream, len(self.vit.blocks) // 3)
+
+    def finish(self, stream: HalfEncoded) -> list[Tensor]:
+        """Run the other blocks. Returns: the states of the last layers, as ``forward`` does."""
+        if isinstance(self.vit, ClipViT):
+            return list(self._run_blocks(self.vit, stream, len(self.vit.blocks)).outputs)
+        return self._timm_states(stream.states_BPD, stream.num_states, recompute=stream.recompute)
+
+    def _run_blocks(self, vit: ClipViT, stream: HalfEncoded, end: int) -> HalfEncoded:
+        """Run blocks up to ``end``.
+
+        A block's last sum and the norm that reads it are one operation: the final norm of a state that is returned, or
+        the next block's own. A block that is recomputed is a unit, and so norms its input itself.
+        """
+        blocks, joins_norms = vit.blocks, stream.joins_norms(vit.blocks)
+        states_BPD, normed_BPD, outputs = stream.states_BPD, stream.normed_BPD, [*stream.outputs]
+        for index in range(stream.next_block, end):
+            block, is_returned = blocks[index], index >= len(blocks) - stream.num_states
+            if joins_norms:
+                states_BPD, inner_BPE = block.until_last_matmul(states_BPD, normed_BPD)
+                layer = vit.ln_post if is_returned else blocks[index + 1].ln_1
+                states_BPD, normed_BPD = self.ops.project_add_norm(states_BPD, inner_BPE, block.mlp.c_proj, layer, 0.0)
+            else:
+                recompute = stream.recompute
+                states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
+                if is_returned:
+                    states_BPD, normed_BPD = self.ops.norm(states_BPD, vit.ln_post)
+            if is_returned:
+                outputs.append(normed_BPD)
+                if joins_norms and index + 1 < len(blocks):
+                    states_BPD, normed_BPD = self.ops.norm(states_BPD, blocks[index + 1].ln_1)
+        return stream._replace(states_BPD=states_BPD, normed_BPD=normed_BPD, next_block=end, outputs=tuple(outputs))
+
+    def _timm_states(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool) -> list[Tensor]:
+        vit: Any = self.vit
+        vit.set_grad_checkpointing(recompute)
+        states = vit.forward_intermediates(
             pixels_B3SS,
             indices=num_states,
-            return_prefix_tokens=self.vit.num_prefix_tokens > 0,
+            return_prefix_tokens=vit.num_prefix_tokens > 0,
             norm=True,
             output_fmt="NLC",
             intermediates_only=True,
         )
-        if self.vit.cls_token is not None:
+        if vit.cls_token is not None:
             return [torch.cat([prefix_BRD, patches_BND], dim=1) for patches_BND, prefix_BRD in states]
-        # Without a class token there may be registers, of which none stands for the image.
-        pairs = states if self.vit.num_prefix_tokens else [(patches_BND, patches_BND[:, :0]) for patches_BND in states]
+        # Without a class token there may be registers, none of which stands for the image.
+        pairs = states if vit.num_prefix_tokens else [(patches_BND, patches_BND[:, :0]) for patches_BND in states]
         return [
             torch.cat([patches_BND.mean(dim=1, keepdim=True), registers_BRD, patches_BND], dim=1)
             for patches_BND, registers_BRD in pairs
         ]
 
-    def _clip_states(
-        self,
-        vit: VisionTransformer,
-        pixels_B3SS: Tensor,
-        num_states: int,
-        recompute: bool,
-        meanwhile: Callable[[], None] | None,
-    ) -> list[Tensor]:
-        patches_BND = _embed_patches(vit.conv1, pixels_B3SS)
-        class_B1D = vit.class_embedding.to(patches_BND.dtype).expand(patches_BND.shape[0], 1, -1)
-        states_BPD = torch.cat([class_B1D, patches_BND], dim=1) + vit.positional_embedding.to(patches_BND.dtype)
-        kernels = self.uses_kernels
-        states_BPD = norm(states_BPD, vit.ln_pre, kernels=kernels)[1]
-        blocks = list(vit.transformer.resblocks)
-        # A block's last sum and the norm after it are one kernel, unless blocks are computed, or compiled, one by one.
-        joins = kernels and fused.fits(states_BPD) and not recompute and all(map(_can_be_joined, blocks))
-        normed_BPD = states_BPD
-        if joins:
-            states_BPD, normed_BPD = norm(states_BPD, blocks[0].ln_1, kernels=kernels)
-        handed_out = []
-        for number, block in enumerate(blocks):
-            if meanwhile is not None and number == len(blocks) // 3:
-                meanwhile()
-            is_handed_out, is_last = number >= len(blocks) - num_states, number == len(blocks) - 1
-            if joins:
-                states_BPD, inner = block.until_last_product(states_BPD, normed_BPD)
-                layer = vit.ln_post if is_handed_out else blocks[number + 1].ln_1
-                states_BPD, normed_BPD = project_add_norm(
-                    states_BPD, inner, block.mlp.c_proj, layer, 0.0, kernels=kernels
-                )
-            else:
-                states_BPD = checkpoint(block, states_BPD, use_reentrant=False) if recompute else block(states_BPD)
-                if is_handed_out:
-                    states_BPD, normed_BPD = norm(states_BPD, vit.ln_post, kernels=kernels)
-            if is_handed_out:
-                handed_out.append(normed_BPD)
-                if joins and not is_last:
-                    states_BPD, normed_BPD = norm(states_BPD, blocks[number + 1].ln_1, kernels=kernels)
-        return handed_out
-
-
-def _embed_patches(conv: nn.Conv2d, pixels_B3SS: Tensor) -> Tensor:
-    """The convolution of patches that do not overlap as the product that it is: cuDNN takes ten times as long."""
-    size = conv.kernel_size[0]
-    patches_B3YyXx = pixels_B3SS.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-    patches_BNE = patches_B3YyXx.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return F.linear(patches_BNE, conv.weight.flatten(1), conv.bias)
-
-
-class _Block(ResidualAttentionBlock):  # type: ignore[misc]
-    """open_clip's, without the copies that nn.MultiheadAttention makes of queries, keys and values."""
-
-    uses_kernels = True
-
-    def forward(self, states_BPD: Tensor, k_x: None = None, v_x: None = None, attn_mask: None = None) -> Tensor:
-        """As open_clip's in a vision tower, where nothing else is attended to and nothing is masked."""
-        assert k_x is None and v_x is None and attn_mask is None
-        states_BPD, inner = self.until_last_product(*norm(states_BPD, self.ln_1, kernels=self.uses_kernels))
-        result: Tensor = states_BPD + self.ls_2(self.mlp.c_proj(inner))
-        return result
-
-    def until_last_product(self, states_BPD: Tensor, normed_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """The states after attention, and what its last product is of.
-
-        Args:
-            normed_BPD: ln_1 of the states.
-        """
-        attention, mlp, kernels = self.attn, self.mlp, self.uses_kernels
-        joined = attention.in_proj_weight, attention.in_proj_bias
-        _, attended_BPD = attend_within_rows(normed_BPD, *joined, attention.num_heads, 0.0, kernels=kernels)
-        if isinstance(self.ls_1, nn.Identity):
-            states_BPD, normed_BPD = project_add_norm(
-                states_BPD, attended_BPD, attention.out_proj, self.ln_2, 0.0, kernels=kernels
-            )
-        else:
-            states_BPD = states_BPD + self.ls_1(attention.out_proj(attended_BPD))
-            states_BPD, normed_BPD = norm(states_BPD, self.ln_2, kernels=kernels)
-        if isinstance(mlp.gelu, QuickGELU) or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none"):
-            _, inner = expand(normed_BPD, mlp.c_fc, quick=isinstance(mlp.gelu, QuickGELU), kernels=kernels)
-        else:
-            inner = mlp.gelu(mlp.c_fc(normed_BPD))
-        return states_BPD, inner
-
-
-def _can_be_joined(block: nn.Module) -> bool:
-    is_plain = isinstance(block, _Block) and isinstance(block.ls_2, nn.Identity)
-    return is_plain and block._compiled_call_impl is None and not block._forward_hooks and not block._forward_pre_hooks
-
-
-def efficient_block(block: nn.Module) -> None:
-    """Give a block of open_clip's that forward pass, in place; other blocks stay as they are."""
-    if type(block) is ResidualAttentionBlock:
-        block.__class__ = _Block
-
 
 def blocks_of(vit: Any) -> Any:
-    """The transformer blocks of a ViT, lowest first: a list of modules."""
-    return vit.transformer.resblocks if _is_clip(vit) else vit.blocks
-
-
-def _is_clip(vit: Any) -> bool:
-    return isinstance(vit, VisionTransformer)
-
-
-def is_clip_tower(config: VisionTowerConfig) -> bool:
-    """True for OpenCLIP's own ViTs, false for timm's.
-
-    Raises:
-        ConfigError: the name is not open_clip's.
-    """
-    return config.name == CUSTOM or "timm_model_name" not in _model_config(config.name)["vision_cfg"]
-
-
-def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
-    """Fill in the sizes that a name stands for.
-
-    Raises:
-        ConfigError: the name is not open_clip's, is not of a ViT whose states can be bridged, or a size that is given
-            is not the named tower's.
-    """
-    if config.name == CUSTOM:
-        return config
-    return fill_sizes(config, "model.vision", _facts(config.name))
-
-
-@lru_cache
-def _facts(name: str) -> dict[str, int]:
-    """Sizes of a named ViT, read from the model itself, on torch's meta device."""
-    with shapes_alone():
-        vit: Any = _build_named(name, None)
-    blocks = blocks_of(vit)
-    clip = _is_clip(vit)
-    return {
-        "patch_size_px": int(vit.patch_size[0] if clip else vit.patch_embed.feat_ratio(as_scalar=True)),
-        "width": int(vit.conv1.out_channels if clip else vit.embed_dim),
-        "num_layers": len(blocks),
-        "num_heads": int(blocks[0].attn.num_heads),
-    }
-
-
-def _build_vit(config: VisionTowerConfig, image_size_px: int) -> Any:
-    if config.name != CUSTOM:
-        return _build_named(config.name, image_size_px)
-    vit = VisionTransformer(
-        image_size=image_size_px,
-        patch_size=config.patch_size_px,
-        width=config.width,
-        layers=config.num_layers,
-        heads=config.num_heads,
-        mlp_ratio=4.0,
-        act_layer=QuickGELU if config.activation == "quick_gelu" else nn.GELU,
-        norm_layer=LayerNorm,
-    )
-    vit.proj = None
-    return vit
-
-
-def _build_named(name: str, image_size_px: int | None) -> Any:
-    """The image tower of an open_clip model without what comes after its last block's norm.
-
-    Args:
-        image_size_px: None takes the model's own.
-    """
-    model_config = _model_config(name)
-    cfg = CLIPVisionCfg(**model_config["vision_cfg"])
-    if cfg.timm_model_name:
-        return _build_timm(name, cfg.timm_model_name, image_size_px)
-    if isinstance(cfg.layers, (list, tuple)):
-        raise _unfit(name, "its image tower is a ResNet, whose layers have different shapes")
-    if cfg.attentional_pool and model_config["embed_dim"] != cfg.width:
-        raise _unfit(name, "the only norm after its blocks is one of the attention pool's output, of another width")
-    size = {} if image_size_px is None else {"image_size": image_size_px}
-    vit = open_clip.model._build_vision_tower(
-        model_config["embed_dim"],
-        dataclasses.replace(cfg, attentional_pool=False, patch_dropout=0.0, **size),
-        quick_gelu=model_config.get("quick_gelu", False),
-    )
-    vit.proj = None
-    return vit
-
-
-def _build_timm(name: str, timm_name: str, image_size_px: int | None) -> Any:
-    size: dict[str, Any] = {} if image_size_px is None else {"img_size": image_size_px}
-    # No pooling, so that the norm comes after the last block and not after the pool.
-    vit = timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", **size)
-    if not isinstance(vit, _TIMM_VITS):
-        raise _unfit(name, f"its image tower is timm's {timm_name}, a {type(vit).__name__} and no plain ViT")
-    return vit
-
-
-def _model_config(name: str) -> dict[str, Any]:
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        raise ConfigError(
-            f"model.vision.name={name} is no model of open_clip. Near it are: {', '.join(near) or 'none'}; "
-            f"{LIST_MODELS} lists all, and {CUSTOM} takes the sizes from the settings."
-        )
-    found: dict[str, Any] = open_clip.get_model_config(name)
-    return found
-
-
-def _unfit(name: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"model.vision.name={name} cannot be bridged: {reason}. BridgeTower reads the states of a ViT's blocks. What "
-        "fits: open_clip's ViT-*, EVA*, PE-*, MobileCLIP-B and *-SigLIP* models, e.g. ViT-B-16-quickgelu or "
-        "ViT-B-16-SigLIP2."
-    )
-
-
-def pixel_statistics(config: VisionTowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel that a tower's pixels are normalised with: those of its weights.
-
-    Without weights they are those of the first weights that open_clip lists for the name; a custom tower's are CLIP's.
-    """
-    tags = [] if config.name == CUSTOM else open_clip.list_pretrained_tags_by_model(config.name)
-    if not tags:
-        return OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    tag = config.weights if config.weights in tags else tags[0]
-    trained = open_clip.get_pretrained_cfg(config.name, tag)
-    return tuple(trained.get("mean", OPENAI_DATASET_MEAN)), tuple(trained.get("std", OPENAI_DATASET_STD))
+    """Return the transformer blocks of a tower's ViT, lowest first: a list of modules."""
+    return vit.blocks

@@ -1,8 +1,9 @@
-"""What every entry script that trains puts together from its settings in the same way: tokenizer and engine files."""
+"""What a run of either kind prepares from its settings: DeepSpeed file, tokenizer and order of the pairs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from bridgetower.config.data import ReadingConfig
 from bridgetower.config.deepspeed import is_bf16, read_named_memory_config
 from bridgetower.config.model import CUSTOM, ModelConfig
 from bridgetower.config.run import EngineConfig
+from bridgetower.config.snapshot import Settings
+from bridgetower.data.corpora import Corpora
+from bridgetower.data.order import Order
 from bridgetower.data.text import Tokenizer
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import ConfigError
@@ -18,7 +22,7 @@ from bridgetower.model.text_tower import padding_id
 
 
 def find_memory_config(engine: EngineConfig, folder: Path, device: torch.device) -> dict[str, object]:
-    """The file that ``engine.deepspeed`` names, read and checked.
+    """Read and check the file that ``engine.deepspeed`` names.
 
     Args:
         folder: ``ds_configs/``.
@@ -29,19 +33,19 @@ def find_memory_config(engine: EngineConfig, folder: Path, device: torch.device)
     return read_named_memory_config(name, folder)
 
 
-def precision_of(memory: dict[str, object]) -> str:
-    """What weights are held in for computing: bf16 or fp32."""
+def precision_of(memory: Mapping[str, object]) -> str:
+    """Return the precision of the weights in forward and backward: bf16 or fp32."""
     return "bf16" if is_bf16(memory) else "fp32"
 
 
 def build_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer, checked against the model.
+    """Load the tokenizer, and check it against the text tower.
 
     Args:
         model: complete.
 
     Raises:
-        ConfigError: another vocabulary size or another padding id than the text tower's.
+        ConfigError: the tokenizer has another vocabulary size or padding id than the text tower.
     """
     tokenizer = Tokenizer(model.text.tokenizer)
     if tokenizer.vocabulary_size != model.text.vocabulary_size:
@@ -58,24 +62,36 @@ def build_tokenizer(model: ModelConfig) -> Tokenizer:
     if tokenizer.pad_id != pad_id:
         raise ConfigError(
             f"model.text.tokenizer={tokenizer.name} pads with id {tokenizer.pad_id}, but model.text.name="
-            f"{model.text.name} with {pad_id}, and counts positions from it if it is a RoBERTa. Use the "
-            "tokenizer of that text tower; for your own, order the special tokens <s>, <pad>, </s>, <unk>."
+            f"{model.text.name} pads with id {pad_id} (a RoBERTa also counts positions from it). Use that text tower's "
+            "tokenizer; if you build one, order its special tokens <s>, <pad>, </s>, <unk>."
         )
     return tokenizer
 
 
-def data_cure(data: ReadingConfig, ranks: int) -> str:
-    """What helps where steps wait for data.
+def build_order(config: Settings, corpora: Corpora) -> Order:
+    """Build the order of the training pairs, which depends only on the seed, the corpora and their weights."""
+    return Order(
+        corpora.pairs_per_shard,
+        corpora.corpus_of_shard,
+        seed=config.seed,
+        shards_per_window=config.data.shards_per_window,
+        corpus_weights=config.data.corpus_weights,
+    )
+
+
+def suggest_faster_data(data: ReadingConfig, local_ranks: int) -> str:
+    """Suggest what to change when steps wait for data.
 
     Args:
-        ranks: of this machine.
+        local_ranks: ranks on this node.
     """
-    cores = len(os.sched_getaffinity(0)) // ranks
+    cores = len(os.sched_getaffinity(0)) // local_ranks
     if data.workers < cores - 1:
         return (
-            f"Raise --data.workers={data.workers} to {cores - 1}: each of the {ranks} rank(s) here has {cores} cores."
+            f"Raise --data.workers={data.workers} to {cores - 1}: each of the {local_ranks} rank(s) on this node has "
+            f"{cores} cores."
         )
     return (
-        f"All {cores} core(s) of each rank are in use: build the shards with a short side a little above "
-        "model.image_size_px (data_prep/build_shards.py --short_side_px), or take machines with more cores for a GPU."
+        f"All {cores} core(s) per rank are in use: build the shards with a short side a little above "
+        "model.image_size_px (data_prep/build_shards.py --short_side_px), or use nodes with more cores per GPU."
     )

@@ -1,4 +1,4 @@
-"""Any picture file as upright, opaque, 8-bit RGB, with Pillow. Never imports torch."""
+"""Decoding of any image file into upright, opaque, 8-bit RGB, with Pillow. Never imports torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bridgetower.errors import DataError
 
-# A picture of more pixels is refused before it is decoded: a small file can claim to be one of many gigabytes.
+# Larger images are refused before they are decoded: a small file can claim to hold many gigabytes of pixels.
 MAX_IMAGE_PIXELS = 89_478_485
 
 _TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -27,21 +27,23 @@ _UPRIGHT = {
 }
 
 
-class PictureTooLarge(DataError):
-    """A picture claims more than MAX_IMAGE_PIXELS."""
+class ImageTooLarge(DataError):
+    """An image claims more than MAX_IMAGE_PIXELS."""
 
 
 @contextmanager
-def opened(raw: bytes, where: str) -> Iterator[Image.Image]:
-    """A picture whose header is read and whose size is accepted; what its decoding raises becomes a DataError.
+def open_image(raw: bytes, where: str) -> Iterator[Image.Image]:
+    """Open an image, of which only the header is read, and check its size.
+
+    Errors that decoding raises inside the ``with`` block become DataErrors, too.
 
     Args:
-        raw: the file's content, in any format that Pillow reads.
-        where: names the picture in errors.
+        raw: content of a file in any format that Pillow reads.
+        where: name of the image in errors.
 
     Raises:
-        PictureTooLarge: it claims more than MAX_IMAGE_PIXELS.
-        DataError: it cannot be decoded.
+        ImageTooLarge: the header claims more than MAX_IMAGE_PIXELS.
+        DataError: the image cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(raw)) as image:
@@ -49,47 +51,47 @@ def opened(raw: bytes, where: str) -> Iterator[Image.Image]:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
     except Image.DecompressionBombError as error:
-        raise PictureTooLarge(
-            f"The image of {where} has more than {MAX_IMAGE_PIXELS:,} pixels ({error}): refused, as small files can "
-            "claim to be huge. Scale it down first."
+        raise ImageTooLarge(
+            f"The image of {where} has more than {MAX_IMAGE_PIXELS:,} pixels ({error}). It was not decoded, as a small "
+            "file can claim to be huge. Scale it down first."
         ) from error
     except Exception as error:  # damaged files make Pillow raise nearly anything: TypeError, struct.error, zlib.error
-        # Pillow's own text names an address in memory, another one each time.
-        reason = "it is of no known format" if isinstance(error, UnidentifiedImageError) else error
+        # Pillow's own text has a memory address in it, which differs each time.
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"The image of {where} cannot be decoded ({reason}). If it lies in a shard, copy or build that again: only "
-            "images that could be decoded are put there."
+            f"The image of {where} cannot be decoded ({reason}). If it is in a shard, copy or build the shard again: "
+            "a build stores only images that it could decode."
         ) from error
 
 
-def open_picture(raw: bytes, where: str) -> Image.Image:
-    """Decode a picture and bring it to RGB.
+def decode_image(raw: bytes, where: str) -> Image.Image:
+    """Decode an image file into upright, opaque, 8-bit RGB.
 
     Args:
-        raw: the file's content, in any format that Pillow reads.
-        where: names the picture in errors.
+        raw: content of a file in any format that Pillow reads.
+        where: name of the image in errors.
 
     Raises:
-        DataError: it cannot be decoded, or is larger than MAX_IMAGE_PIXELS.
+        DataError: the image cannot be decoded, or has more than MAX_IMAGE_PIXELS.
     """
-    with opened(raw, where) as image:
-        return flatten(image)
+    with open_image(raw, where) as image:
+        return to_rgb(image)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Turn a Pillow image upright, over white where it is transparent, and to 8-bit RGB."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image to upright, opaque, 8-bit RGB."""
     image.load()
-    orientation = orientation_of(image)
-    return upright(opaque_rgb(image), orientation)
+    orientation = read_orientation(image)
+    return turn_upright(to_opaque_rgb(image), orientation)
 
 
-def opaque_rgb(image: Image.Image) -> Image.Image:
-    """A copy over white where it is transparent, in 8-bit RGB, but not turned.
+def to_opaque_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8-bit RGB on a white background, without turning it upright.
 
-    White, not the black that lies under transparent pixels in many files (which is what the reference's RGBA -> RGB
-    conversion shows): drawings are made for a light page.
+    White, because drawings are made for a light page. The reference's RGBA -> RGB conversion shows whatever colour lies
+    under transparent pixels, in many files black.
     """
-    image = _of_8_bits(image)
+    image = _to_8_bits(image)
     if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
         page = Image.new("RGBA", image.size, "white")
         page.alpha_composite(image.convert("RGBA"))
@@ -97,8 +99,11 @@ def opaque_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 bits of 16, where Pillow would clip everything above 255 to white or miss the transparent colour."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Keep the upper 8 bits of a 16-bit image, and its transparent colour.
+
+    Pillow would clip every value above 255 to white, and would not recognise the transparent colour.
+    """
     transparent = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
         gray = image.convert("I").point(lambda value: value / 256).convert("L")
@@ -106,20 +111,24 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
             gray.putalpha(Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)))
         return gray
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        # Pillow has reduced the pixels, but not the colour of a PNG that counts as transparent.
+        # Pillow has reduced the pixels to 8 bits, but not the transparent colour of a PNG.
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
 
 
-def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turn an image as EXIF's number says."""
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn an image upright.
+
+    Args:
+        orientation: EXIF's number, as ``read_orientation`` returns it.
+    """
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def orientation_of(image: Image.Image) -> int:
-    """EXIF's number for how the camera was held; 1 is upright, which is also what damaged EXIF data say."""
+def read_orientation(image: Image.Image) -> int:
+    """Return EXIF's number for how the camera was held: 1 to 8, where 1 is upright. Damaged EXIF data give 1."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a picture is not lost for its notes; Pillow's reader of them raises nearly anything
+    except Exception:  # Pillow's EXIF reader raises nearly anything, and bad metadata is no reason to lose the image
         return 1

@@ -19,13 +19,32 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from bridgetower.config.compute import ComputeConfig
+from bridgetower.config.run import ObjectivesConfig
 from bridgetower.errors import TrainingError
-from bridgetower.kernels.dropout import RecordedKeys, recording
+from bridgetower.kernels.keys import RecordedKeys, recording
 
 # Each takes some MB of the host and the device. A run has about a dozen shapes.
 _MOST_RECORDINGS = 64
 
 Run = Callable[[], None]
+
+
+def can_be_recorded(objectives: ObjectivesConfig, compute: ComputeConfig) -> bool:
+    """Return True if a run's settings allow CUDA graphs.
+
+    Batches share shapes only with MLM and ITM. ITC gathers from all ranks, compiled code launches kernels of its own,
+    and recomputed layers draw dropout again from torch's generator: none of these can be captured.
+    """
+    return (
+        compute.cuda_graphs
+        and objectives.mlm
+        and objectives.itm
+        and not objectives.itc
+        and compute.fuse_kernels
+        and not compute.recompute
+        and not compute.compile
+    )
 
 
 class Stages(NamedTuple):

@@ -1,12 +1,26 @@
-"""The rows of a pretraining step: which texts and images go through the model, where their tokens stand, what is read.
+"""The plan of a pretraining step: which texts and images go through the model, where their tokens lie, what is read.
 
-Planned on the host from the lengths of the captions, so that nothing waits for the device. Shapes: B pairs, L tokens of
-the longest caption, T tokens of all texts, R rows of a pass, Q tokens that are read, M masked tokens.
+It is made on the host from the lengths of the captions, so that nothing waits for the device. Three pairs whose
+captions have 3, 4 and 4 tokens, sorted by length, with MLM and ITM (``.`` a token, ``#`` a masked one):
+
+    text tower       clean      . . . | . . . . | . . . .        T tokens, no padding between them
+                     masked     . # . | . . # . | # . . .
+    vision tower     image 0, 1, 2                               each once
+                         |
+    cross-modal      rows 0-2   clean caption b  + image shown for ITM (b's own, or a negative's)
+    encoder          rows 3-5   masked caption b + b's own image
+                         |
+    last layer       Q tokens   <s> of rows 0-2, then # of rows 3-5: nothing else of it is computed
+                     images     class token of rows 0-2
+                         |
+    heads            ITM reads the pooled rows 0-2, MLM the masked tokens, ITC the towers' class tokens
+
+Shapes: B pairs, L tokens of the longest caption, T tokens of all texts, R rows of the cross-modal encoder, Q tokens
+that are read, M masked tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,251 +29,240 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bridgetower.batch import NO_TOKEN, PretrainBatch
-from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.run import ObjectivesConfig
-from bridgetower.kernels.spans import tile
-from bridgetower.model.cross_modal import Wanted
-from bridgetower.model.packed import I64, Layout, Packing, padded, similar
+from bridgetower.kernels.layout import Layout, padded, tile_size
+from bridgetower.model.cross_modal import ReadStates
+from bridgetower.step.packing import I64, Packing, count_up, group_similar, repeat_ends
 
-# By which rooms differ at least.
-_FEWEST_PLACES = 32
-# Texts whose lengths differ by less than this are one bucket.
 BUCKET_TOKENS = 8
+"""Captions whose lengths differ by less than this are padded to one length where attention needs a grid."""
+_SMALLEST_STEP = 32  # by which the sizes of shape buckets differ at least
 
 
-class Pass(NamedTuple):
-    """What goes through the cross-modal encoder together: the rows of MLM, those of ITM, or both."""
+class FusionPass(NamedTuple):
+    """What goes through the cross-modal encoder: the rows of ITM, those of MLM, or both, ITM's first."""
 
     tokens: slice
-    """Of the texts' tokens."""
+    """Tokens of these rows among those of all texts."""
     layout: Layout
     image_R: Tensor
-    wanted: Wanted
+    """The image that each row sees."""
+    read: ReadStates
     kinds: tuple[str, ...]
-    """itm, mlm: what each B of its rows are for. ITM reads B text tokens, its class tokens; MLM the others after it."""
+    """itm, mlm: the objective of each B rows. ITM reads the class tokens of B texts, MLM the tokens after them."""
 
 
-class StepRows(NamedTuple):
+class StepPlan(NamedTuple):
     """A micro-batch as the model works on it, pairs in the order of their captions' lengths."""
 
     ids_T: Tensor
     """Tokens of the clean captions, then of the masked ones, as the objectives need them."""
     column_T: Tensor
-    """Column of each in its caption."""
+    """Position of each token in its caption, from 0."""
     layout: Layout
-    """Of all texts, for the text tower."""
-    passes: list[Pass]
+    """Layout of all texts, for the text tower."""
+    fusion: FusionPass
     order_B: Tensor
-    """Pair that stands at each place."""
+    """The pair at each position of this plan."""
     itm_label_B: Tensor
+    """ITM's labels, permuted by ``order_B``."""
     image_id_B: Tensor
-    """As the batch has them, in this order."""
+    """Image ids, permuted by ``order_B``."""
     corpus_B: Tensor
-    """In the batch's."""
+    """Corpus of each pair, in the batch's own order."""
     class_B: Tensor
-    """Where the class tokens of the first texts stand: the clean ones, if there are any."""
-    mlm_read_M: Tensor | None
-    """Which of the tokens that are read for MLM each loss is of; None: each its own."""
+    """Offsets of the class tokens of the first texts: of the clean captions, if there are any."""
     mlm_label_M: Tensor
-    """NO_TOKEN in places of a room that are empty, here and below."""
+    """Clean id of each masked token; NO_TOKEN in padded slots of a shape bucket."""
     mlm_weight_M: Tensor
+    """Weight of each masked token's loss; 0 in padded slots."""
     mlm_pair_M: Tensor
-    """The pair that each is of; B in places that are empty."""
+    """The pair of each masked token, in the batch's own order; B in padded slots."""
 
 
-class Room(NamedTuple):
-    """Places of a step that is recorded: batches that fit into the same have the same shapes."""
+class ShapeBucket(NamedTuple):
+    """Padded sizes of one CUDA graph. Batches in the same bucket share it."""
 
     tokens: int
-    """Of one kind of text."""
+    """Tokens of one kind of text, clean or masked."""
     longest: int
-    """Tokens of a caption."""
+    """Tokens of the longest caption."""
     masked: int
+    """Masked tokens of all captions."""
     most_masked: int
-    """Of a caption."""
+    """Masked tokens of one caption."""
 
 
-def can_be_recorded(objectives: ObjectivesConfig, compute: ComputeConfig) -> bool:
-    """Whether batches of a run may share the shapes of a room, and nothing of its step waits for the host or a rank."""
-    return (
-        compute.cuda_graphs
-        and objectives.mlm
-        and objectives.itm
-        and not objectives.itc  # gathers from all ranks
-        and compute.share_images
-        and compute.pack_text
-        and compute.masked_logits_only
-        and compute.joint_pass
-        and compute.fuse_kernels
-        and not compute.recompute  # draws again from torch's generator
-        and not compute.compile
-    )
+def fit_bucket(batch: PretrainBatch) -> ShapeBucket:
+    """Return the shape bucket of a micro-batch, which many others of as many pairs share.
 
-
-def room_for(batch: PretrainBatch) -> Room:
-    """A room for a micro-batch, which it shares with many others of as many pairs.
-
-    In batches of 32 and more less than one place a caption is left empty among its dozen tokens, and one among those
-    that are masked. In smaller ones it is more, as there would be as many rooms as batches else.
+    With 32 pairs or more, padding costs less than one of about twelve tokens per caption, and less than one masked
+    token. Smaller batches pad more: finer buckets would mean a CUDA graph for every batch.
     """
-    step = max(_FEWEST_PLACES, _up(len(batch.num_tokens), 8))
-    return Room(
-        tokens=_up(sum(batch.num_tokens), step),
-        longest=tile(max(batch.num_tokens)),
-        masked=_up(max(1, sum(batch.num_masked)), step),
-        most_masked=tile(max(batch.num_masked)),
+    step = max(_SMALLEST_STEP, _round_up(len(batch.num_tokens), 8))
+    return ShapeBucket(
+        tokens=_round_up(sum(batch.num_tokens), step),
+        longest=tile_size(max(batch.num_tokens)),
+        masked=_round_up(max(1, sum(batch.num_masked)), step),
+        most_masked=tile_size(max(batch.num_masked)),
     )
 
 
-def plan_rows(
-    batch: PretrainBatch, objectives: ObjectivesConfig, compute: ComputeConfig, room: Room | None = None
-) -> StepRows:
+def plan_step(
+    batch: PretrainBatch, objectives: ObjectivesConfig, *, packs: bool = True, bucket: ShapeBucket | None = None
+) -> StepPlan:
     """Plan a micro-batch.
 
     Args:
-        room: gives tensors that other batches share their shapes with, for captions that are packed, masked tokens that
-            alone are read, one pass for both objectives, and attention that needs no grid. The empty places are the
-            last ones.
+        packs: leave padding out; False where a bridge attends to padding (``FusionConfig.sees_padding``).
+        bucket: pad to these sizes, so that batches share their tensors' shapes. Only for packed captions and attention
+            that needs no grid. Padded slots stand last.
     """
-    num_pairs, longest = batch.clean_ids_BL.shape
-    count_B = np.asarray(batch.num_masked, np.int64)
-    if compute.pack_text:
-        length_B = np.asarray(batch.num_tokens, np.int64)
-        order_B = np.argsort(length_B, kind="stable")
-        length_B = length_B[order_B]
-        cuts = similar(length_B, BUCKET_TOKENS)
-    else:
-        order_B, length_B, cuts = np.arange(num_pairs), np.full(num_pairs, longest), [num_pairs]
-    num_tokens = int(length_B.sum())  # T, of one kind of text
-    column_T = _ranges(length_B)
-    source_T = np.repeat(order_B, length_B) * longest + column_T
-    place_S = np.zeros(num_pairs * longest, np.int64)  # where each token of the padded captions stands
-    place_S[source_T] = np.arange(num_tokens)
-    # Masked tokens in the order of their pairs' places.
-    masked_M = np.repeat((np.cumsum(count_B) - count_B)[order_B], count_B[order_B]) + _ranges(count_B[order_B])
-
-    text_kinds = ["clean"] * (objectives.itm or objectives.itc) + ["mlm"] * objectives.mlm
-    kinds = [kind for kind in ("itm", "mlm") if getattr(objectives, kind)]
-    passes = [kinds] if compute.joint_pass else [[kind] for kind in kinds]
-    read_B = {"mlm": count_B[order_B] if compute.masked_logits_only else length_B, "itm": np.ones(num_pairs, np.int64)}
-    read_cuts = {"mlm": cuts, "itm": [num_pairs]}
-
+    captions = _Captions.of(batch, packs=packs)
+    text_kinds = ["clean"] * (objectives.itm or objectives.itc) + ["masked"] * objectives.mlm
+    fusion_kinds = [kind for kind in ("itm", "mlm") if getattr(objectives, kind)]
     packing = Packing()
-    numbers = [packing.table(values) for values in (order_B, source_T, column_T, place_S, masked_M)]
-    first = packing.table(np.cumsum(length_B) - length_B)
+    tables = [packing.add_table(values) for values in captions.tables(batch.clean_ids_BL.shape[1])]
+    num_text_slots = (bucket.tokens if bucket else captions.num_tokens) * len(text_kinds)
+    num_masked_slots = bucket.masked if bucket else captions.num_masked
+    texts = {n: captions.add_texts(packing, n, num_text_slots, bucket) for n in (1, 2)}
+    read_layout = captions.add_read(packing, fusion_kinds, bucket)
+    tables_on_device, layouts = packing.to_device(batch.clean_ids_BL.device)
+    order_B, source_T, column_T, slot_S, masked_M, class_B = (tables_on_device[number] for number in tables)
 
-    def layout_texts(num_kinds: int) -> int:
-        length_R = np.tile(length_B, num_kinds)
-        if room is not None:  # the tokens of one kind are read from among those of all
-            return packing.rows_in(length_R, room.tokens * len(text_kinds), room.longest)
-        return packing.layout(length_R, _repeated([cuts] * num_kinds, num_pairs))
+    def layout_of(num_texts: int) -> Layout:
+        return layouts[texts[num_texts]] if packs else padded(batch.attention_mask_BL.repeat(num_texts, 1))
 
-    def layout_read(part: list[str]) -> int:
-        length_R = np.concatenate([read_B[kind] for kind in part])
-        if room is not None:
-            return packing.rows_in(
-                length_R, room.masked * ("mlm" in part) + num_pairs * ("itm" in part), room.most_masked
-            )
-        return packing.layout(length_R, _repeated([read_cuts[kind] for kind in part], num_pairs))
-
-    texts = {n: layout_texts(n) for n in (1, 2)}
-    wanted = [layout_read(part) for part in passes]
-    tables, layouts = packing.on(batch.clean_ids_BL.device)
-    order, source, column, place, masked = (tables[number] for number in numbers)
-
-    def layout_of(num_kinds: int) -> Layout:
-        if compute.pack_text:
-            return layouts[texts[num_kinds]]
-        return padded(batch.attention_mask_BL.repeat(num_kinds, 1))
-
-    index_M = batch.mlm_index_M[masked]
-    masked_place_M = place[index_M]
-    all_T = torch.arange(num_tokens, device=place.device)
-    read_tokens = {"mlm": masked_place_M if compute.masked_logits_only else all_T, "itm": tables[first]}
-    # Not shared, ITM's images stand after all others, once more.
-    itm_images = batch.itm_image_B[order] if compute.share_images else order + len(batch.pixels_N3SS)
-    images = {"mlm": order, "itm": itm_images}
-    text_places = num_tokens * len(text_kinds) if room is None else room.tokens * len(text_kinds)
-    masked_places = len(index_M) if room is None else room.masked
-    found = []
-    for part, layout in zip(passes, wanted, strict=True):
-        # The clean texts come first, and are alone where there is a pass for ITM.
-        start, end = num_tokens * (len(text_kinds) - 1) if part == ["mlm"] else 0, num_tokens * len(text_kinds)
-        if part == ["itm"]:
-            end = num_tokens
-        read = torch.cat([read_tokens[kind] + num_tokens * n for n, kind in enumerate(part)])
-        has_itm = "itm" in part
-        found.append(
-            Pass(
-                tokens=slice(start, end if room is None else text_places),
-                layout=layout_of(len(part)),
-                image_R=torch.cat([images[kind] for kind in part]),
-                wanted=Wanted(
-                    token_Q=_fill(read, len(read) + masked_places - len(index_M)),
-                    token_layout=layouts[layout],
-                    image_rows=slice(0, num_pairs * has_itm),
-                    tokens=slice(0, has_itm * (num_tokens if room is None else text_places)),
-                    layout=layout_of(1),
-                ),
-                kinds=tuple(part),
-            )
-        )
-    sources = {"mlm": batch.masked_ids_BL, "clean": batch.clean_ids_BL}
-    return StepRows(
-        ids_T=_fill(torch.cat([sources[kind].flatten()[source] for kind in text_kinds]), text_places),
-        column_T=_fill(column.repeat(len(text_kinds)), text_places),
+    index_M = batch.mlm_index_M[masked_M]
+    num_clean = captions.num_tokens
+    # MLM's rows stand behind ITM's, whose captions have as many tokens.
+    read_tokens = {"itm": class_B, "mlm": slot_S[index_M] + num_clean * (len(fusion_kinds) - 1)}
+    read_Q = torch.cat([read_tokens[kind] for kind in fusion_kinds])
+    images = {"itm": batch.itm_image_B[order_B], "mlm": order_B}
+    has_itm = "itm" in fusion_kinds
+    first_token = 0 if has_itm else num_clean * (len(text_kinds) - 1)
+    end_token = num_text_slots if bucket else first_token + num_clean * len(fusion_kinds)
+    fusion = FusionPass(
+        tokens=slice(first_token, end_token),
+        layout=layout_of(len(fusion_kinds)),
+        image_R=torch.cat([images[kind] for kind in fusion_kinds]),
+        read=ReadStates(
+            token_Q=_pad_to(read_Q, len(read_Q) + num_masked_slots - len(index_M)),
+            token_layout=layouts[read_layout],
+            image_rows=slice(0, len(order_B) * has_itm),
+            tokens=slice(0, (num_text_slots if bucket else num_clean) * has_itm),
+            layout=layout_of(1),
+        ),
+        kinds=tuple(fusion_kinds),
+    )
+    ids = {"clean": batch.clean_ids_BL, "masked": batch.masked_ids_BL}
+    return StepPlan(
+        ids_T=_pad_to(torch.cat([ids[kind].flatten()[source_T] for kind in text_kinds]), num_text_slots),
+        column_T=_pad_to(column_T.repeat(len(text_kinds)), num_text_slots),
         layout=layout_of(len(text_kinds)),
-        passes=found,
-        order_B=order,
-        itm_label_B=batch.itm_label_B[order],
-        image_id_B=batch.image_id_B[order],
+        fusion=fusion,
+        order_B=order_B,
+        itm_label_B=batch.itm_label_B[order_B],
+        image_id_B=batch.image_id_B[order_B],
         corpus_B=batch.corpus_B,
-        class_B=tables[first],
-        mlm_read_M=None if compute.masked_logits_only else masked_place_M,
-        mlm_label_M=_fill(batch.mlm_label_M[masked], masked_places, NO_TOKEN),
-        mlm_weight_M=_fill(batch.mlm_weight_M[masked], masked_places),
-        mlm_pair_M=_fill(index_M // longest, masked_places, num_pairs),
+        class_B=class_B,
+        mlm_label_M=_pad_to(batch.mlm_label_M[masked_M], num_masked_slots, NO_TOKEN),
+        mlm_weight_M=_pad_to(batch.mlm_weight_M[masked_M], num_masked_slots),
+        mlm_pair_M=_pad_to(index_M // batch.clean_ids_BL.shape[1], num_masked_slots, len(order_B)),
     )
 
 
-def read_columns(mask_RL: Tensor, column_Q: I64, count_R: I64, *, images: bool) -> Wanted:
-    """What is read of padded texts.
+class _Captions(NamedTuple):
+    """The captions of a micro-batch on the host, in the order of their lengths."""
+
+    pair_B: I64
+    """The pair at each position."""
+    length_B: I64
+    count_B: I64
+    """Masked tokens of each pair, in the batch's own order."""
+    bucket_ends: list[int]
+
+    @classmethod
+    def of(cls, batch: PretrainBatch, *, packs: bool) -> _Captions:
+        num_pairs, longest = batch.clean_ids_BL.shape
+        count_B = np.asarray(batch.num_masked, np.int64)
+        if not packs:
+            return cls(np.arange(num_pairs), np.full(num_pairs, longest), count_B, [num_pairs])
+        length_B = np.asarray(batch.num_tokens, np.int64)
+        pair_B = np.argsort(length_B, kind="stable")
+        length_B = length_B[pair_B]
+        return cls(pair_B, length_B, count_B, group_similar(length_B, BUCKET_TOKENS))
+
+    @property
+    def num_tokens(self) -> int:
+        """T of one kind of text."""
+        return int(self.length_B.sum())
+
+    @property
+    def num_masked(self) -> int:
+        return int(self.count_B.sum())
+
+    def tables(self, longest: int) -> list[I64]:
+        """Return what the device needs: order, source of each token, its column, slot of each source, masked, starts.
+
+        Args:
+            longest: L of the padded captions.
+        """
+        column_T = count_up(self.length_B)
+        source_T = np.repeat(self.pair_B, self.length_B) * longest + column_T
+        slot_S = np.zeros(len(self.pair_B) * longest, np.int64)
+        slot_S[source_T] = np.arange(self.num_tokens)
+        # Masked tokens in the order of their pairs' positions.
+        count_B, first_B = self.count_B[self.pair_B], (np.cumsum(self.count_B) - self.count_B)[self.pair_B]
+        masked_M = np.repeat(first_B, count_B) + count_up(count_B)
+        return [self.pair_B, source_T, column_T, slot_S, masked_M, np.cumsum(self.length_B) - self.length_B]
+
+    def add_texts(self, packing: Packing, num_texts: int, num_slots: int, bucket: ShapeBucket | None) -> int:
+        """Plan all captions, ``num_texts`` times. Returns: the number of the layout."""
+        length_R = np.tile(self.length_B, num_texts)
+        if bucket is not None:  # tokens of one kind are read among those of all kinds
+            return packing.add_spans(length_R, num_slots, bucket.longest)
+        return packing.add_layout(length_R, repeat_ends([self.bucket_ends] * num_texts, len(self.pair_B)))
+
+    def add_read(self, packing: Packing, kinds: list[str], bucket: ShapeBucket | None) -> int:
+        """Plan the tokens that are read of the last layer. Returns: the number of the layout."""
+        num_pairs = len(self.pair_B)
+        lengths = {"mlm": self.count_B[self.pair_B], "itm": np.ones(num_pairs, np.int64)}
+        ends = {"mlm": self.bucket_ends, "itm": [num_pairs]}
+        length_R = np.concatenate([lengths[kind] for kind in kinds])
+        if bucket is not None:
+            num_slots = bucket.masked * ("mlm" in kinds) + num_pairs * ("itm" in kinds)
+            return packing.add_spans(length_R, num_slots, bucket.most_masked)
+        return packing.add_layout(length_R, repeat_ends([ends[kind] for kind in kinds], num_pairs))
+
+
+def read_columns(mask_RL: Tensor, column_Q: I64, count_R: I64, *, images: bool) -> ReadStates:
+    """Return what is read of padded texts.
 
     Args:
-        column_Q: which columns of each row, row by row.
+        column_Q: columns that are read, row by row.
         count_R: how many of each row.
-        images: whether each row's image state is read too.
+        images: read each row's image state, too.
     """
     num_rows, width = mask_RL.shape
     packing = Packing()
-    tokens = packing.table(np.repeat(np.arange(num_rows), count_R) * width + column_Q)
-    layout = packing.layout(count_R, [num_rows])
-    tables, layouts = packing.on(mask_RL.device)
-    rows = num_rows if images else 0
-    return Wanted(
+    tokens = packing.add_table(np.repeat(np.arange(num_rows), count_R) * width + column_Q)
+    layout = packing.add_layout(count_R, [num_rows])
+    tables, layouts = packing.to_device(mask_RL.device)
+    num_image_rows = num_rows if images else 0
+    return ReadStates(
         token_Q=tables[tokens],
         token_layout=layouts[layout],
-        image_rows=slice(0, rows),
-        tokens=slice(0, rows * width),
+        image_rows=slice(0, num_image_rows),
+        tokens=slice(0, num_image_rows * width),
         layout=padded(mask_RL),
     )
 
 
-def _fill(values: Tensor, num_places: int, value: int = 0) -> Tensor:
-    """With so many places, the empty ones last."""
-    return F.pad(values, (0, num_places - len(values)), value=value) if num_places > len(values) else values
+def _pad_to(values: Tensor, num_slots: int, value: int = 0) -> Tensor:
+    """Return the values with padded slots behind them."""
+    return F.pad(values, (0, num_slots - len(values)), value=value) if num_slots > len(values) else values
 
 
-def _up(number: int, step: int) -> int:
-    """The next multiple."""
+def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def _repeated(cuts: Sequence[Sequence[int]], num_pairs: int) -> list[int]:
-    """Where parts end if one kind of row after the other is cut."""
-    return [num_pairs * number + cut for number, part in enumerate(cuts) for cut in part]
-
-
-def _ranges(length_R: I64) -> I64:
-    """0 to n - 1 for each n, one after the other."""
-    return np.arange(int(length_R.sum())) - np.repeat(np.cumsum(length_R) - length_R, length_R)

@@ -1,12 +1,13 @@
 """The pretraining task: the model and its objectives as one module, from a batch to a loss.
 
 Shapes: B pairs, L tokens, R rows of the cross-modal encoder, N images, T tokens of all texts (in scoring: captions),
-M masked tokens, K bridged layers, P image positions, D width, C contrastive width.
+M masked tokens, X values of an objective (masked tokens or pairs), K bridged layers, P image positions, D width, C
+contrastive width, in metrics: corpora.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,26 +19,28 @@ from bridgetower.batch import PretrainBatch
 from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.dist import any_rank, world_size
+from bridgetower.kernels.layout import padded
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import linear_in_float32
-from bridgetower.model.packed import padded
 from bridgetower.objectives.itc import image_text_contrast
 from bridgetower.objectives.itm import image_text_matching
 from bridgetower.objectives.mlm import masked_language_modeling
 from bridgetower.objectives.objective import Result, mean_metric
-from bridgetower.step.cuda_graphs import RecordedStep, Stages
-from bridgetower.step.plan import Pass, StepRows, can_be_recorded, plan_rows, read_columns, room_for
+from bridgetower.step.cuda_graphs import RecordedStep, Stages, can_be_recorded
+from bridgetower.step.plan import StepPlan, fit_bucket, plan_step, read_columns
 
 
 class States(NamedTuple):
-    """What the towers give for a step."""
+    """What the towers return for a step."""
 
     text_KTD: Tensor
+    """The bridged layers of all texts, transformed."""
     last_TD: Tensor
-    """Of the text tower's last layer as they leave it."""
+    """The text tower's last layer, before it is transformed."""
     image_KNPD: Tensor
+    """The bridged layers of all images, transformed."""
     class_ND: Tensor
-    """Class tokens of the vision tower's last layer as they leave it."""
+    """Class tokens of the vision tower's last layer, before they are transformed."""
 
 
 class Features(NamedTuple):
@@ -49,14 +52,14 @@ class Features(NamedTuple):
 
 
 def pool_pairs(model: BridgeTower, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
-    """The pooled states of encoded pairs, shape (R, 2 D). Of the last layer nothing else is computed.
+    """Return the pooled states of encoded pairs, shape (R, 2 D); nothing else of the last layer is computed.
 
     Args:
         image_R: the image of each text.
     """
     num_rows = len(mask_RL)
-    wanted = read_columns(mask_RL, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), images=True)
-    text_RD, image_RD = model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+    read = read_columns(mask_RL, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), images=True)
+    text_RD, image_RD = model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, read)
     return model.pool(text_RD, image_RD)
 
 
@@ -72,16 +75,18 @@ class PretrainTask(nn.Module):
     ) -> None:
         """Take a model with a head for each objective.
 
-        Args:
-            corpora: names of the corpora that pairs are of; with two or more each has metrics of its own.
-
         Parameters that no active objective reads get no gradient; they are frozen, as DeepSpeed would still decay
         them (DeepSpeed 0.19.8 steps every parameter of its groups).
+
+        Args:
+            compute: whether steps are recorded; the rest of it the model was built with.
+            corpora: names of the corpora that pairs belong to; with two or more each has metrics of its own.
         """
         super().__init__()
         self.model, self.objectives = model, objectives
         self.corpora = tuple(corpora) if len(corpora) > 1 else ()
-        model.compute = compute or ComputeConfig()
+        self._packs = not model.config.fusion.sees_padding
+        self._may_record = can_be_recorded(objectives, compute or ComputeConfig()) and self._packs
         self._recorded = RecordedStep(self, Stages(self._encode_recorded, self._finish_recorded))
         self._agreed: dict[Any, bool] = {}
         if not objectives.itm:
@@ -98,124 +103,111 @@ class PretrainTask(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, batch: PretrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One pretraining step of a micro-batch: each image runs through the vision tower once.
+        """Compute one pretraining step of a micro-batch.
 
         Returns: the sum of the losses (weight 1 each, as published), and metrics as (sum, count).
         """
-        compute, pixels_N3SS = self.model.step_compute, batch.pixels_N3SS
-        if self._records(compute):
-            rows = plan_rows(batch, self.objectives, compute, room_for(batch))
-            loss, metrics = self._recorded((pixels_N3SS, rows), (compute, self.corpora))
+        if self.records_steps():
+            plan = plan_step(batch, self.objectives, bucket=fit_bucket(batch))
+            loss, metrics = self._recorded((batch.pixels_N3SS, plan), self.corpora)
         else:
-            if not compute.share_images:
-                pixels_N3SS = torch.cat([pixels_N3SS, pixels_N3SS[batch.itm_image_B]])
-            rows, states = self._encode(pixels_N3SS, lambda: plan_rows(batch, self.objectives, compute))
-            loss, metrics = self._finish(rows, states)
+            loss, metrics = self._finish(*self._encode(batch))
         num_pairs = len(batch.replaced_B)
         metrics["replaced_fraction"] = mean_metric(batch.replaced_B.sum(), num_pairs)
         metrics["tokens_per_pair"] = mean_metric(batch.attention_mask_BL.sum(), num_pairs)
         return loss, metrics
 
-    def _records(self, compute: ComputeConfig) -> bool:
-        """Whether the next step is recorded.
+    def records_steps(self) -> bool:
+        """Return True if the next step is a CUDA graph.
 
-        A rule of the run, not of the batch or the node: gradients become ready in another order then, and DeepSpeed
-        adds up what stands at the same place on all ranks.
+        Every rank must decide alike, and for the whole run: a recorded step produces gradients in a different order,
+        and DeepSpeed sums what lies at the same offset of a bucket on all ranks. So the ranks agree once.
         """
-        if not self.training or not torch.is_grad_enabled() or not can_be_recorded(self.objectives, compute):
+        if not self.training or not torch.is_grad_enabled() or not self._may_record:
             return False
         weight = self.model.text_pooler.weight
-        key = compute, weight.dtype, weight.device
+        key = weight.dtype, weight.device
         if key not in self._agreed:
-            longest = self.model.config.text.max_tokens
-            can = self.model.takes_rooms(longest) and any(part.requires_grad for part in self.parameters())
-            self._agreed[key] = can if world_size() == 1 else not any_rank(not can, weight.device)
+            supports = self.model.supports_buckets(self.model.config.text.max_tokens)
+            can_record = supports and any(parameter.requires_grad for parameter in self.parameters())
+            self._agreed[key] = can_record if world_size() == 1 else not any_rank(not can_record, weight.device)
         return self._agreed[key]
 
     def train(self, mode: bool = True) -> PretrainTask:
-        """As of every module. Evaluation gets the memory of recorded steps."""
+        """Set training mode; leaving it frees the CUDA graphs' memory."""
         if not mode:
             self._recorded.forget()
         return super().train(mode)
 
-    def _encode_recorded(self, inputs: tuple[Tensor, StepRows]) -> States:
-        pixels_N3SS, rows = inputs
-        return self._encode(pixels_N3SS, lambda: rows)[1]
+    def _encode_recorded(self, inputs: tuple[Tensor, StepPlan]) -> States:
+        pixels_N3SS, plan = inputs
+        images = self.model.begin_image(self.model.normalize(pixels_N3SS))
+        text_KTD, last_TD = self.model.encode_tokens(plan.ids_T, plan.column_T, plan.layout)
+        image = self.model.finish_image(images)
+        return States(text_KTD, last_TD, image.states_KBND, image.class_BD)
 
     def _finish_recorded(
-        self, inputs: tuple[Tensor, StepRows], states: Sequence[Tensor]
+        self, inputs: tuple[Tensor, StepPlan], states: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self._finish(inputs[1], States(*states))
 
-    def _encode(self, pixels_N3SS: Tensor, plan: Callable[[], StepRows]) -> tuple[StepRows, States]:
+    def _encode(self, batch: PretrainBatch) -> tuple[StepPlan, States]:
         """Run both towers.
 
-        Args:
-            plan: called when the device has work for a while.
+        The host takes longer to plan a step and to launch the many small matmuls of texts than a GPU to compute them.
+        In the middle of the vision tower the GPU has enough to do, here and in the backward pass, to hide that.
         """
-        model = self.model
-        texts: list[tuple[StepRows, Tensor, Tensor]] = []
+        images = self.model.begin_image(self.model.normalize(batch.pixels_N3SS))
+        plan = plan_step(batch, self.objectives, packs=self._packs)
+        text_KTD, last_TD = self.model.encode_tokens(plan.ids_T, plan.column_T, plan.layout)
+        image = self.model.finish_image(images)
+        return plan, States(text_KTD, last_TD, image.states_KBND, image.class_BD)
 
-        def encode_texts() -> None:
-            rows = plan()
-            texts.append((rows, *model.encode_tokens(rows.ids_T, rows.column_T, rows.layout)))
-
-        # The host takes longer to ask for the many small products of texts than a GPU to compute them. In the middle of
-        # the vision tower, where the GPU has enough to do, both here and in the backward pass, nothing waits for it.
-        image = model.encode_image(model.normalize(pixels_N3SS), meanwhile=encode_texts)
-        ((rows, text_KTD, last_TD),) = texts
-        return rows, States(text_KTD, last_TD, image.states_KBND, image.class_BD)
-
-    def _finish(self, rows: StepRows, states: States) -> tuple[Tensor, dict[str, Tensor]]:
-        """From the towers' states to the sum of the losses, and metrics."""
-        model, results = self.model, list[Result]()
-        for part in rows.passes:
-            results += self._fused_objectives(rows, part, states.text_KTD, states.image_KNPD)
+    def _finish(self, plan: StepPlan, states: States) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the losses and the metrics, from the towers' states."""
+        model, results = self.model, self._fused_objectives(plan, states)
         if self.objectives.itc:
             head = model.itc_head
-            text_BC = head.embed_text(states.last_TD[rows.class_B])
-            image_BC = head.embed_image(states.class_ND[rows.order_B])
-            results.append(image_text_contrast(text_BC, image_BC, rows.image_id_B, head.clamped_temperature()))
+            text_BC = head.embed_text(states.last_TD[plan.class_B])
+            image_BC = head.embed_image(states.class_ND[plan.order_B])
+            results.append(image_text_contrast(text_BC, image_BC, plan.image_id_B, head.clamped_temperature()))
         loss = torch.stack([result.loss for result in results]).sum()
         metrics = {name: value for result in results for name, value in result.metrics.items()}
         if self.corpora:
-            metrics |= self._by_corpus(rows, results)
+            metrics |= self._by_corpus(plan, results)
         return loss, metrics
 
-    def _by_corpus(self, rows: StepRows, results: Sequence[Result]) -> dict[str, Tensor]:
-        """Every loss and accuracy of each corpus alone, and its share of the pairs."""
-        is_of_BC = F.one_hot(rows.corpus_B, len(self.corpora)).float()
-        # A product has one order of adding up; index_add_ on a GPU has not.
-        found = {"share": (is_of_BC.sum(dim=0), torch.full_like(is_of_BC[0], len(is_of_BC)))}
-        is_of_BC = F.pad(is_of_BC, (0, 0, 0, 1))  # empty places are of none
+    def _fused_objectives(self, plan: StepPlan, states: States) -> list[Result]:
+        """Compute MLM on (masked caption, own image) and ITM on (clean caption, own or another image), in one pass."""
+        model, num_pairs, fusion = self.model, len(plan.order_B), plan.fusion
+        text_QD, image_ID = model.fuse_rows(
+            states.text_KTD[:, fusion.tokens], fusion.layout, states.image_KNPD, fusion.image_R, fusion.read
+        )
+        has_itm, results = "itm" in fusion.kinds, []
+        if "mlm" in fusion.kinds:
+            logits_MV = model.word_logits(text_QD[num_pairs * has_itm :])
+            results.append(masked_language_modeling(logits_MV, plan.mlm_label_M, plan.mlm_weight_M))
+        if has_itm:
+            pooled_B2D = model.pool(text_QD[:num_pairs], image_ID)
+            results.append(image_text_matching(model.itm_head(pooled_B2D), plan.itm_label_B))
+        return results
+
+    def _by_corpus(self, plan: StepPlan, results: Sequence[Result]) -> dict[str, Tensor]:
+        """Return every loss and accuracy of each corpus alone, and its fraction of the pairs."""
+        is_of_BC = F.one_hot(plan.corpus_B, len(self.corpora)).float()
+        # A matmul sums in one order; index_add_ on a GPU does not.
+        sums = {"share": (is_of_BC.sum(dim=0), torch.full_like(is_of_BC[0], len(is_of_BC)))}
+        is_of_BC = F.pad(is_of_BC, (0, 0, 0, 1))  # padded slots belong to no corpus
         for result in results:
             for name, value_X in result.values.items():
-                pair_X = rows.mlm_pair_M if name.endswith("/mlm") else rows.order_B
+                pair_X = plan.mlm_pair_M if name.endswith("/mlm") else plan.order_B
                 is_of_XC = is_of_BC[pair_X]
-                found[name] = (value_X.float() @ is_of_XC, is_of_XC.sum(dim=0))
+                sums[name] = (value_X.float() @ is_of_XC, is_of_XC.sum(dim=0))
         return {
-            f"corpus/{corpus}/{name}": torch.stack([total_C[number], count_C[number]])
-            for name, (total_C, count_C) in found.items()
-            for number, corpus in enumerate(self.corpora)
+            f"corpus/{corpus}/{name}": torch.stack([total_C[index], count_C[index]])
+            for name, (total_C, count_C) in sums.items()
+            for index, corpus in enumerate(self.corpora)
         }
-
-    def _fused_objectives(self, rows: StepRows, part: Pass, text_KTD: Tensor, image_KNPD: Tensor) -> list[Result]:
-        """MLM on (masked caption, own image), ITM on (clean caption, own or other image), or both."""
-        model, num_pairs = self.model, len(rows.order_B)
-        text_QD, image_ID = model.fuse_rows(
-            text_KTD[:, part.tokens], part.layout, image_KNPD, part.image_R, part.wanted
-        )
-        results = []
-        if "mlm" in part.kinds:
-            read_MD = text_QD[num_pairs * ("itm" in part.kinds) :]
-            logits_MV = model.word_logits(read_MD)
-            if rows.mlm_read_M is not None:
-                logits_MV = logits_MV[rows.mlm_read_M]
-            results.append(masked_language_modeling(logits_MV, rows.mlm_label_M, rows.mlm_weight_M))
-        if "itm" in part.kinds:
-            pooled_B2D = model.pool(text_QD[:num_pairs], image_ID)
-            results.append(image_text_matching(model.itm_head(pooled_B2D), rows.itm_label_B))
-        return results
 
     def image_features(self, pixels_N3SS: Tensor) -> Features:
         """Encode uint8 images for scoring."""
@@ -231,7 +223,7 @@ class PretrainTask(nn.Module):
         return Features(encoded.states_KBND, embedding)
 
     def match_logits(self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor) -> Tensor:
-        """ITM's logits for encoded pairs, float32, shape (R, 2); column 1 is a match. Needs the itm head.
+        """Return ITM's logits of encoded pairs, float32, shape (R, 2); column 1 is a match. Needs the itm head.
 
         Args:
             image_R: the image of each pair.
@@ -240,35 +232,34 @@ class PretrainTask(nn.Module):
         return linear_in_float32(self.model.itm_head.classifier, pooled_R2D)
 
     def contrast_temperature(self) -> float:
-        """ITC's temperature. Needs the itc head."""
+        """Return ITC's temperature. Needs the itc head."""
         return float(self.model.itc_head.clamped_temperature())
 
     def masked_logits(
         self, text_KRLD: Tensor, mask_RL: Tensor, image_KNPD: Tensor, image_R: Tensor, index_M: Tensor
     ) -> Tensor:
-        """MLM's logits at masked positions of encoded pairs, float32, shape (M, V). Needs the mlm head.
+        """Return MLM's logits at masked positions of encoded pairs, float32, shape (M, V). Needs the mlm head.
 
         Args:
             image_R: the image of each pair.
-            index_M: flat index r * L + l of each, in order; on the CPU.
+            index_M: flat index r * L + l of each masked token, ascending, on the CPU.
         """
         num_pairs, length = mask_RL.shape
         counts = np.bincount(index_M.numpy() // length, minlength=num_pairs)
-        wanted = read_columns(mask_RL, index_M.numpy() % length, counts, images=False)
-        text_MD, _ = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, wanted)
+        read = read_columns(mask_RL, index_M.numpy() % length, counts, images=False)
+        text_MD, _ = self.model.fuse_rows(text_KRLD.flatten(1, 2), padded(mask_RL), image_KNPD, image_R, read)
         return self.model.word_logits(text_MD).float()
 
     def word_attention(self, text_KRLD: Tensor, mask_RL: Tensor, image_KRPD: Tensor) -> Tensor | None:
-        """Where each token of encoded pairs looks: cross-attention of the last layer, mean over heads.
+        """Return where each token of encoded pairs looks: cross-attention of the last layer, mean over heads.
 
-        Returns: float32, shape (R, L, Y, X) for Y by X patches; a row adds up to 1, less what a class token takes. None
+        Returns: float32, shape (R, L, Y, X) for Y by X patches; a token's values sum to 1 minus the class token's. None
             for a model without cross-modal layers.
         """
         maps = self.model.fuse(text_KRLD, image_KRPD, mask_RL, return_attention=True).attention
         if maps is None or not maps.text_to_image:
             return None
-        side = self.model.config.image_size_px // self.model.config.vision.patch_size_px
-        patches_RLP: Tensor = maps.text_to_image[-1].mean(dim=1)[
-            ..., -side * side :
-        ]  # a class token stands before them
+        side = self.model.image_grid_side
+        # The class token stands before the patches.
+        patches_RLP: Tensor = maps.text_to_image[-1].mean(dim=1)[..., -side * side :]
         return patches_RLP.reshape(*patches_RLP.shape[:2], side, side)

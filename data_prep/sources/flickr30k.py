@@ -2,7 +2,7 @@
 
 Files below --raw:
     karpathy/dataset_flickr30k.json      captions and splits: train, val, test
-    flickr30k-images/*.jpg               the pictures; those that the splits do not name are ignored
+    flickr30k-images/*.jpg               the images; any that is in no split is ignored
 Each split becomes a corpus folder.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bridgetower.shards.sample import safe_key
-from data_prep.karpathy import karpathy_images
-from data_prep.raw_files import raw_folder, require_files
+from data_prep.karpathy import read_karpathy_images
+from data_prep.raw_files import require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -26,23 +26,23 @@ ATTRIBUTION = (
 )
 
 _FILE = "karpathy/dataset_flickr30k.json"
-_PICTURES = "flickr30k-images"
+_IMAGE_FOLDER = "flickr30k-images"
 _SPLITS = ("train", "val", "test")
 
 
 def records(options: SourceOptions) -> Iterator[Record]:
-    """One record per image, with its five captions.
+    """Yield one record per image, with its five captions.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: the file of captions is missing, or not as published.
     """
-    raw = raw_folder(options, "flickr30k", f"{_FILE} and the pictures in {_PICTURES}")
+    raw = require_raw_folder(options, "flickr30k", f"{_FILE} and the images in {_IMAGE_FOLDER}")
     (file,) = require_files(raw, [_FILE], "flickr30k")
-    for image in karpathy_images(file, _SPLITS):
+    for image in read_karpathy_images(file, _SPLITS):
         yield Record(
             key=safe_key(image.stem),
-            image=ImageFile(path=raw / _PICTURES / image.file_name),
+            image=ImageFile(path=raw / _IMAGE_FOLDER / image.file_name),
             image_id=f"flickr30k:{image.stem}",
             captions=image.captions,
             split=image.split,

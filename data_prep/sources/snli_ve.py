@@ -1,12 +1,12 @@
-"""SNLI-VE: whether a picture entails a sentence, contradicts it, or neither.
+"""SNLI-VE: sentences that an image entails, contradicts, or leaves open.
 
 Files below --raw:
-    snli_ve/snli_ve_{train,dev,test}.jsonl   one pair of a picture and a hypothesis per line; the picture is accepted as
+    snli_ve/snli_ve_{train,dev,test}.jsonl   one pair of an image and a hypothesis per line; the image's field may be
                                              Flickr30K_ID or Flikr30kID, with .jpg or without
-    flickr30k-images/*.jpg                   Flickr30K's pictures
-Each split becomes a corpus folder. Texts are the hypotheses; the caption that a hypothesis was written for (premise),
-its label (contradiction 0, neutral 1, entailment 2) and pair_id are in the annotations. Pairs without a gold label are
-dropped and counted.
+    flickr30k-images/*.jpg                   Flickr30K's images
+Each split becomes a corpus folder. The texts are the hypotheses. Their annotations are the caption that the hypothesis
+was written for (premise), the label (contradiction 0, neutral 1, entailment 2) and pair_id. Pairs without a gold label
+are dropped and counted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 from bridgetower.errors import DataError
 from bridgetower.shards.sample import safe_key
-from data_prep.fields import name_of, refusal, text_of
-from data_prep.raw_files import json_lines, raw_folder, require_files
+from data_prep.fields import field_error, get_file_name, get_text
+from data_prep.raw_files import read_json_lines, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject, SourceOptions
 
 FLAGS: dict[str, str] = {}
-# The same hypothesis was written for several captions of a picture: rows that are scored one by one.
+# The same hypothesis may have been written for several captions of an image; each row is scored.
 KEEP_REPEATS = True
 SAMPLES_PER_SHARD = 2_000
 IMAGES = ImagePolicy(short_side_px=0)
@@ -32,42 +32,42 @@ ATTRIBUTION = (
 )
 
 _SPLITS = ("train", "dev", "test")
-_PICTURES = "flickr30k-images"
+_IMAGE_FOLDER = "flickr30k-images"
 _LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
 _NO_LABEL = "-"
 _ID_FIELDS = ("Flickr30K_ID", "Flikr30kID")
 
 
 def records(options: SourceOptions) -> Iterator[Record | Reject]:
-    """One record per row; those of the same picture are joined by their key.
+    """Yield one record per row; the plan joins the records of an image by their key.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: a file is missing, or a row is not as published.
     """
-    raw = raw_folder(options, "snli_ve", f"snli_ve/snli_ve_{{{','.join(_SPLITS)}}}.jsonl and {_PICTURES}")
+    raw = require_raw_folder(options, "snli_ve", f"snli_ve/snli_ve_{{{','.join(_SPLITS)}}}.jsonl and {_IMAGE_FOLDER}")
     files = require_files(raw, [f"snli_ve/snli_ve_{split}.jsonl" for split in _SPLITS], "snli_ve")
     for split, file in zip(_SPLITS, files, strict=True):
         is_empty = True
-        for where, row in json_lines(file):
+        for where, row in read_json_lines(file):
             is_empty = False
-            label = text_of(row, "gold_label", where)
+            label = get_text(row, "gold_label", where)
             if label == _NO_LABEL:
                 yield Reject(reason="no gold label", split=split)
                 continue
             if label not in _LABELS:
-                raise refusal(row, "gold_label", where, f"one of {', '.join(_LABELS)}, or {_NO_LABEL}")
-            picture = _picture_id(row, where)
+                raise field_error(row, "gold_label", where, f"one of {', '.join(_LABELS)}, or {_NO_LABEL}")
+            name = _get_image_name(row, where)
             yield Record(
-                key=safe_key(picture),
-                image=ImageFile(path=raw / _PICTURES / f"{picture}.jpg"),
-                image_id=f"flickr30k:{picture}",
-                captions=(text_of(row, "sentence2", where),),
+                key=safe_key(name),
+                image=ImageFile(path=raw / _IMAGE_FOLDER / f"{name}.jpg"),
+                image_id=f"flickr30k:{name}",
+                captions=(get_text(row, "sentence2", where),),
                 annotations=(
                     {
-                        "premise": text_of(row, "sentence1", where),
+                        "premise": get_text(row, "sentence1", where),
                         "label": _LABELS[label],
-                        "pair_id": text_of(row, "pairID", where),
+                        "pair_id": get_text(row, "pairID", where),
                     },
                 ),
                 split=split,
@@ -76,10 +76,13 @@ def records(options: SourceOptions) -> Iterator[Record | Reject]:
             raise DataError(f"{file} has no rows. Copy or download it again.")
 
 
-def _picture_id(row: dict[str, Any], where: str) -> str:
-    """The name of the picture without suffix. The owner's generator writes one field, their parser reads the other."""
+def _get_image_name(row: dict[str, Any], where: str) -> str:
+    """Return the name of the image without its suffix.
+
+    The generator that SNLI-VE's authors published writes one field name, and their parser reads the other.
+    """
     field = next((name for name in _ID_FIELDS if name in row), _ID_FIELDS[0])
-    picture = name_of(row, field, where).removesuffix(".jpg")
-    if not picture:
-        raise refusal(row, field, where, "the name of a picture")
-    return picture
+    name = get_file_name(row, field, where).removesuffix(".jpg")
+    if not name:
+        raise field_error(row, field, where, "the name of an image")
+    return name

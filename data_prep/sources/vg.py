@@ -2,12 +2,13 @@
 
 Files below --raw:
     annotations/region_descriptions.json   the phrases (of version 1.0 or 1.2)
-    image_data.json                        which images are COCO's, and in which folder they are; accepted as
-                                           annotations/image_data.json, too
-    images/VG_100K/*.jpg                   the pictures: images.zip and
+    image_data.json                        which images are COCO's, and in which folder each one is; may also be
+                                           annotations/image_data.json
+    images/VG_100K/*.jpg                   the images: images.zip and
     images/VG_100K_2/*.jpg                 images2.zip
-There are no splits. Boxes of the regions are not kept: pretraining does not read them. Almost half of the images are
-COCO's and have its ids, so that --exclude=DIR,DIR with the shards of COCO's val and test drops theirs.
+There are no splits. The boxes of the regions are not kept: pretraining does not read them. Almost half of the images
+are COCO's and get COCO's ids, so that --exclude=DIR,DIR with the shards of COCO's val and test drops the images of
+these splits.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridgetower.errors import DataError
-from bridgetower.io.storage import reading
-from data_prep.fields import as_object, objects_of, text_of, whole_of, whole_or_none_of
-from data_prep.raw_files import json_items, raw_folder, require_files
+from bridgetower.io.storage import explain_read_errors
+from data_prep.fields import get_objects, get_optional_whole_number, get_text, get_whole_number, require_object
+from data_prep.raw_files import read_json_items, require_files, require_raw_folder
 from data_prep.record import ImageFile, ImagePolicy, Record, SourceOptions
 
 FLAGS: dict[str, str] = {}
@@ -40,94 +41,95 @@ _FOLDER_IN_URL = re.compile(r"/(VG_100K(?:_2)?)/[^/]*$")
 
 
 class Image(NamedTuple):
-    """A row of image_data.json without its url and size: all 108,077 take 20 MB."""
+    """A row of image_data.json without its url and size, so that all 108,077 rows take only 20 MB."""
 
     folder_number: int | None
-    """In _FOLDERS; None where the url does not tell."""
+    """Index in _FOLDERS; None if the url does not name the folder."""
     coco_id: int | None
     flickr_id: int | None
 
 
 def records(options: SourceOptions) -> Iterator[Record]:
-    """One record per image, with all its phrases.
+    """Yield one record per image, with all its phrases.
 
     Raises:
         ConfigError: --raw is missing.
         DataError: one of the two JSON files is missing, or not as published.
     """
-    raw = raw_folder(options, "vg", f"{_REGIONS}, {_IMAGE_DATA[0]} and the pictures in images/VG_100K and VG_100K_2")
+    layout = f"{_REGIONS}, {_IMAGE_DATA[0]} and the images in images/VG_100K and images/VG_100K_2"
+    raw = require_raw_folder(options, "vg", layout)
     (file,) = require_files(raw, [_REGIONS], "vg")
-    images = image_table(raw, "vg")
+    images = read_image_table(raw, "vg")
     number = 0
-    for number, value in enumerate(json_items(file, "item"), 1):
+    for number, value in enumerate(read_json_items(file, "item"), 1):
         where = f"{file}, image {number}"
-        row = as_object(value, where)
-        vg_id = image_number(row, where)
+        row = require_object(value, where)
+        vg_id = get_image_number(row, where)
         known = images.get(vg_id, Image(None, None, None))
         yield Record(
             key=str(vg_id),
-            image=ImageFile(path=picture(raw, vg_id, known)),
-            image_id=image_id(vg_id, known),
-            captions=tuple(text_of(region, "phrase", where) for region in objects_of(row, "regions", where)),
-            meta=ids(vg_id, known),
+            image=ImageFile(path=find_image_file(raw, vg_id, known)),
+            image_id=make_image_id(vg_id, known),
+            captions=tuple(get_text(region, "phrase", where) for region in get_objects(row, "regions", where)),
+            meta=list_ids(vg_id, known),
         )
     if not number:
         raise DataError(f"{file} is not a list of images with their regions. Copy or download it again.")
 
 
-def image_table(raw: Path, source: str) -> dict[int, Image]:
-    """Read image_data.json: each image by its number.
+def read_image_table(raw: Path, source: str) -> dict[int, Image]:
+    """Read image_data.json. Returns: its rows, by Visual Genome's number of the image.
 
     Raises:
         DataError: the file is missing, or not as published.
     """
-    file = _image_data_file(raw, source)
-    found = {}
-    for number, value in enumerate(json_items(file, "item"), 1):
+    file = _find_image_data(raw, source)
+    images = {}
+    for number, value in enumerate(read_json_items(file, "item"), 1):
         where = f"{file}, image {number}"
-        row = as_object(value, where)
+        row = require_object(value, where)
         url = row.get("url")
         match = _FOLDER_IN_URL.search(url) if isinstance(url, str) else None
-        found[image_number(row, where)] = Image(
+        images[get_image_number(row, where)] = Image(
             folder_number=None if match is None else _FOLDERS.index(match[1]),
-            coco_id=whole_or_none_of(row, "coco_id", where),
-            flickr_id=whole_or_none_of(row, "flickr_id", where),
+            coco_id=get_optional_whole_number(row, "coco_id", where),
+            flickr_id=get_optional_whole_number(row, "flickr_id", where),
         )
-    if not found:
-        # Without it, no image of COCO could be told from the others.
+    if not images:
+        # An empty table would hide which images are COCO's, so that held-out ones could get into training.
         raise DataError(f"{file} is not a list of images. Copy or download it again.")
-    return found
+    return images
 
 
-def image_number(row: dict[str, object], where: str) -> int:
-    """The image's number in a row of one of the files, under the name that the version of the file has for it."""
-    return whole_of(row, "id" if "image_id" not in row and "id" in row else "image_id", where)
+def get_image_number(row: dict[str, object], where: str) -> int:
+    """Return Visual Genome's number of an image; versions of the files differ in the name of the field."""
+    return get_whole_number(row, "id" if "image_id" not in row and "id" in row else "image_id", where)
 
 
-def image_id(vg_id: int, image: Image) -> str:
-    """What the picture is called in shards: by COCO's id where it is COCO's, so that ``--exclude`` sees it."""
+def make_image_id(vg_id: int, image: Image) -> str:
+    """Return the image id for shards: COCO's where the image is COCO's, so that ``--exclude`` recognises it."""
     return f"vg:{vg_id}" if image.coco_id is None else f"coco:{image.coco_id}"
 
 
-def ids(vg_id: int, image: Image) -> dict[str, int]:
-    """The ids that are known, for the meta of a record."""
-    known = {"vg_id": vg_id, "coco_id": image.coco_id, "flickr_id": image.flickr_id}
-    return {name: value for name, value in known.items() if value is not None}
+def list_ids(vg_id: int, image: Image) -> dict[str, int]:
+    """Return the ids that are known, by field name, for the meta of a record."""
+    ids = {"vg_id": vg_id, "coco_id": image.coco_id, "flickr_id": image.flickr_id}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def picture(raw: Path, vg_id: int, image: Image) -> Path:
-    """The file of the picture; the first of the two places if it is in neither."""
+def find_image_file(raw: Path, vg_id: int, image: Image) -> Path:
+    """Return the path of an image, in the first folder if it is in neither of the two."""
     folder, name = raw / "images", f"{vg_id}.jpg"
     if image.folder_number is not None:
         return folder / _FOLDERS[image.folder_number] / name
-    with reading(folder):
-        places = [folder / part / name for part in _FOLDERS]
-        return next((place for place in places if place.is_file()), places[0])
+    with explain_read_errors(folder):
+        paths = [folder / subfolder / name for subfolder in _FOLDERS]
+        return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _image_data_file(raw: Path, source: str) -> Path:
-    with reading(raw):
+def _find_image_data(raw: Path, source: str) -> Path:
+    with explain_read_errors(raw):
         for name in _IMAGE_DATA:
             if (raw / name).is_file():
                 return raw / name
-    return require_files(raw, _IMAGE_DATA[:1], source)[0]  # says that it is missing
+    return require_files(raw, _IMAGE_DATA[:1], source)[0]  # raises the error for a missing file

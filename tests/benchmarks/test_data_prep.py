@@ -1,4 +1,4 @@
-"""benchmarks/data_prep.py: what its results say, on one photograph of each size."""
+"""benchmarks/data_prep.py: the content of its results, measured on one photograph of each size."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from tests.conftest import run_script
 BENCHMARK = "benchmarks/data_prep.py"
 PROGRAM = shutil.which("img2dataset")
 HAS_PHOTOS = importlib.util.find_spec("skimage") is not None
-needs_photos = pytest.mark.skipif(not HAS_PHOTOS, reason="the photographs are those of scikit-image")
+needs_photos = pytest.mark.skipif(not HAS_PHOTOS, reason="the photographs are part of scikit-image")
 
 
 def measure(tmp_path: Path, *flags: str) -> dict[str, Any]:
+    """Run the benchmark and return the content of its file."""
     out = tmp_path / "results.json"
     run_script(BENCHMARK, "--images=1", "--rounds=1", f"--out={out}", *flags)
     content: dict[str, Any] = json.loads(out.read_text())
@@ -38,7 +39,7 @@ def test_the_results_name_the_machine_and_all_versions(tmp_path):
 
 @needs_photos
 @pytest.mark.skipif(PROGRAM is None, reason="img2dataset is not on the PATH")
-def test_beside_img2dataset_its_version_is_told(tmp_path):
+def test_results_beside_img2dataset_name_its_version(tmp_path):
     content = measure(tmp_path, f"--img2dataset_python={Path(str(PROGRAM)).with_name('python')}")
     assert content["img2dataset"]["version"].startswith("1.") and content["img2dataset"]["opencv"]
     for operations in content["images_per_second_and_core"].values():
@@ -46,15 +47,15 @@ def test_beside_img2dataset_its_version_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("python", "words"), [("/nowhere", "/nowhere cannot be run"), ("false", "false cannot run its")]
+    ("python", "message"), [("/nowhere", "/nowhere cannot be run"), ("false", "false cannot run its")]
 )
-def test_a_python_without_img2dataset_is_refused_before_anything_is_measured(tmp_path, python, words):
+def test_a_python_without_img2dataset_is_refused_before_anything_is_measured(tmp_path, python, message):
     result = run_script(BENCHMARK, f"--img2dataset_python={python}", f"--out={tmp_path / 'x.json'}", code=2)
-    assert words in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "x.json").exists()
 
 
-def test_the_cpu_has_the_name_that_the_system_tells():
+def test_the_cpu_has_the_name_that_the_system_reports():
     info = Path("/proc/cpuinfo")
     if info.is_file() and "model name" in info.read_text():
         assert f": {cpu_model()}\n" in info.read_text()

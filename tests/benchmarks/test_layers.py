@@ -1,4 +1,4 @@
-"""benchmarks/layers.py on one pair: both ways of a part compute the same."""
+"""benchmarks/layers.py on one pair: both ways to compute a part give the same result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_both_ways_give_the_same_loss_and_gradients(name):
     torch.testing.assert_close(leaves[0].grad, gradient, rtol=1e-3, atol=1e-4)
 
 
-def test_file_has_what_each_way_takes_keeps_and_moves(tmp_path, capsys):
+def test_the_file_has_the_seconds_kept_memory_and_traffic_of_each_way(tmp_path, capsys):
     out = tmp_path / "results/layers.json"
     threads = torch.get_num_threads()
     layers.main(parts="states_dropout,text_grid", pairs="1", rounds="2", threads=str(threads), out=str(out))
@@ -33,12 +33,13 @@ def test_file_has_what_each_way_takes_keeps_and_moves(tmp_path, capsys):
         for way in (part["kept"], part["other"]):
             assert way["kept_mb"] > 0 and way["moved_gb"] > 0 and len(way["seconds"]) == 2
     dropout = content["parts"]["states_dropout"]
-    assert dropout["kept"]["kept_mb"] == pytest.approx(dropout["other"]["kept_mb"] / 4, rel=1e-3)  # a byte, not a float
+    # One byte per value, not a float.
+    assert dropout["kept"]["kept_mb"] == pytest.approx(dropout["other"]["kept_mb"] / 4, rel=1e-3)
     assert "states_dropout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"dtype": "fp16"}, "--dtype=fp16 is not known. Use one of bf16, fp32"),
         ({"parts": "quick_gelo"}, "--parts: Unknown part quick_gelo. Did you mean quick_gelu"),
@@ -46,6 +47,6 @@ def test_file_has_what_each_way_takes_keeps_and_moves(tmp_path, capsys):
         ({"pair": "3"}, "Unknown flag --pair. Did you mean --pairs"),
     ],
 )
-def test_wrong_usage_is_refused(flags, said):
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_usage_is_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
         layers.main(**flags)

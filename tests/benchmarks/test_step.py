@@ -1,4 +1,4 @@
-"""benchmarks/step.py on the smallest model: what it counts, and what it refuses."""
+"""benchmarks/step.py on the smallest model: its figures, and the flags that it refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.step_sides import MEAN_TOKENS, caption_lengths, make_batch
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 from tests.conftest import run_script
 
 
@@ -43,7 +43,8 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
     for side in (ours, plain):
         assert side["closed_form_gflop_per_pair"] == pytest.approx(side["gflop_per_pair"], rel=1e-9)
         assert sum(side["closed_form_gflop_of_parts"].values()) == pytest.approx(side["closed_form_gflop_per_pair"])
-    assert recomputed["closed_form_gflop_per_pair"] == ours["closed_form_gflop_per_pair"]  # not work
+    # Recomputing is not counted as work.
+    assert recomputed["closed_form_gflop_per_pair"] == ours["closed_form_gflop_per_pair"]
     assert len(ours["seconds"]) == 1 and content["setting"]["batch"] == 8
     machine = content["machine"]
     assert machine["torch"] == torch.__version__ and machine["cpu"] == machine["device"] == cpu_model()
@@ -52,7 +53,7 @@ def test_both_sides_compute_the_same_loss_and_ours_does_less_for_it(tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors name their features otherwise")
-def test_features_of_the_cpu_hold_what_torch_uses():
+def test_features_of_the_cpu_include_those_that_torch_uses():
     needed = {"AVX512": {"avx2", "avx512f"}, "AVX2": {"avx2"}}
     assert needed.get(torch.backends.cpu.get_cpu_capability(), set()) <= set(cpu_features())
 
@@ -64,7 +65,7 @@ def test_sides_that_leave_out_one_saving_are_all_of_them():
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"preset": "huge"}, "--preset=huge is not known. Use one of tiny"),
         ({"against": "apex"}, "--against=apex is no side"),
@@ -75,12 +76,12 @@ def test_sides_that_leave_out_one_saving_are_all_of_them():
         ({"preset": "tiny", "against": "transformers"}, "Use --against=plain, or --preset=base"),
     ],
 )
-def test_wrong_flags_are_refused(flags, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_wrong_flags_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         step.main(**flags)
 
 
-def test_captions_have_the_mean_length_that_figures_are_quoted_for():
+def test_captions_have_the_mean_length_that_figures_are_given_for():
     lengths = caption_lengths(64, MEAN_TOKENS, 50)
     assert sum(lengths) == 64 * MEAN_TOKENS and len(set(lengths)) > 8
     batch = make_batch(complete_model_config(MODELS["tiny"]()), 8, torch.device("cpu"), pad_to=20)

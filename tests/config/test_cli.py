@@ -1,4 +1,4 @@
-"""What a command line becomes: a run, its help, or one line that says what is wrong."""
+"""A command line becomes a run, its help, or one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def configure(preset, *unexpected, **overrides):
     return config_from_cli(PRESETS, preset, unexpected, overrides, USAGE)
 
 
-def test_preset_with_overrides_is_the_preset_with_these_settings():
+def test_overrides_change_only_their_settings_of_the_preset():
     config = configure("tiny", **{"optim.base_lr": "2e-3", "seed": "7"})
     assert (config.optim.base_lr, config.seed, config.model) == (2e-3, 7, tiny().model)
 
@@ -37,12 +37,12 @@ def test_misspelt_preset_is_answered_with_the_nearest_one_and_all():
         configure("base_4n")
 
 
-def test_missing_preset_is_answered_with_the_presets_and_what_they_are():
+def test_missing_preset_is_answered_with_the_presets_and_their_descriptions():
     with pytest.raises(ConfigError, match=r"(?s)Which preset\?.*large_4m +BridgeTower-Large as published"):
         configure("")
 
 
-def test_word_behind_the_preset_is_refused_with_the_way_settings_are_written():
+def test_word_after_the_preset_is_refused_with_how_settings_are_written():
     with pytest.raises(ConfigError, match=r"Unexpected word\(s\) 'seed=1'.*--section\.field=value"):
         configure("tiny", "seed=1")
 
@@ -55,9 +55,9 @@ def test_help_of_a_preset_prints_each_setting_with_its_value_type_and_meaning(ca
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     for name, _, _, _ in walk_fields(tiny()):
-        place = next(number for number, line in enumerate(lines) if line.startswith(f"  --{name}="))
-        assert lines[place].endswith(")"), "its type"
-        assert lines[place + 1].startswith("      "), f"the meaning of {name}"
+        row = next(number for number, line in enumerate(lines) if line.startswith(f"  --{name}="))
+        assert lines[row].endswith(")"), f"{name} has no type"
+        assert lines[row + 1].startswith("      "), f"{name} has no meaning"
     assert "--optim.base_lr=0.001  (number)" in printed
     assert "--objectives.itc=true  (true|false)" in printed
     assert "--data.eval_shards=shards/emoji/combination,shards/emoji/concept  (text,text,...)" in printed
@@ -72,7 +72,7 @@ def test_help_without_a_preset_lists_the_presets(capsys):
     assert all(f"\n  {name} " in printed for name in PRESETS)
 
 
-def test_values_that_help_prints_can_be_given_back():
+def test_values_that_help_prints_are_accepted_as_overrides():
     overrides = {}
     for line in describe_settings(tiny(), USAGE).splitlines():
         if line.startswith("  --"):
@@ -86,7 +86,7 @@ def narrow(*unexpected, **overrides):
     return narrow_overrides(tiny(), ("data.eval_shards", "evaluation."), unexpected, overrides, USAGE)
 
 
-def test_command_for_some_settings_takes_these():
+def test_command_for_some_settings_accepts_these():
     assert narrow(**{"evaluation.max_images": "5"}).evaluation.max_images == 5
 
 
@@ -106,7 +106,7 @@ def test_command_for_some_settings_shows_only_these(capsys):
     assert "--evaluation.max_images" in printed and "--optim" not in printed
 
 
-def test_command_with_flags_refuses_others_and_words():
+def test_command_with_flags_refuses_unknown_flags_and_words():
     refuse_unknown([], {}, ["out"], USAGE)
     with pytest.raises(ConfigError, match=r"Unknown flag --oout\. Did you mean --out\?"):
         refuse_unknown([], {"oout": "x"}, ["out"], USAGE)
@@ -122,7 +122,7 @@ def test_command_without_its_argument_says_which(capsys):
     assert capsys.readouterr().out.startswith(USAGE)
 
 
-def test_flag_that_is_a_whole_number_is_read_strictly():
+def test_flag_that_is_a_whole_number_is_parsed_strictly():
     assert parse_whole("workers", "0", 0) == 0
     with pytest.raises(ConfigError, match=r"--workers=two is not a whole number, e\.g\. --workers=1"):
         parse_whole("workers", "two", 0)
@@ -132,7 +132,7 @@ def test_flag_that_is_a_whole_number_is_read_strictly():
         parse_whole("samples", "0", 1)
 
 
-def test_flag_that_is_on_or_off_is_read_strictly():
+def test_flag_that_is_true_or_false_is_parsed_strictly():
     assert parse_bool("force", "YES") and not parse_bool("force", "off")
     with pytest.raises(ConfigError, match="--force=maybe is neither true nor false"):
         parse_bool("force", "maybe")
@@ -152,18 +152,18 @@ def raising(error, rank=None):
     return command
 
 
-def test_error_for_people_is_one_line_and_its_exit_code(capsys, monkeypatch):
+def test_error_for_people_is_one_line_with_its_exit_code(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert end_of(raising(ConfigError("no such thing")), capsys) == (2, "error: no such thing\n")
     assert end_of(raising(TrainingError("loss is nan")), capsys) == (1, "error: loss is nan\n")
 
 
-def test_what_all_ranks_find_wrong_is_said_once(capsys, monkeypatch):
+def test_error_of_all_ranks_is_printed_once(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert end_of(raising(ConfigError("no such thing")), capsys) == (2, "")
 
 
-def test_what_one_rank_finds_wrong_later_is_said_by_it(capsys, monkeypatch):
+def test_error_of_one_rank_is_printed_by_it(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert end_of(raising(ConfigError("damaged"), rank=3), capsys) == (2, "[rank 3] error: damaged\n")
 
@@ -174,7 +174,7 @@ def test_error_that_is_not_for_people_keeps_its_traceback():
 
 
 @pytest.mark.parametrize("word", ["-", "--"])
-def test_lone_dashes_are_refused_because_fire_would_run_without_what_follows(capsys, monkeypatch, word):
+def test_lone_dashes_are_refused_because_fire_would_drop_the_words_after_them(capsys, monkeypatch, word):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py", "tiny", word, "--seed=1"])
     code, printed = end_of(lambda: pytest.fail("it ran"), capsys)

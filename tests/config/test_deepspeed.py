@@ -1,4 +1,4 @@
-"""The file that says how memory is split: everything that DeepSpeed would swallow silently is refused."""
+"""The file that says how memory is split: everything that DeepSpeed would ignore silently is refused."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def refused(tmp_path, content, match):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_file_is_accepted_and_handed_on_as_it_is(path):
+def test_shipped_file_is_accepted_and_returned_unchanged(path):
     assert read_memory_config(path) == json.loads(path.read_text())
 
 
-def test_shipped_files_are_what_their_names_say():
+def test_shipped_files_have_the_stage_and_precision_of_their_names():
     assert [path.stem for path in SHIPPED] == ["zero2_bf16", "zero2_fp32"]
     bf16, fp32 = map(read_memory_config, SHIPPED)
     assert bf16["zero_optimization"]["stage"] == fp32["zero_optimization"]["stage"] == 2
     assert is_bf16(bf16) and not is_bf16(fp32)
-    # Without it DeepSpeed 0.19.8 adds the gradients of micro-steps up in bfloat16.
+    # Without this key DeepSpeed 0.19.8 accumulates the gradients of micro-steps in bfloat16.
     assert bf16["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
@@ -50,7 +50,7 @@ def test_unknown_top_level_key_is_refused_which_deepspeed_would_ignore(tmp_path)
     [
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_comm"),
-        # DeepSpeed 0.19.8 reads data_types with .get, so that this one would sum in bfloat16.
+        # DeepSpeed 0.19.8 reads data_types with .get: with this typo it would accumulate in bfloat16.
         ({"zero_optimization": {"stage": 2}, "data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_accum_dtype"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"enable": True}}, "bf16.enabled"),
     ],
@@ -81,31 +81,31 @@ def test_fp16_is_refused_with_what_to_use_instead(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("zero", "said"),
+    ("zero", "message"),
     [
-        ({"stage": 3}, "stage=3 must be 0 or 1 or 2. Stage 3 splits the weights themselves"),
+        ({"stage": 3}, "stage=3 must be 0 or 1 or 2. Stage 3 also splits the weights"),
         ({"stage": -1}, "stage=-1 must be 0 or 1 or 2"),
         ({"stage": "2"}, 'stage="2" must be 0 or 1 or 2'),
         ({"stage": True}, "stage=true must be 0 or 1 or 2"),
         ({}, 'Add "zero_optimization": {"stage": 2}'),
-        ({"stage": 2, "reduce_bucket_size": -5}, "reduce_bucket_size=-5 must be a whole number above 0"),
-        ({"stage": 2, "reduce_bucket_size": 5e7}, "reduce_bucket_size=50000000.0 must be a whole number above 0"),
+        ({"stage": 2, "reduce_bucket_size": -5}, "reduce_bucket_size=-5 must be an integer above 0"),
+        ({"stage": 2, "reduce_bucket_size": 5e7}, "reduce_bucket_size=50000000.0 must be an integer above 0"),
         ({"stage": 2, "overlap_comm": "true"}, 'overlap_comm="true" must be true or false'),
-        # Laid out otherwise, the optimiser's files could not be read at another number of ranks.
+        # These change the layout of the optimiser's files, which then cannot be read at another number of ranks.
         ({"stage": 2, "round_robin_gradients": True}, "Unknown key zero_optimization.round_robin_gradients"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "Unknown key zero_optimization.offload_optimizer"),
     ],
 )
-def test_value_that_zero_cannot_have_is_refused(tmp_path, zero, said):
-    refused(tmp_path, {"zero_optimization": zero}, re.escape(said))
+def test_value_that_zero_cannot_have_is_refused(tmp_path, zero, message):
+    refused(tmp_path, {"zero_optimization": zero}, re.escape(message))
 
 
 @pytest.mark.parametrize("content", [{"zero_optimization": 2}, {"zero_optimization": {"stage": 2}, "bf16": True}])
-def test_value_in_the_place_of_a_section_is_refused(tmp_path, content):
-    refused(tmp_path, content, "must be an object in braces")
+def test_value_instead_of_a_section_is_refused(tmp_path, content):
+    refused(tmp_path, content, "must be an object")
 
 
-def test_text_that_means_no_is_not_taken_for_yes(tmp_path):
+def test_the_text_false_is_not_read_as_true(tmp_path):
     refused(tmp_path, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "false"}}, "must be true or false")
 
 
@@ -124,22 +124,22 @@ def test_bf16_without_master_weights_is_refused(tmp_path):
         '{"zero_optimization": {"stage": 2, "stage": 1}}',
     ],
 )
-def test_key_that_stands_there_twice_is_refused(tmp_path, content):
-    refused(tmp_path, content, r"the key '(stage|zero_optimization)' stands there twice")
+def test_key_that_occurs_twice_is_refused(tmp_path, content):
+    refused(tmp_path, content, r"the key '(stage|zero_optimization)' occurs twice")
 
 
-def test_text_that_is_no_json_is_refused_with_its_place(tmp_path):
+def test_text_that_is_not_json_is_refused_with_its_line(tmp_path):
     refused(tmp_path, '{"bf16": }', r"is not JSON \(.*line 1")
     refused(tmp_path, "[2]", "must hold one JSON object, not list")
 
 
-def test_missing_file_is_answered_with_those_that_are_there(tmp_path):
+def test_missing_file_is_answered_with_the_existing_ones(tmp_path):
     (tmp_path / "mine.json").touch()
     with pytest.raises(ConfigError, match=r"there is no .*yours\.json.* offers: mine\."):
         read_memory_config(tmp_path / "yours.json")
 
 
-def test_folder_in_the_place_of_the_file_is_an_error_for_people(tmp_path):
+def test_folder_instead_of_the_file_is_an_error_for_people(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_memory_config(tmp_path)
 
@@ -153,8 +153,8 @@ def test_deepspeed_sees_the_batch_sizes_and_the_clip_of_the_run(max_grad_norm):
     )
     seen = DeepSpeedConfig(merged)
     assert (seen.train_micro_batch_size_per_gpu, seen.gradient_accumulation_steps) == (16, 4)
-    assert seen.train_batch_size == 64  # one process here
-    # Absent, it would be 1.0: DeepSpeed 0.19.8 clips unless told otherwise.
+    assert seen.train_batch_size == 64  # in one process
+    # Without the key DeepSpeed 0.19.8 clips at 1.0.
     assert seen.gradient_clipping == max_grad_norm
     assert seen.zero_config.stage == 2 and seen.bfloat16_config.enabled and seen.grad_accum_dtype == "fp32"
 

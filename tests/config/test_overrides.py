@@ -1,4 +1,4 @@
-"""Texts onto settings: each type is read strictly, and a misspelt name is answered with the right one."""
+"""Overrides: each type is parsed strictly, and a misspelt name is answered with the right one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pretrain.presets import PRESETS, base_4m, tiny
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     count: int = 1
-    share: float = 0.5
+    fraction: float = 0.5
     is_on: bool = False
     mode: Literal["slow", "fast"] = "slow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """One field of each type that the settings have, and two that depend on each other."""
+    """One field of each type that settings have, and two that depend on each other."""
 
     folders: tuple[str, ...]
     label: str = ""
@@ -47,10 +47,10 @@ START = Outer(folders=("a",))
         ("inner.count", "-3", -3),
         ("inner.count", "100_000", 100_000),
         ("inner.count", "1e5", 100_000),
-        ("inner.share", "2e-5", 2e-5),
-        ("inner.share", "3", 3.0),
+        ("inner.fraction", "2e-5", 2e-5),
+        ("inner.fraction", "3", 3.0),
         ("inner.is_on", "true", True),
-        ("inner.is_on", "True", True),  # what fire makes of a bare --inner.is_on
+        ("inner.is_on", "True", True),  # fire gives this text for a bare --inner.is_on
         ("inner.is_on", "0", False),
         ("inner.is_on", "no", False),
         ("inner.mode", "fast", "fast"),
@@ -64,10 +64,10 @@ START = Outer(folders=("a",))
         ("folders", "", ()),
     ],
 )
-def test_text_is_read_by_the_type_of_its_field(name, text, value):
+def test_text_is_parsed_by_the_type_of_its_field(name, text, value):
     changed = apply_overrides(START, {name: text})
-    found = {name: value for name, _, value, _ in walk_fields(changed)}[name]
-    assert found == value and type(found) is type(value)
+    parsed = {name: value for name, _, value, _ in walk_fields(changed)}[name]
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_text_is_read_by_the_type_of_its_field(name, text, value):
         ("inner.count", "inf", "integer"),
         ("inner.count", "True", "integer"),
         ("inner.count", "²", "integer"),
-        ("inner.share", "10%", "number"),
-        ("inner.share", "1,5", "number"),
-        ("inner.share", "true", "number"),
-        ("inner.share", "nan", "number"),
-        ("inner.share", "-inf", "number"),
+        ("inner.fraction", "10%", "number"),
+        ("inner.fraction", "1,5", "number"),
+        ("inner.fraction", "true", "number"),
+        ("inner.fraction", "nan", "number"),
+        ("inner.fraction", "-inf", "number"),
         ("inner.is_on", "2", "true|false"),
         ("inner.is_on", "", "true|false"),
         ("inner.mode", "faster", "slow, fast"),
@@ -116,7 +116,7 @@ def test_misspelt_setting_is_answered_with_the_nearest_one(given, meant):
         apply_overrides(base_4m(), {given: "1"})
 
 
-def test_name_like_no_other_is_answered_with_where_to_look():
+def test_name_without_a_near_match_is_answered_with_help():
     with pytest.raises(ConfigError, match=r"Unknown setting --zebra\. --help lists all of them\."):
         apply_overrides(base_4m(), {"zebra": "1"})
 
@@ -126,7 +126,7 @@ def test_section_is_not_a_setting():
         apply_overrides(base_4m(), {"model": "large"})
 
 
-def test_settings_are_set_together_so_that_only_the_result_must_agree_with_itself():
+def test_settings_are_set_together_so_that_only_the_result_must_be_consistent():
     # One after the other, low=5 would contradict high=2.
     assert apply_overrides(START, {"low": "5", "high": "9"}).low == 5
     with pytest.raises(ConfigError, match="low=5 is not below high=2"):
@@ -140,7 +140,7 @@ def test_an_override_leaves_everything_else_as_it_was():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_survives_the_way_to_json_types_and_back(name):
+def test_preset_survives_conversion_to_json_types_and_back(name):
     config = PRESETS[name]()
     assert from_dict(RunConfig, to_dict(config)) == config
 
@@ -168,13 +168,13 @@ def test_json_value_of_another_type_is_refused_and_never_converted(section, name
         from_dict(RunConfig, content)
 
 
-def test_whole_number_in_json_serves_as_a_number():
+def test_integer_in_json_is_accepted_as_a_number():
     content = to_dict(tiny())
     content["optim"]["max_grad_norm"] = 1
     assert isinstance(from_dict(RunConfig, content).optim.max_grad_norm, float)
 
 
-def test_json_name_that_is_no_setting_is_refused_with_the_nearest_one():
+def test_json_name_that_is_not_a_setting_is_refused_with_the_nearest_one():
     content = to_dict(tiny())
     content["optim"]["base_lrr"] = 1e-3
     with pytest.raises(ConfigError, match=r"optim\.base_lrr.*Did you mean optim\.base_lr\?"):
@@ -188,7 +188,7 @@ def test_json_without_a_setting_that_has_no_default_is_refused():
         from_dict(RunConfig, content)
 
 
-def test_json_value_in_the_place_of_a_section_is_refused():
+def test_json_value_instead_of_a_section_is_refused():
     content = to_dict(tiny())
     content["model"]["text"] = "roberta-base"
     with pytest.raises(ConfigError, match=r"model\.text='roberta-base' must be a section"):

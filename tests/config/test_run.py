@@ -1,4 +1,4 @@
-"""Contradictions between settings are found when a configuration is made, and answered with a repair."""
+"""Settings that contradict each other are found when a configuration is built, and the error suggests a repair."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridgetower.errors import ConfigError
 from pretrain.presets import PRESETS, tiny
 
 REFUSED = [
-    # (settings of `tiny`, what the error says of the value, what it says to do)
+    # (overrides of `tiny`, what the error says about the value, what it suggests)
     ({"model.image_size_px": "70"}, "70 is not a multiple of model.vision.patch_size_px=18", "Use 54 or 72"),
     ({"model.image_size_px": "10"}, "model.image_size_px=10 is not a multiple", "Use 18 or 36"),
     ({"model.fusion.num_layers": "4"}, "bridges 4 layers, more than the text tower has (3)", "num_layers=3 or fewer"),
@@ -23,7 +23,7 @@ REFUSED = [
     ({"model.fusion.num_layers": "0", "model.fusion.width": "64"}, "model.vision.width=128", "Make them equal"),
     ({"model.heads.mlm_tied": "yes", "model.fusion.width": "64"}, "model.heads.mlm_tied=True", "Make them equal"),
     ({"model.vision.name": "custom", "model.vision.width": "0"}, "model.vision.width=0", "give its name"),
-    ({"model.fusion.num_heads": "3"}, "width=128 does not divide into model.fusion.num_heads=3", "num_heads=4 or 2"),
+    ({"model.fusion.num_heads": "3"}, "width=128 is not a multiple of model.fusion.num_heads=3", "num_heads=4 or 2"),
     ({"model.vision.num_heads": "3"}, "model.vision.num_heads=3", "num_heads=4 or 2"),
     ({"model.text.num_heads": "5"}, "model.text.num_heads=5", "num_heads=4 or 2"),
     ({"model.vision.patch_size_px": "0"}, "model.vision.patch_size_px=0", "greater than 0"),
@@ -33,8 +33,8 @@ REFUSED = [
     ({"model.text.dropout": "1"}, "model.text.dropout=1.0 is not in [0, 1)", "10 % is written 0.1"),
     ({"model.fusion.dropout": "-0.1"}, "model.fusion.dropout=-0.1 is not in [0, 1)", "10 % is written 0.1"),
     ({"objectives.mlm": "no", "objectives.itm": "no"}, "both off", "Switch at least one on"),
-    ({"objectives.mlm_probability": "0"}, "mlm_probability=0.0 is not in (0, 1)", "the paper has 0.15"),
-    ({"model.heads.itc_initial_temperature": "14"}, "temperature=14.0 is not in [0.001, 0.5]", "the paper has 0.07"),
+    ({"objectives.mlm_probability": "0"}, "mlm_probability=0.0 is not in (0, 1)", "the paper uses 0.15"),
+    ({"model.heads.itc_initial_temperature": "14"}, "temperature=14.0 is not in [0.001, 0.5]", "the paper uses 0.07"),
     ({"model.heads.itc_width": "-1"}, "model.heads.itc_width=-1", "greater than 0"),
     ({"data.train_shards": ""}, "data.train_shards is empty", "--data.train_shards=DIR"),
     ({"data.workers": "-1"}, "data.workers=-1", "0 or more"),
@@ -44,12 +44,12 @@ REFUSED = [
     ({"optim.base_lr": "0"}, "optim.base_lr=0.0", "greater than 0"),
     ({"optim.total_steps": "0"}, "optim.total_steps=0", "greater than 0"),
     ({"optim.fusion_lr_scale": "-5"}, "optim.fusion_lr_scale=-5.0", "greater than 0"),
-    ({"optim.beta2": "1"}, "optim.beta2=1.0 is not in [0, 1)", "it is a share"),
+    ({"optim.beta2": "1"}, "optim.beta2=1.0 is not in [0, 1)", "It is a fraction"),
     ({"optim.weight_decay": "-0.01"}, "optim.weight_decay=-0.01", "0 (off) or more"),
     ({"optim.max_grad_norm": "-1"}, "optim.max_grad_norm=-1.0", "0 (off) or more"),
-    # A number of steps where a share is meant: the error says the share.
+    # A number of steps where a fraction is expected: the error says the fraction.
     ({"optim.total_steps": "100000", "optim.warmup_fraction": "1000"}, "warmup_fraction=1000.0", "steps write 0.01"),
-    ({"engine.threads_per_rank": "-1"}, "engine.threads_per_rank=-1", "0 (share the cores) or more"),
+    ({"engine.threads_per_rank": "-1"}, "engine.threads_per_rank=-1", "0 (divide the cores) or more"),
     ({"evaluation.batch_size": "0"}, "evaluation.batch_size=0", "greater than 0"),
     ({"evaluation.max_images": "-1"}, "evaluation.max_images=-1", "0 or more"),
     ({"evaluation.max_images": "1"}, "evaluation.max_images=1", "0 (all) or 2 or more"),
@@ -63,15 +63,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "wrong", "cure"), REFUSED, ids=[",".join(row[0]) for row in REFUSED])
-def test_contradiction_is_refused_with_its_value_and_its_cure(overrides, wrong, cure):
+@pytest.mark.parametrize(("overrides", "wrong", "suggestion"), REFUSED, ids=[",".join(row[0]) for row in REFUSED])
+def test_contradiction_is_refused_with_its_value_and_a_suggestion(overrides, wrong, suggestion):
     with pytest.raises(ConfigError, match=re.escape(wrong)) as error:
         apply_overrides(tiny(), overrides)
-    assert cure in str(error.value)
+    assert suggestion in str(error.value)
 
 
-def test_repair_that_an_error_names_is_accepted():
-    # Each is the other side of a row above.
+def test_repair_that_an_error_suggests_is_accepted():
+    # What rows of REFUSED suggest.
     good = {"model.image_size_px": "54", "model.fusion.num_layers": "3", "model.text.max_tokens": "62"}
     assert apply_overrides(tiny(), good).model.image_size_px == 54
 

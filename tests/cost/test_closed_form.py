@@ -20,8 +20,9 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.closed_form import CPU, StepCost, Texts, count_micro_batch, count_published_step, typical_texts
 from bridgetower.cost.counted import count_step
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 
 EVERYTHING = ("vision", "text", "fusion")

@@ -16,7 +16,7 @@ from bridgetower.config.named_models import MODELS
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.closed_form import Texts, count_micro_batch
 from bridgetower.cost.counted import count_forward, count_step, step_work
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 
 # Reference_spec 2.3, GFLOP a pair with 50 tokens; transforms apart: 2 x positions x width^2 x 6 layers.
 PUBLISHED = {

@@ -25,26 +25,26 @@ def corpora(tmp_path) -> Corpora:
 
 
 def everything(corpora: Corpora) -> list[tuple[int, int]]:
-    """Shard and number of all pairs, shard by shard."""
+    """Shard and number of every pair, shard by shard."""
     return [(shard, pair) for shard, pairs in enumerate(corpora.pairs_per_shard) for pair in range(pairs)]
 
 
 def read_all(corpora: Corpora) -> list[Pair]:
-    return [corpora.read(*place) for place in everything(corpora)]
+    return [corpora.read(shard, number) for shard, number in everything(corpora)]
 
 
 def test_every_caption_of_every_corpus_is_one_pair(corpora):
     pairs = read_all(corpora)
-    found = sorted((pair.caption.replace(" longer", ""), pair.corpus) for pair in pairs)
-    assert found == sorted(
-        (f"{name} picture {number}, caption {which}", corpus)
+    captions = sorted((pair.caption.replace(" longer", ""), pair.corpus) for pair in pairs)
+    assert captions == sorted(
+        (f"{name} picture {number}, caption {caption}", corpus)
         for corpus, (name, counts) in enumerate(COUNTS.items())
         for number, count in enumerate(counts)
-        for which in range(count)
+        for caption in range(count)
     )
 
 
-def test_a_pair_carries_the_picture_that_its_caption_is_of(corpora):
+def test_a_pair_has_the_image_of_its_caption(corpora):
     for pair in read_all(corpora):
         name, _, number = pair.caption.split(",")[0].split()
         assert pair.image == file_of(draw(int(number)))
@@ -53,14 +53,16 @@ def test_a_pair_carries_the_picture_that_its_caption_is_of(corpora):
         assert f"image_id {name}:{number}" in pair.where
 
 
-def test_a_pair_is_found_by_its_number_in_its_corpus_too(corpora):
-    places = [
+def test_a_pair_is_also_located_by_its_number_in_its_corpus(corpora):
+    located = [
         corpora.pair_of_corpus(corpus, number)
         for corpus in range(len(COUNTS))
         for number in range(corpora.pairs_of_corpus(corpus))
     ]
-    assert places == everything(corpora)
-    assert [corpora.image_id_of(*place) for place in places] == [pair.image_id for pair in read_all(corpora)]
+    assert located == everything(corpora)
+    assert [corpora.read_image_id(shard, number) for shard, number in located] == [
+        pair.image_id for pair in read_all(corpora)
+    ]
 
 
 def test_shards_are_listed_corpus_after_corpus(corpora):
@@ -71,7 +73,7 @@ def test_shards_are_listed_corpus_after_corpus(corpora):
 
 
 def test_a_worker_reads_the_same_pairs(corpora):
-    read_all(corpora)  # opens files, which are not sent
+    read_all(corpora)  # opens files, which are not pickled
     copy = pickle.loads(pickle.dumps(corpora))
     assert read_all(copy) == read_all(corpora)
 
@@ -87,7 +89,7 @@ def test_no_more_shards_stay_open_than_allowed(corpora, monkeypatch):
 
 
 def test_a_corpus_without_pairs_is_refused_with_what_was_rejected(tmp_path):
-    empty = write_corpus(tmp_path, [0, 0])  # pictures without captions
+    empty = write_corpus(tmp_path, [0, 0])  # images without captions
     with pytest.raises(DataError, match=r"corpus holds no pairs \(rejected: \{'no caption': 2\}\)"):
         Corpora([empty])
 
@@ -104,7 +106,7 @@ def test_an_index_that_counts_other_pairs_than_the_manifest_is_an_error(tmp_path
     manifest["shards"][0]["pairs"] = 5
     (folder / "shards.json").write_text(json.dumps(manifest))
     corpora = Corpora([folder])
-    with pytest.raises(DataError, match="counts 6 pairs, the manifest 5: they are of different builds"):
+    with pytest.raises(DataError, match="counts 6 pairs, the manifest 5: they come from different builds"):
         corpora.read(0, 0)
 
 

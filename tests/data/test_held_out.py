@@ -1,4 +1,4 @@
-"""A held-out split is all of its images and captions, once, in the order of its shards."""
+"""A held-out split holds each of its images and captions once, in the order of the shards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def split(folder) -> HeldOutSplit:
 
 @pytest.fixture(scope="module")
 def plain(folder) -> list[tuple[bytes, list[str], str]]:
-    """Image, captions and id of each sample, read with tarfile alone, shard after shard."""
+    """Image, captions and image id of each sample, read with tarfile alone, shard after shard."""
     samples = []
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -54,13 +54,13 @@ def plain(folder) -> list[tuple[bytes, list[str], str]]:
     return samples
 
 
-def test_it_holds_every_image_and_caption_once_in_the_order_of_the_shards(split, plain):
+def test_a_split_holds_every_image_and_caption_once_in_the_order_of_the_shards(split, plain):
     assert split.num_images == 7 and split.num_captions == 14
     assert split.captions == [caption for _, captions, _ in plain for caption in captions]
     assert [split.image_bytes(number) for number in range(7)] == [image for image, _, _ in plain]
 
 
-def test_it_knows_the_image_of_each_caption_and_the_id_of_each_image(split, plain):
+def test_a_split_knows_the_image_of_each_caption_and_the_id_of_each_image(split, plain):
     expected = [number for number, (_, captions, _) in enumerate(plain) for _ in captions]
     assert split.image_of_caption_T.tolist() == expected
     ids = [hash64(image_id) for _, _, image_id in plain]
@@ -71,8 +71,8 @@ def test_it_knows_the_image_of_each_caption_and_the_id_of_each_image(split, plai
 def test_image_batches_of_any_size_together_are_all_images(split, plain, size):
     batches = [split.image_batch(first, size) for first in range(0, split.num_images, size)]
     assert [batch.first for batch in batches] == list(range(0, 7, size))
-    found = torch.cat([batch.pixels_N3SS for batch in batches])
-    assert torch.equal(found, torch.stack([load_image(image, 20, "x") for image, _, _ in plain]))
+    pixels_N3SS = torch.cat([batch.pixels_N3SS for batch in batches])
+    assert torch.equal(pixels_N3SS, torch.stack([load_image(image, 20, "x") for image, _, _ in plain]))
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
@@ -87,8 +87,8 @@ def test_captions_and_their_masks_do_not_depend_on_the_size_of_the_batches(split
         assert torch.equal(batch.clean_ids_TL, whole.clean_ids_TL[rows, :width])
         assert torch.equal(batch.masked_ids_TL, whole.masked_ids_TL[rows, :width])
         assert torch.equal(batch.attention_mask_TL, whole.attention_mask_TL[rows, :width])
-        places = (first + batch.mlm_index_M // width) * length + batch.mlm_index_M % width
-        labels += list(zip(places.tolist(), batch.mlm_label_M.tolist(), strict=True))
+        indices = (first + batch.mlm_index_M // width) * length + batch.mlm_index_M % width
+        labels += list(zip(indices.tolist(), batch.mlm_label_M.tolist(), strict=True))
     assert labels == list(zip(whole.mlm_index_M.tolist(), whole.mlm_label_M.tolist(), strict=True))
     assert len(labels) > 10
 
@@ -100,12 +100,12 @@ def test_another_seed_masks_other_tokens(split):
 
 
 @pytest.mark.parametrize("max_images", [1, 3, 4, 7, 50])
-def test_it_can_be_limited_to_its_first_images_with_all_their_captions(folder, split, max_images):
-    part = open_split(folder, max_images)
-    assert part.num_images == min(max_images, 7)
-    assert part.captions == split.captions[: len(part.captions)]
-    assert part.image_of_caption_T.tolist() == [i for i in split.image_of_caption_T.tolist() if i < max_images]
-    assert torch.equal(part.image_id_N, split.image_id_N[:max_images])
+def test_a_split_can_be_limited_to_its_first_images_with_all_their_captions(folder, split, max_images):
+    limited = open_split(folder, max_images)
+    assert limited.num_images == min(max_images, 7)
+    assert limited.captions == split.captions[: len(limited.captions)]
+    assert limited.image_of_caption_T.tolist() == [i for i in split.image_of_caption_T.tolist() if i < max_images]
+    assert torch.equal(limited.image_id_N, split.image_id_N[:max_images])
 
 
 def test_an_image_that_cannot_be_decoded_is_an_error_and_not_skipped(tmp_path):

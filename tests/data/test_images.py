@@ -1,4 +1,4 @@
-"""The tensor the model reads equals the reference's transform of the same file."""
+"""The tensor that the model reads equals the reference's transform of the same file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from bridgetower.data.images import load_image
 from bridgetower.errors import DataError
-from bridgetower.shards.decode import PictureTooLarge, open_picture
+from bridgetower.shards.decode import ImageTooLarge, decode_image
 from tests.shards.test_decode import with_orientation
 from tests.small_corpora import draw, file_of
 
@@ -21,7 +21,7 @@ SIZES = [(40, 40), (64, 48), (48, 64), (101, 67), (500, 60), (33, 200), (20, 20)
 
 
 def textured(width: int, height: int) -> Image.Image:
-    """Fine detail everywhere, so that a crop that is off by a pixel shows."""
+    """An image with fine detail everywhere, so that a crop that is off by one pixel differs."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 2) * np.cos(y / 3), np.sin((x + y) / 4), np.cos(x / 5 - y / 2)]
     return Image.fromarray((127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8))
@@ -54,29 +54,29 @@ def test_resize_and_crop_are_those_of_the_reference(size, side_px):
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (101, 67)])
 @pytest.mark.parametrize("options", [{"quality": 95}, {"progressive": True}, {"subsampling": 0}])
-def test_a_jpeg_is_what_pillow_makes_of_it(size, options):
+def test_a_jpeg_is_decoded_as_pillow_does(size, options):
     raw = file_of(textured(*size), "JPEG", **options)
-    difference = abs(loaded(raw, 40) - reference(open_picture(raw, "x"), 40))
+    difference = abs(loaded(raw, 40) - reference(decode_image(raw, "x"), 40))
     assert difference.max() <= 4 and difference.mean() < 0.6
 
 
 @pytest.mark.parametrize("size", [(400, 300), (333, 500), (640, 427), (1280, 960)])
 def test_a_large_jpeg_is_decoded_at_reduced_scale_and_hardly_differs(size):
-    # A photograph: of noise, libjpeg's smaller transforms and Pillow's filter keep other parts.
+    # A photograph, as libjpeg's reduced transforms and Pillow's filter differ on noise.
     portrait = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     photo = portrait.crop((0, 0, 512, 600)).resize(size, Image.Resampling.BICUBIC)
     raw = file_of(photo, "JPEG", quality=95)
-    expected = reference(open_picture(raw, "x"), 72)
+    expected = reference(decode_image(raw, "x"), 72)
     difference = loaded(raw, 72) - expected
     assert 10 * np.log10(255**2 / (difference**2).mean()) > 45
     exact = load_image(raw, 72, "the sample", exact=True).permute(1, 2, 0).numpy().astype(int)
     assert abs(exact - expected).max() <= 2 < abs(difference).max()
 
 
-def test_an_image_may_be_written_to_where_it_is_needed():
+def test_an_image_can_be_decoded_into_a_given_tensor():
     raw, ring = file_of(textured(64, 48)), torch.zeros(2, 3, 40, 40, dtype=torch.uint8)
-    found = load_image(raw, 40, "the sample", out=ring[1])
-    assert torch.equal(ring[1], load_image(raw, 40, "the sample")) and found.data_ptr() == ring[1].data_ptr()
+    returned = load_image(raw, 40, "the sample", out=ring[1])
+    assert torch.equal(ring[1], load_image(raw, 40, "the sample")) and returned.data_ptr() == ring[1].data_ptr()
     assert not ring[0].any()
 
 
@@ -88,14 +88,14 @@ def test_gray_and_cmyk_jpegs_are_read_as_rgb(mode):
     assert abs(loaded(raw, 40) - expected).max() <= 8
 
 
-def test_a_transparent_png_lies_on_white():
+def test_a_transparent_png_is_shown_on_white():
     assert (loaded(file_of(Image.new("RGBA", (50, 50), (0, 0, 0, 0))), 40) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_is_turned_upright(orientation):
     raw = with_orientation(textured(64, 44), orientation, "JPEG")
-    assert abs(loaded(raw, 40) - reference(open_picture(raw, "x"), 40)).max() <= 4
+    assert abs(loaded(raw, 40) - reference(decode_image(raw, "x"), 40)).max() <= 4
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
@@ -105,21 +105,21 @@ def test_a_truncated_image_is_an_error_that_names_the_sample(format_name):
         load_image(raw[: len(raw) * 2 // 3], 40, "00012.tar, sample 5")
 
 
-def test_a_jpeg_that_claims_to_be_huge_is_refused_before_memory_is_asked_for():
-    # torchvision would allocate the 13 GB that these 700 bytes promise.
+def test_a_jpeg_that_claims_to_be_huge_is_refused_before_memory_is_allocated():
+    # torchvision would allocate the 13 GB that these 700 bytes claim.
     raw = file_of(draw(0), "JPEG")
     frame = raw.index(b"\xff\xc0")
     bomb = raw[: frame + 5] + struct.pack(">HH", 65_500, 65_500) + raw[frame + 9 :]
-    with pytest.raises(PictureTooLarge, match="the sample"):
+    with pytest.raises(ImageTooLarge, match="the sample"):
         load_image(bomb, 40, "the sample")
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_line_of_pixels_is_cut_before_it_is_resized(turned):
-    # Resized whole it would be 288 x 57,600,000 pixels: 50 GB. The left half is black, the right half white.
+    # Resizing the whole line would give 288 x 57,600,000 pixels: 50 GB. Its left half is black, its right half white.
     line = Image.new("L", (200_000, 1))
     line.paste(255, (100_000, 0, 200_000, 1))
-    found = loaded(file_of(line.transpose(Image.Transpose.ROTATE_90) if turned else line), 288)
-    across = found[:, :, 0].mean(axis=1)[::-1] if turned else found[:, :, 0].mean(axis=0)
+    pixels = loaded(file_of(line.transpose(Image.Transpose.ROTATE_90) if turned else line), 288)
+    across = pixels[:, :, 0].mean(axis=1)[::-1] if turned else pixels[:, :, 0].mean(axis=0)
     assert across[0] < 20 and across[-1] > 235
     assert across.mean() == pytest.approx(127.5, abs=3)

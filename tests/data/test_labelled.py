@@ -1,4 +1,4 @@
-"""Labelled pairs: each once an epoch at any number of ranks, changed as seed and position say, and none left out."""
+"""Labelled pairs: each once per epoch at any number of ranks, augmented by seed and position, and none left out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bridgetower.data.images import load_whole_image
 from bridgetower.data.labelled import LabelledSplit, LabelledStream
 from bridgetower.data.loader import micro_batches
 from bridgetower.data.order import Order, cut_global_batch
-from bridgetower.data.targets import check_labels, num_classes, target_of
+from bridgetower.data.targets import check_labels, count_classes, make_target
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import DataError
 from tests.finetune.corpora import NUM_ANSWERS, PAIRS_PER_PICTURE, write_task
 from tests.small_corpora import draw, file_of
 
-SIDE, PICTURES = 24, 8
-PAIRS = PICTURES * PAIRS_PER_PICTURE
+SIDE, IMAGES = 24, 8
+PAIRS = IMAGES * PAIRS_PER_PICTURE
 TASKS: tuple[TaskName, ...] = ("vqa", "snli_ve", "nlvr2", "retrieval")
 TOKENIZER = Tokenizer("emoji")
 
@@ -34,7 +34,7 @@ TOKENIZER = Tokenizer("emoji")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     for task in TASKS:
-        write_task(folder, task, "train", PICTURES)
+        write_task(folder, task, "train", IMAGES)
     return folder
 
 
@@ -57,7 +57,7 @@ def make_stream(
         cut_global_batch(12, micro, ranks),
         config,
         task=task,
-        classes=num_classes(task, NUM_ANSWERS),
+        classes=count_classes(task, NUM_ANSWERS),
         rank=rank,
         seed=3,
         tokenizer=TOKENIZER,
@@ -71,7 +71,7 @@ def texts(batches: list[FinetuneBatch]) -> list[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_pair_is_seen_once_an_epoch_by_one_of_the_ranks(root, task):
+def test_each_pair_is_seen_once_per_epoch_by_one_of_the_ranks(root, task):
     for epoch in (0, 1):
         steps = range(2 * epoch, 2 * epoch + 2)
         seen = Counter(texts([make_stream(root, task, rank=r, ranks=2)[step] for step in steps for r in (0, 1)]))
@@ -79,17 +79,17 @@ def test_each_pair_is_seen_once_an_epoch_by_one_of_the_ranks(root, task):
 
 
 def joined(batches: list[FinetuneBatch]) -> dict[str, np.ndarray]:
-    """What belongs to each pair, in the order of the stream."""
-    found = {}
+    """Join what belongs to each pair, in the order of the stream."""
+    arrays = {}
     for name in ("target_BC", "image_id_B", "draw_B2", "replaced_B"):
-        found[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
-    # NLVR2: left and right of each pair.
-    pictures = [batch.pixels_N3SS.unflatten(0, (-1, len(batch.ids_BL))).transpose(0, 1) for batch in batches]
-    return {**found, "pixels": torch.cat(pictures).numpy()}
+        arrays[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
+    # NLVR2: left and right image of each pair.
+    images = [batch.pixels_N3SS.unflatten(0, (-1, len(batch.ids_BL))).transpose(0, 1) for batch in batches]
+    return {**arrays, "pixels": torch.cat(images).numpy()}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_two_ranks_are_given_what_one_is_and_other_changes_in_the_next_epoch(root, task):
+def test_two_ranks_get_the_pairs_of_one_and_the_next_epoch_is_augmented_differently(root, task):
     one = joined([make_stream(root, task, micro=12)[step] for step in range(4)])
     two = joined([make_stream(root, task, rank=r, ranks=2)[step] for step in range(4) for r in (0, 1)])
     assert all(np.array_equal(one[name], two[name]) for name in one)
@@ -98,17 +98,17 @@ def test_two_ranks_are_given_what_one_is_and_other_changes_in_the_next_epoch(roo
 
 
 def test_workers_prepare_the_same_batches(root):
-    def prepared(workers: int) -> list[FinetuneBatch]:
+    def batches_with(workers: int) -> list[FinetuneBatch]:
         batches = micro_batches(make_stream(root, "nlvr2", workers=workers), 0, 4)
         return [batch._replace(pixels_N3SS=batch.pixels_N3SS.clone()) for batch in batches]
 
-    for one, other in zip(prepared(0), prepared(2), strict=True):
+    for one, other in zip(batches_with(0), batches_with(2), strict=True):
         for name in one._fields:
             left, right = getattr(one, name), getattr(other, name)
             assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, name
 
 
-def test_targets_are_those_of_the_text_and_its_picture(root):
+def test_targets_belong_to_their_texts(root):
     stream = make_stream(root, "vqa", micro=12)
     for text, target in zip(texts([stream[0]]), stream[0].target_BC, strict=True):
         match = re.search(r"(\d+) ?(\w+)$", text)
@@ -119,7 +119,7 @@ def test_targets_are_those_of_the_text_and_its_picture(root):
         assert target.numpy() == pytest.approx(expected)
 
 
-def test_nlvr2_shows_the_left_picture_and_then_the_right(root):
+def test_nlvr2_batches_hold_left_images_and_then_right_ones(root):
     stream = make_stream(root, "nlvr2", micro=12, augmentation="none")
     batch = stream[0]
     for row, text in enumerate(texts([batch])):
@@ -132,11 +132,11 @@ def test_nlvr2_shows_the_left_picture_and_then_the_right(root):
 
 
 @pytest.mark.parametrize("task", ["vqa", "snli_ve", "nlvr2"])
-def test_blocks_of_a_split_hold_each_pair_once_in_order_and_each_picture_once(root, task):
+def test_blocks_of_a_split_hold_each_pair_once_and_each_image_once_per_block(root, task):
     split = LabelledSplit(
         root / task / "train",
         task=task,
-        classes=num_classes(task, NUM_ANSWERS),
+        classes=count_classes(task, NUM_ANSWERS),
         tokenizer=TOKENIZER,
         image_size_px=SIDE,
         max_text_tokens=20,
@@ -148,36 +148,36 @@ def test_blocks_of_a_split_hold_each_pair_once_in_order_and_each_picture_once(ro
     sides = 2 if task == "nlvr2" else 1
     for block in blocks:
         assert len(block.pixels_N3SS) == sides * len(set(block.image_id_B.tolist()))
-        # Texts that stand with the same picture have the same row.
+        # Texts of the same image have the same row.
         assert len(set(zip(block.image_B.tolist(), block.image_id_B.tolist(), strict=True))) == block.image_B.max() + 1
 
 
 @pytest.mark.parametrize("size", [(64, 40), (500, 333), (97, 311)])
-def test_a_picture_is_squashed_as_pillow_does(size):
+def test_an_image_is_squashed_as_pillow_does(size):
     noise = np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8)
-    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-    found = load_whole_image(file_of(picture), 48, "here").permute(1, 2, 0).numpy().astype(int)
-    expected = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(found - expected).max() <= 2
-    # A large JPEG is decoded at reduced scale unless it is to be exact.
-    jpeg = file_of(picture.resize((1200, 800), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    squashed = load_whole_image(file_of(image), 48, "here").permute(1, 2, 0).numpy().astype(int)
+    expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(squashed - expected).max() <= 2
+    # Without exact=True, a large JPEG is decoded at reduced scale.
+    jpeg = file_of(image.resize((1200, 800), Image.Resampling.BICUBIC), "JPEG", quality=95)
     reduced, exact = (load_whole_image(jpeg, 48, "here", exact=exact).float() for exact in (False, True))
     assert not torch.equal(reduced, exact) and (reduced - exact).abs().mean() < 3
 
 
-# task whose pairs are given, task that reads them, what the error says
+# Task of the shards, task that reads them, part of the error.
 WRONG = [
-    ("retrieval", "snli_ve", "has the label None; snli_ve knows 0 to 2"),
+    ("retrieval", "snli_ve", "has the label None; snli_ve has 0 to 2"),
     ("retrieval", "vqa", "has no answers to its question"),
-    ("snli_ve", "nlvr2", "has one picture; NLVR2 reads two"),
+    ("snli_ve", "nlvr2", "has one image; NLVR2 needs two"),
     ("vqa", "snli_ve", "has the label None"),
 ]
 
 
-@pytest.mark.parametrize(("given", "task", "said"), WRONG)
-def test_shards_of_another_task_are_refused_with_the_source_to_build(root, given, task, said):
-    with pytest.raises(DataError, match=said) as error:
-        check_labels(Corpora([root / given / "train"]), task, num_classes(task, NUM_ANSWERS))
+@pytest.mark.parametrize(("given", "task", "message"), WRONG)
+def test_shards_of_another_task_are_refused_with_the_source_to_build(root, given, task, message):
+    with pytest.raises(DataError, match=message) as error:
+        check_labels(Corpora([root / given / "train"]), task, count_classes(task, NUM_ANSWERS))
     assert f"build_shards.py {task if task != 'vqa' else 'vqav2'}" in str(error.value)
 
 
@@ -185,6 +185,6 @@ def test_an_answer_outside_of_the_vocabulary_is_refused_with_its_setting(root):
     corpora = Corpora([root / "vqa" / "train"])
     pairs = [corpora.read(*corpora.pair_of_corpus(0, number)) for number in range(PAIRS)]
     assert max(label for pair in pairs for label in pair.annotation["labels"]) == NUM_ANSWERS - 1
-    with pytest.raises(DataError, match=r"label 4; vqa knows 0 to 3.*--model\.heads\.num_answers"):
+    with pytest.raises(DataError, match=r"label 4; vqa has 0 to 3.*--model\.heads\.num_answers"):
         for pair in pairs:
-            target_of(pair, "vqa", NUM_ANSWERS - 1)
+            make_target(pair, "vqa", NUM_ANSWERS - 1)

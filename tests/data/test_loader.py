@@ -1,4 +1,4 @@
-"""The stream of micro-batches is the same for any number of ranks and workers; what goes wrong is an error, no hang."""
+"""Micro-batches are the same for any number of ranks and workers; a failure is an error and never a hang."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.conftest import REPO, run_script
 from tests.small_corpora import write_corpus
 
 GROUP = 4
-# 29 pairs in two corpora, so that the batches of 16 below straddle epochs; pictures have up to 3 captions.
+# 29 pairs in two corpora, so that batches of 16 straddle epochs. Images have up to 3 captions.
 COUNTS = {"cats": [1, 2, 1, 3, 1, 2, 3, 1, 2], "dogs": [2, 2, 3, 1, 1, 3, 1]}
 
 
@@ -36,7 +36,7 @@ COUNTS = {"cats": [1, 2, 1, 3, 1, 2, 3, 1, 2], "dogs": [2, 2, 3, 1, 1, 3, 1]}
 def folders(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("corpora")
     return [
-        write_corpus(root, counts, name=name, samples_per_shard=3, first_picture=100 * corpus)
+        write_corpus(root, counts, name=name, samples_per_shard=3, first_image=100 * corpus)
         for corpus, (name, counts) in enumerate(COUNTS.items())
     ]
 
@@ -69,22 +69,22 @@ def make_stream(
 
 def read(stream: PretrainStream, first: int, end: int, workers: int = 0) -> list[PretrainBatch]:
     stream.config = dataclasses.replace(stream.config, workers=workers)
-    # Their images are overwritten later.
+    # Clones, as the stream overwrites images later.
     return [batch._replace(pixels_N3SS=batch.pixels_N3SS.clone()) for batch in micro_batches(stream, first, end)]
 
 
 def assert_same(batches: Sequence[PretrainBatch], others: Sequence[PretrainBatch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        for name, found, expected in zip(batch._fields, batch, other, strict=True):
-            if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-                assert found.dtype == expected.dtype and torch.equal(found, expected), name
+        for name, value, expected in zip(batch._fields, batch, other, strict=True):
+            if isinstance(value, torch.Tensor) and isinstance(expected, torch.Tensor):
+                assert value.dtype == expected.dtype and torch.equal(value, expected), name
             else:
-                assert found == expected, name
+                assert value == expected, name
 
 
 def join(parts: Sequence[PretrainBatch], pad_id: int) -> PretrainBatch:
-    """The micro-batches of all ranks as one: padded to the widest, rows counted on."""
+    """Join the micro-batches of all ranks into one: padded to the widest, with rows renumbered."""
     width = max(part.clean_ids_BL.shape[1] for part in parts)
     rows = [sum(len(part.image_id_B) for part in parts[:number]) for number in range(len(parts))]
 
@@ -102,7 +102,7 @@ def join(parts: Sequence[PretrainBatch], pad_id: int) -> PretrainBatch:
         attention_mask_BL=torch.cat([widen(part.attention_mask_BL, False) for part in parts]),
         mlm_index_M=torch.cat([recount(part, first) for part, first in zip(parts, rows, strict=True)]),
         mlm_label_M=torch.cat([part.mlm_label_M for part in parts]),
-        # Each rank's loss is a mean over its groups; the joined one is the mean over all ranks.
+        # Each rank's loss is the mean over its groups; the joined loss is the mean over all ranks.
         mlm_weight_M=torch.cat([part.mlm_weight_M for part in parts]) / len(parts),
         itm_image_B=torch.cat([part.itm_image_B + first for part, first in zip(parts, rows, strict=True)]),
         itm_label_B=torch.cat([part.itm_label_B for part in parts]),
@@ -114,7 +114,9 @@ def join(parts: Sequence[PretrainBatch], pad_id: int) -> PretrainBatch:
     )
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # more than this machine's cores
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 3 worker processes"
+)  # more than the cores of this machine
 def test_micro_batches_are_the_same_with_0_1_and_3_workers(folders):
     alone = read(make_stream(folders), 0, 12)
     assert len(alone) == 12
@@ -123,7 +125,7 @@ def test_micro_batches_are_the_same_with_0_1_and_3_workers(folders):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_ranks_micro_batches_together_are_one_ranks_joined_batch(folders, ranks):
+def test_the_micro_batches_of_all_ranks_together_are_the_batch_of_one_rank(folders, ranks):
     joined = read(make_stream(folders, micro=16), 0, 10)
     parts = [read(make_stream(folders, ranks=ranks, rank=rank, micro=16 // ranks), 0, 10) for rank in range(ranks)]
     assert_same([join(step, pad_id=1) for step in zip(*parts, strict=True)], joined)
@@ -136,15 +138,15 @@ def test_accumulated_micro_batches_together_are_the_joined_batch(folders):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_that_goes_on_in_the_middle_gives_the_same_tail(folders, workers):
+def test_a_stream_that_resumes_in_the_middle_gives_the_same_tail(folders, workers):
     assert_same(read(make_stream(folders), 7, 12, workers), read(make_stream(folders), 0, 12)[7:])
 
 
-def test_an_epoch_shows_every_pair_with_its_own_picture(folders):
+def test_an_epoch_holds_every_pair_with_its_own_image(folders):
     corpora = Corpora(folders)
     total = sum(corpora.pairs_per_shard)
     assert total == 29
-    expected = {}  # caption ids -> picture, read from the shards one after another
+    expected = {}  # image of each caption, by token ids, read from the shards one after another
     tokenizer = Tokenizer("emoji")
     for shard in range(len(corpora.shard_paths)):
         reader = corpora.reader(shard)
@@ -163,7 +165,7 @@ def test_an_epoch_shows_every_pair_with_its_own_picture(folders):
     assert set(seen.values()) == {4}
 
 
-def test_a_negative_is_shown_with_another_picture_and_one_of_its_corpus_where_the_group_has_one(folders):
+def test_a_negative_is_another_image_and_from_the_same_corpus_if_the_group_has_one(folders):
     corpora = Corpora(folders)
     corpus_of = {
         image_id: corpus
@@ -175,15 +177,15 @@ def test_a_negative_is_shown_with_another_picture_and_one_of_its_corpus_where_th
         ids, images = batch.image_id_B.tolist(), batch.itm_image_B.tolist()
         assert batch.itm_label_B.sum() == 4
         for row, is_positive in enumerate(batch.itm_label_B.tolist()):
-            shown = ids[images[row]]
+            image_id = ids[images[row]]
             if is_positive:
-                assert shown == ids[row]
+                assert image_id == ids[row]
                 continue
             group = ids[row // GROUP * GROUP : row // GROUP * GROUP + GROUP]
-            has_near = any(near != ids[row] and corpus_of[near] == corpus_of[ids[row]] for near in group)
-            assert shown != ids[row] and shown in group
-            assert (corpus_of[shown] == corpus_of[ids[row]]) == has_near
-            num_same, num_other = num_same + has_near, num_other + (not has_near)
+            has_same_corpus = any(other != ids[row] and corpus_of[other] == corpus_of[ids[row]] for other in group)
+            assert image_id != ids[row] and image_id in group
+            assert (corpus_of[image_id] == corpus_of[ids[row]]) == has_same_corpus
+            num_same, num_other = num_same + has_same_corpus, num_other + (not has_same_corpus)
     assert num_same > 50 and num_other > 5
 
 
@@ -205,21 +207,21 @@ def test_a_damaged_shard_is_the_same_error_with_and_without_workers(tmp_path, wo
     shard.write_bytes(raw)
     with pytest.raises(DataError) as error:
         read(make_stream([folder]), 0, 2, workers)
-    # A worker's error as it is, without a traceback in its text.
+    # The worker's error itself, without a traceback in its text.
     assert str(error.value).startswith(f"The image of {shard}, sample 0 (image_id corpus:")
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture
-def workers_are_looked_for_often(monkeypatch):
-    """DataLoader looks every 5 s whether its workers live."""
+def workers_are_checked_often(monkeypatch):
+    """Make DataLoader check every 0.2 s, instead of every 5 s, that its workers live."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
-@pytest.mark.usefixtures("workers_are_looked_for_often")
+@pytest.mark.usefixtures("workers_are_checked_often")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
-    # pytest's own time limit is the hang; DataLoader with a timeout would have waited for all of it.
+    # A hang would end at pytest's time limit.
     stream = micro_batches(make_stream(folders, workers=workers), 0, 100_000)
     before = set(multiprocessing.active_children())
     next(stream)
@@ -232,32 +234,32 @@ def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(folders, workers):
     assert error.value.exit_code == EXIT_FAILED
 
 
-@pytest.mark.usefixtures("workers_are_looked_for_often")
-def test_a_worker_that_is_stuck_in_a_read_ends_in_an_error_and_not_in_a_hang(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("workers_are_checked_often")
+def test_a_worker_whose_read_hangs_ends_in_an_error_and_not_in_a_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_module, "_WORKER_TIMEOUT_SECONDS", 3)
     folder = write_corpus(tmp_path, [1] * 16)
     stream = make_stream([folder], workers=1)
-    # To open a pipe that nobody writes to never ends, as with a file system that does not answer.
+    # Opening a pipe that nobody writes to hangs, like a file system that does not answer.
     (folder / "00001.tar").unlink()
     os.mkfifo(folder / "00001.tar")
-    with pytest.raises(TrainingError, match=r"died .*stuck in a read"):
+    with pytest.raises(TrainingError, match=r"died .*a read hung"):
         list(micro_batches(stream, 0, 4))
 
 
-# The libraries of the server that a worker was forked from.
+# Prints if the server that a worker was forked from has loaded torch.
 SERVER_OF_A_WORKER = """
 import multiprocessing, psutil
-from bridgetower.data.loader import prepared
+from bridgetower.data.loader import prepare_items
 if __name__ == "__main__":
-    items = prepared("numbers", 0, 5, workers=1, prefetch=1)
+    items = prepare_items("numbers", 0, 5, workers=1, prefetch=1)
     assert next(items) == "n"
     (worker,) = multiprocessing.active_children()
-    print(any("libtorch" in part.path for part in psutil.Process(worker.pid).parent().memory_maps()))
+    print(any("libtorch" in region.path for region in psutil.Process(worker.pid).parent().memory_maps()))
 """
 
 
 def test_workers_share_what_they_import(tmp_path):
     (tmp_path / "program.py").write_text(SERVER_OF_A_WORKER)
-    # A program of its own: this one may have a server already.
-    found = run_script(str(tmp_path / "program.py"), env={"PYTHONPATH": str(REPO)}, launcher="preloaded")
-    assert found.stdout == "True\n", found.stderr
+    # A separate program, as this one may have a server already.
+    result = run_script(str(tmp_path / "program.py"), env={"PYTHONPATH": str(REPO)}, launcher="preloaded")
+    assert result.stdout == "True\n", result.stderr

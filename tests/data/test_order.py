@@ -1,4 +1,4 @@
-"""The order of training: every pair once an epoch, the same for any number of ranks."""
+"""The order of training: every pair once per epoch, and the same pairs for any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARDS = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 2)), min_size=1, 
 
 
 def make_order(shards, seed=0, window=4) -> Order:
-    """From (pairs, corpus) of each shard."""
+    """Order of shards that are given as (pairs, corpus)."""
     return Order([pairs for pairs, _ in shards], [corpus for _, corpus in shards], seed=seed, shards_per_window=window)
 
 
@@ -41,29 +41,29 @@ def test_batches_that_straddle_epochs_drop_and_repeat_nothing():
     batches = [located(order, range(8 * batch, 8 * batch + 8)) for batch in range(23)]
     counts = Counter(pair for batch in batches for pair in batch)
     assert len(counts) == 23 and set(counts.values()) == {8}
-    # The third batch holds the last 7 pairs of the first epoch and the first of the second.
+    # The third batch holds the last 7 pairs of the first epoch and the first pair of the second.
     assert batches[2] == located(order, range(16, 23)) + located(order, [23])
 
 
 @SAME_EVERY_TIME
 @given(SHARDS, st.lists(st.integers(0, 2000), min_size=1, max_size=30))
-def test_a_position_means_the_same_pair_whatever_it_is_asked_with(shards, positions):
+def test_a_position_is_the_same_pair_whatever_it_is_located_with(shards, positions):
     order = make_order(shards)
     assert located(order, positions) == [located(order, [position])[0] for position in positions]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_each_seed_has_another_order():
     shards = [(20, 0), (20, 0), (20, 1)]
     epochs = [located(make_order(shards, seed), epoch * 60 + np.arange(60)) for seed in (0, 1) for epoch in (0, 1, 2)]
     for one in range(len(epochs)):
         for other in range(one):
-            same_place = sum(a == b for a, b in zip(epochs[one], epochs[other], strict=True))
-            assert same_place < 10  # 1 expected by chance
+            num_equal = sum(a == b for a, b in zip(epochs[one], epochs[other], strict=True))
+            assert num_equal < 10  # 1 is expected by chance
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [8, 16, 32])
-def test_the_ranks_of_any_cut_together_read_the_stream_of_one_rank(world_size, micro_batch_size):
+def test_all_ranks_together_read_the_stream_of_one_rank(world_size, micro_batch_size):
     cut = cut_global_batch(128, micro_batch_size, world_size, 8)
     micro_steps = 3 * cut.accumulation_steps
     read = [cut.positions(step, rank) for step in range(micro_steps) for rank in range(world_size)]
@@ -71,7 +71,7 @@ def test_the_ranks_of_any_cut_together_read_the_stream_of_one_rank(world_size, m
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 64), (2, 32), (4, 16), (2, 16)])
-def test_a_global_batch_is_made_of_whole_groups_on_one_rank(world_size, micro_batch_size):
+def test_no_group_is_divided_between_ranks_or_micro_batches(world_size, micro_batch_size):
     cut = cut_global_batch(64, micro_batch_size, world_size, 16)
     for micro_step in range(5):
         for rank in range(world_size):
@@ -79,13 +79,13 @@ def test_a_global_batch_is_made_of_whole_groups_on_one_rank(world_size, micro_ba
             assert set(groups.values()) == {16}
 
 
-def test_every_window_holds_the_corpora_in_the_same_proportion():
-    # 40 shards of one corpus and 10 of another, in windows of 10 shards of 10 pairs: 80 and 20 pairs in each.
+def test_every_window_has_the_corpora_in_the_same_proportion():
+    # 40 shards of one corpus and 10 of another, in windows of 10 shards of 10 pairs: 80 and 20 pairs per window.
     order = make_order([(10, 0)] * 40 + [(10, 1)] * 10, window=10)
     for epoch in range(20):
         shards = order.locate(epoch * 500 + np.arange(500)).shard.reshape(5, 100)
         small_corpus = (shards >= 40).sum(axis=1)
-        # A spread at random would leave some of these 100 windows without the small corpus.
+        # A purely random order would leave some of these 100 windows without the small corpus.
         assert (small_corpus >= 10).all() and (small_corpus <= 30).all(), small_corpus
 
 
@@ -100,10 +100,10 @@ def test_reads_stay_within_one_window_of_shards():
 def test_pairs_of_a_window_are_mixed_over_all_its_shards():
     order = make_order([(100, 0)] * 5, window=5)
     first_half = Counter(order.locate(np.arange(250)).shard.tolist())
-    assert all(30 < count < 70 for count in first_half.values())  # 50 expected of each
+    assert all(30 < count < 70 for count in first_half.values())  # 50 are expected of each
 
 
-def test_one_shard_more_than_a_window_is_cut_into_two_halves():
+def test_one_shard_more_than_a_window_makes_two_windows_of_half_the_size():
     order = make_order([(10, 0)] * 65, window=64)
     shards = order.locate(np.arange(650)).shard
     assert len(set(shards[:320].tolist())) == 32
@@ -111,7 +111,7 @@ def test_one_shard_more_than_a_window_is_cut_into_two_halves():
 
 
 def test_old_runs_keep_their_order():
-    # Frozen: a change here changes the data of every run ever made, from the step it was stopped at.
+    # Frozen. Another order would change the data of every existing run that is resumed.
     order = Order([5, 3, 4, 6], [0, 0, 1, 1], seed=0, shards_per_window=2)
     # fmt: off
     assert located(order, np.arange(20)) == [
@@ -123,7 +123,7 @@ def test_old_runs_keep_their_order():
 
 def test_a_worker_gets_the_same_order():
     order = make_order([(10, 0)] * 7 + [(3, 1)] * 5)
-    located(order, np.arange(10))  # fills the cache, which is not sent
+    located(order, np.arange(10))  # fills the cache, which is not pickled
     assert located(pickle.loads(pickle.dumps(order)), np.arange(300)) == located(order, np.arange(300))
 
 
@@ -139,7 +139,7 @@ def test_a_window_of_no_shards_is_refused_with_the_default():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "value", "cure"),
+    ("sizes", "value", "suggestion"),
     [
         ((4096, 48, 1, 32), "data.micro_batch_size=48", "--data.micro_batch_size=32, --data.micro_batch_size=64"),
         ((60, 30, 1, 32), "data.micro_batch_size=30", "--data.negative_group_size=30"),
@@ -150,16 +150,16 @@ def test_a_window_of_no_shards_is_refused_with_the_default():
         ((0, 32, 1, 32), "data.global_batch_size=0", "must be positive"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_its_value_and_cure(sizes, value, cure):
+def test_a_batch_that_does_not_divide_is_refused_with_its_value_and_a_suggestion(sizes, value, suggestion):
     with pytest.raises(ConfigError) as refused:
         cut_global_batch(*sizes)
     assert value in str(refused.value)
-    assert cure in str(refused.value)
+    assert suggestion in str(refused.value)
 
 
 @SAME_EVERY_TIME
 @given(st.integers(1, 600), st.integers(1, 100), st.sampled_from([1, 2, 3, 8]), st.integers(2, 40))
-def test_every_size_that_an_error_names_fits(global_batch_size, micro_batch_size, world_size, group_size):
+def test_every_size_that_an_error_suggests_fits(global_batch_size, micro_batch_size, world_size, group_size):
     try:
         cut = cut_global_batch(global_batch_size, micro_batch_size, world_size, group_size)
     except ConfigError as refused:

@@ -1,4 +1,4 @@
-"""Token ids: RoBERTa's own, from files that are shipped, and those of any tokenizer.json."""
+"""Token ids equal those of transformers, for the shipped tokenizers and for any tokenizer.json."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def shipped(request) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def transformers_roberta() -> RobertaTokenizerFast:
-    """The independent implementation, from the same two files."""
+    """The independent implementation, opened from the same two files."""
     return RobertaTokenizerFast(
         vocab=str(ASSETS / "roberta" / "vocab.json"), merges=str(ASSETS / "roberta" / "merges.txt")
     )
 
 
 def test_known_captions_have_their_known_roberta_ids(roberta):
-    # fairseq's dictionary.
+    # Source: fairseq's dictionary.
     assert [row.tolist() for row in roberta.encode(["Hello world!", ""], 50)] == [[0, 31414, 232, 328, 2], [0, 2]]
 
 
@@ -98,7 +98,7 @@ def test_ids_of_any_text_equal_those_of_transformers(roberta, transformers_rober
 
 @SAME_EVERY_TIME
 @given(st.text(max_size=40))
-def test_any_text_is_its_decoded_ids_without_an_unknown_token(shipped, text):
+def test_any_text_survives_encoding_and_decoding_without_an_unknown_token(shipped, text):
     ids = shipped.encode([text], 10_000)[0]
     assert shipped.decode(ids.tolist()) == text
     assert not shipped.is_special(ids[1:-1]).any()
@@ -111,24 +111,24 @@ def test_the_name_of_a_special_token_in_a_caption_is_only_text(shipped, special)
     assert shipped.decode(ids.tolist()) == f"a {special} b"
 
 
-def test_a_long_caption_loses_its_end_and_keeps_its_end_token(roberta, transformers_roberta):
+def test_a_long_caption_is_cut_off_before_its_end_token(roberta, transformers_roberta):
     caption = "one two three four five six seven eight nine ten"
     (short,) = roberta.encode([caption], 6)
     assert short.tolist() == [*roberta.encode([caption], 50)[0][:5].tolist(), roberta.end_id]
     assert short.tolist() == transformers_roberta(caption, truncation=True, max_length=6)["input_ids"]
 
 
-def test_a_caption_that_just_fits_is_whole(roberta):
+def test_a_caption_that_just_fits_is_kept_whole(roberta):
     (whole,) = roberta.encode(["Hello world!"], 5)
     assert whole.tolist() == [0, 31414, 232, 328, 2]
 
 
-def test_rows_are_padded_to_the_longest_of_them(roberta):
+def test_rows_are_padded_to_the_longest_row(roberta):
     rows = roberta.encode(["Hello world!", "Hello"], 50)
     assert pad(rows, roberta.pad_id).tolist() == [[0, 31414, 232, 328, 2], [0, 31414, 2, 1, 1]]
 
 
-def test_the_shipped_emoji_tokenizer_is_what_build_tokenizer_makes_of_the_training_captions(emoji_shards, tmp_path):
+def test_build_tokenizer_makes_the_shipped_emoji_tokenizer_from_the_training_captions(emoji_shards, tmp_path):
     run_script(
         "data_prep/build_tokenizer.py", str(emoji_shards / "train"), "--vocabulary_size=1000", f"--out={tmp_path}/made"
     )
@@ -139,8 +139,8 @@ def test_the_shipped_emoji_tokenizer_is_what_build_tokenizer_makes_of_the_traini
 def test_a_folder_with_vocabulary_and_merges_is_a_tokenizer(tmp_path, roberta):
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(ASSETS / "roberta" / file, tmp_path)
-    own = Tokenizer(str(tmp_path))
-    assert own.encode(AWKWARD, 50)[4].tolist() == roberta.encode(AWKWARD, 50)[4].tolist()
+    copied = Tokenizer(str(tmp_path))
+    assert copied.encode(AWKWARD, 50)[4].tolist() == roberta.encode(AWKWARD, 50)[4].tolist()
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_shipped_ones():
@@ -187,7 +187,7 @@ def train_bert_like(captions: list[str]) -> Any:
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    # BERT's own order: [PAD] is 0.
+    # BERT's tokenizer order, in which [PAD] is 0.
     order = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend.train_from_iterator(
         captions, trainers.WordPieceTrainer(vocab_size=600, special_tokens=order, show_progress=False)
@@ -213,7 +213,7 @@ def train_xlmr_like(captions: list[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def json_files(emoji_shards, tmp_path_factory) -> dict[str, Path]:
-    """tokenizer.json of three kinds, trained with the library's own trainers."""
+    """A tokenizer.json of each kind, trained with the library's tokenizer trainers."""
     files = {}
     captions = read_captions(emoji_shards)
     for train in (train_roberta_like, train_bert_like, train_xlmr_like):
@@ -234,12 +234,12 @@ def json_file(json_files, kind) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(json_file) -> Tokenizer:
+def tokenizer(json_file) -> Tokenizer:
     return Tokenizer(str(json_file.parent))
 
 
 def open_with_transformers(file: Path, names: list[str]) -> PreTrainedTokenizerFast:
-    """The independent implementation, from the same file."""
+    """Open the same file with the independent implementation."""
     start, padding, end, unknown, mask = names
     return PreTrainedTokenizerFast(
         tokenizer_file=str(file),
@@ -254,12 +254,12 @@ def open_with_transformers(file: Path, names: list[str]) -> PreTrainedTokenizerF
 
 
 @pytest.fixture(scope="module")
-def transformers_own(json_file, kind) -> PreTrainedTokenizerFast:
+def transformers_tokenizer(json_file, kind) -> PreTrainedTokenizerFast:
     return open_with_transformers(json_file, NAMES[kind])
 
 
 def change(file: Path, out: Path, **changes: Any) -> Tokenizer:
-    """The tokenizer of a tokenizer.json with other top-level fields; those of ``model`` are merged."""
+    """Open a copy of a tokenizer.json with other top-level fields. Fields of ``model`` are merged."""
     content = json.loads(file.read_text())
     content["model"] |= changes.pop("model", {})
     (out / "tokenizer.json").write_text(json.dumps(content | changes))
@@ -283,45 +283,45 @@ def assert_only_text(tokenizer: Tokenizer, text: str, *, unknown_allowed: bool =
     assert refused.isdisjoint(inside.tolist())
 
 
-def test_ids_of_a_tokenizer_json_equal_those_of_transformers(own, transformers_own, emoji_shards):
+def test_ids_of_a_tokenizer_json_equal_those_of_transformers(tokenizer, transformers_tokenizer, emoji_shards):
     captions = [*read_captions(emoji_shards), *AWKWARD]
-    expected = transformers_own(captions)["input_ids"]
-    assert [row.tolist() for row in own.encode(captions, 10_000)] == expected
+    expected = transformers_tokenizer(captions)["input_ids"]
+    assert [row.tolist() for row in tokenizer.encode(captions, 10_000)] == expected
 
 
 @SAME_EVERY_TIME
 @given(text=st.text(max_size=40).filter(lambda text: "<" not in text and "[" not in text))
-def test_ids_by_a_tokenizer_json_of_any_text_equal_those_of_transformers(own, transformers_own, text):
-    assert own.encode([text], 10_000)[0].tolist() == transformers_own(text)["input_ids"]
+def test_ids_by_a_tokenizer_json_of_any_text_equal_those_of_transformers(tokenizer, transformers_tokenizer, text):
+    assert tokenizer.encode([text], 10_000)[0].tolist() == transformers_tokenizer(text)["input_ids"]
 
 
-def test_a_long_caption_is_cut_as_transformers_cuts_it(own, transformers_own):
+def test_a_long_caption_is_cut_off_as_transformers_does(tokenizer, transformers_tokenizer):
     caption = "one two three four five six seven eight nine ten"
-    (short,) = own.encode([caption], 6)
-    assert short.tolist() == transformers_own(caption, truncation=True, max_length=6)["input_ids"]
+    (short,) = tokenizer.encode([caption], 6)
+    assert short.tolist() == transformers_tokenizer(caption, truncation=True, max_length=6)["input_ids"]
 
 
-def test_special_tokens_of_a_tokenizer_json_are_those_of_transformers(own, transformers_own):
-    assert special_ids(own) == [
-        transformers_own.cls_token_id,
-        transformers_own.pad_token_id,
-        transformers_own.sep_token_id,
-        transformers_own.unk_token_id,
-        transformers_own.mask_token_id,
+def test_special_tokens_of_a_tokenizer_json_are_those_of_transformers(tokenizer, transformers_tokenizer):
+    assert special_ids(tokenizer) == [
+        transformers_tokenizer.cls_token_id,
+        transformers_tokenizer.pad_token_id,
+        transformers_tokenizer.sep_token_id,
+        transformers_tokenizer.unk_token_id,
+        transformers_tokenizer.mask_token_id,
     ]
-    assert own.vocabulary_size == len(transformers_own)
+    assert tokenizer.vocabulary_size == len(transformers_tokenizer)
 
 
-def test_a_caption_is_its_decoded_ids_by_a_tokenizer_json(own):
+def test_a_caption_survives_encoding_and_decoding_by_a_tokenizer_json(tokenizer):
     caption = "grinning face with smiling eyes"
-    assert own.decode(own.encode([caption], 50)[0].tolist()) == caption
+    assert tokenizer.decode(tokenizer.encode([caption], 50)[0].tolist()) == caption
 
 
 @pytest.mark.parametrize("special", [*ROBERTA_NAMES, *BERT_NAMES])
-def test_by_a_tokenizer_json_the_name_of_a_special_token_in_a_caption_is_only_text(own, kind, special):
+def test_by_a_tokenizer_json_the_name_of_a_special_token_in_a_caption_is_only_text(tokenizer, kind, special):
     # Letters that the training captions lack, such as "<", are unknown to all but the byte-level BPE.
     for text in (f"a {special} b", special, f"a{special}b", f" {special}", special * 2):
-        assert_only_text(own, text, unknown_allowed=kind != "roberta_like")
+        assert_only_text(tokenizer, text, unknown_allowed=kind != "roberta_like")
 
 
 def test_a_unigram_whose_vocabulary_knows_every_letter_gives_the_name_of_a_special_token_no_special_id(tmp_path):
@@ -329,7 +329,7 @@ def test_a_unigram_whose_vocabulary_knows_every_letter_gives_the_name_of_a_speci
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(str(tmp_path))
     text = "a <mask><s></s><unk> <pad>"
-    # As it is, the model cuts the names out, even where special tokens are not looked for.
+    # The unchanged model finds the names, even if special tokens are not matched.
     backend.encode_special_tokens = True
     assert tokenizer.mask_id in backend.encode(text, add_special_tokens=False).ids
     assert_only_text(tokenizer, text)
@@ -363,28 +363,28 @@ def test_a_bpe_that_merges_to_the_name_of_a_special_token_gives_no_special_id(tm
     assert tokenizer.encode(["axb"], 50)[0].tolist() == [0, vocabulary.index("a"), 3, vocabulary.index("b"), 2]
 
 
-def test_a_special_token_that_a_file_lists_as_an_ordinary_added_one_is_still_only_text(json_file, own, tmp_path):
+def test_a_special_token_that_a_file_lists_as_an_ordinary_added_one_is_still_only_text(json_file, tokenizer, tmp_path):
     added = json.loads(json_file.read_text())["added_tokens"]
-    tokenizer = change(json_file, tmp_path, added_tokens=[token | {"special": False} for token in added])
+    changed = change(json_file, tmp_path, added_tokens=[token | {"special": False} for token in added])
     for name in [token["content"] for token in added]:
         text = f"a {name} b"
-        assert tokenizer.encode([text], 50)[0].tolist() == own.encode([text], 50)[0].tolist()
+        assert changed.encode([text], 50)[0].tolist() == tokenizer.encode([text], 50)[0].tolist()
 
 
-def test_the_start_and_end_tokens_do_not_depend_on_the_template_of_the_file(json_file, own, tmp_path):
-    tokenizer = change(json_file, tmp_path, post_processor=None)
-    for row, same in zip(tokenizer.encode(AWKWARD, 50), own.encode(AWKWARD, 50), strict=True):
+def test_the_start_and_end_tokens_do_not_depend_on_the_template_of_the_file(json_file, tokenizer, tmp_path):
+    changed = change(json_file, tmp_path, post_processor=None)
+    for row, same in zip(changed.encode(AWKWARD, 50), tokenizer.encode(AWKWARD, 50), strict=True):
         assert row.tolist() == same.tolist()
 
 
-def test_truncation_and_padding_of_the_file_are_not_used(json_file, own, tmp_path):
+def test_truncation_and_padding_of_the_file_are_not_used(json_file, tokenizer, tmp_path):
     backend = tokenizers.Tokenizer.from_file(str(json_file))
     backend.enable_truncation(3)
     backend.enable_padding(length=20)
     backend.save(str(tmp_path / "tokenizer.json"))
     captions = ["one two three four five six", "a"]
     assert [row.tolist() for row in Tokenizer(str(tmp_path)).encode(captions, 50)] == [
-        row.tolist() for row in own.encode(captions, 50)
+        row.tolist() for row in tokenizer.encode(captions, 50)
     ]
 
 
@@ -396,7 +396,7 @@ def test_bpe_dropout_of_the_file_is_not_used(json_files, tmp_path):
 
 @pytest.fixture
 def file_with_additions(json_file, tmp_path) -> Path:
-    """Special and ordinary tokens in turn, all beyond the model's vocabulary."""
+    """A tokenizer.json with special and ordinary added tokens in turn, all beyond the model's vocabulary."""
     backend = tokenizers.Tokenizer.from_file(str(json_file))
     backend.add_special_tokens(["<region>"])
     backend.add_tokens([AddedToken("hovercraft", single_word=True, normalized=True)])
@@ -406,31 +406,33 @@ def file_with_additions(json_file, tmp_path) -> Path:
     return tmp_path / "tokenizer.json"
 
 
-def test_added_words_keep_their_ids(file_with_additions, own, kind):
-    tokenizer = Tokenizer(str(file_with_additions))
+def test_added_words_keep_their_ids(file_with_additions, tokenizer, kind):
+    extended = Tokenizer(str(file_with_additions))
     text = "my hovercraft is full of eels, hovercrafts"
-    (row,) = tokenizer.encode([text], 50)
+    (row,) = extended.encode([text], 50)
     assert row.tolist() == open_with_transformers(file_with_additions, NAMES[kind])(text)["input_ids"]
-    assert {own.vocabulary_size + 1, own.vocabulary_size + 3} < set(row.tolist())
-    assert "hovercraft" in tokenizer.decode(row.tolist())
+    assert {tokenizer.vocabulary_size + 1, tokenizer.vocabulary_size + 3} < set(row.tolist())
+    assert "hovercraft" in extended.decode(row.tolist())
 
 
-def test_the_vocabulary_counts_added_tokens_beyond_the_model(file_with_additions, own):
-    assert Tokenizer(str(file_with_additions)).vocabulary_size == own.vocabulary_size + 4
+def test_the_vocabulary_size_includes_added_tokens(file_with_additions, tokenizer):
+    assert Tokenizer(str(file_with_additions)).vocabulary_size == tokenizer.vocabulary_size + 4
 
 
-def test_other_special_tokens_of_a_file_are_only_texts(file_with_additions, own):
+def test_other_special_tokens_of_a_file_are_only_text(file_with_additions, tokenizer):
     text = "a <region> and a <box>"
-    assert Tokenizer(str(file_with_additions)).encode([text], 50)[0].tolist() == own.encode([text], 50)[0].tolist()
+    assert (
+        Tokenizer(str(file_with_additions)).encode([text], 50)[0].tolist() == tokenizer.encode([text], 50)[0].tolist()
+    )
 
 
 def test_a_tokenizer_in_a_data_worker_gives_the_same_ids(file_with_additions):
     tokenizer = Tokenizer(str(file_with_additions))
-    there = pickle.loads(pickle.dumps(tokenizer))
+    copy = pickle.loads(pickle.dumps(tokenizer))
     captions = [*AWKWARD, "my hovercraft is full of eels <mask> [MASK] <region>"]
-    for row, same in zip(there.encode(captions, 50), tokenizer.encode(captions, 50), strict=True):
+    for row, same in zip(copy.encode(captions, 50), tokenizer.encode(captions, 50), strict=True):
         assert row.tolist() == same.tolist()
-    assert (special_ids(there), there.vocabulary_size) == (special_ids(tokenizer), tokenizer.vocabulary_size)
+    assert (special_ids(copy), copy.vocabulary_size) == (special_ids(tokenizer), tokenizer.vocabulary_size)
 
 
 def test_special_tokens_may_lie_beyond_the_vocabulary_of_the_model(tmp_path):
@@ -444,11 +446,11 @@ def test_special_tokens_may_lie_beyond_the_vocabulary_of_the_model(tmp_path):
     tokenizer = Tokenizer(str(tmp_path))
     assert special_ids(tokenizer) == [2, 3, 4, 5, 6]
     assert tokenizer.vocabulary_size == 7
-    # The library would stop at the letter x, since this model has no token of its own for what is unknown.
+    # This model has no unknown token, so the library alone would raise an error at the letter x.
     assert tokenizer.encode(["abxa"], 50)[0].tolist() == [2, 0, 1, 5, 0, 4]
 
 
-def test_the_vocabulary_counts_the_gaps_between_ids(tmp_path):
+def test_the_vocabulary_size_includes_gaps_between_ids(tmp_path):
     (tmp_path / "vocab.json").write_text('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 9}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     assert Tokenizer(str(tmp_path)).vocabulary_size == 10
@@ -464,8 +466,8 @@ def test_a_file_of_an_older_library_without_the_model_type_is_opened(json_files,
 
 
 @pytest.mark.parametrize("declared", [ROBERTA_NAMES, BERT_NAMES])
-def test_of_two_names_the_declared_special_token_is_taken_and_the_unknown_one_is_the_models_own(tmp_path, declared):
-    # MPNet's vocabulary is RoBERTa's special tokens and then all of BERT's.
+def test_of_two_names_the_declared_special_token_is_used_and_the_unknown_one_is_the_models(tmp_path, declared):
+    # MPNet's vocabulary has the special tokens of both RoBERTa and BERT.
     vocabulary = {name: number for number, name in enumerate([*BERT_NAMES, *ROBERTA_NAMES, "a"])}
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.add_special_tokens(declared)
@@ -474,20 +476,20 @@ def test_of_two_names_the_declared_special_token_is_taken_and_the_unknown_one_is
     assert special_ids(Tokenizer(str(tmp_path))) == [start, padding, end, vocabulary["[UNK]"], mask]
 
 
-def test_the_path_of_a_tokenizer_json_of_any_name_is_a_tokenizer(json_file, own, tmp_path):
+def test_the_path_of_a_tokenizer_json_of_any_name_is_a_tokenizer(json_file, tokenizer, tmp_path):
     shutil.copy(json_file, tmp_path / "mine.json")
     direct = Tokenizer(str(tmp_path / "mine.json"))
-    assert direct.encode(AWKWARD, 50)[1].tolist() == own.encode(AWKWARD, 50)[1].tolist()
+    assert direct.encode(AWKWARD, 50)[1].tolist() == tokenizer.encode(AWKWARD, 50)[1].tolist()
 
 
-def test_of_a_folder_with_both_kinds_of_files_tokenizer_json_is_read(json_file, own, tmp_path):
+def test_tokenizer_json_is_read_from_a_folder_with_both_kinds_of_files(json_file, tokenizer, tmp_path):
     shutil.copy(json_file, tmp_path)
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(ASSETS / "roberta" / file, tmp_path)
-    assert Tokenizer(str(tmp_path)).vocabulary_size == own.vocabulary_size
+    assert Tokenizer(str(tmp_path)).vocabulary_size == tokenizer.vocabulary_size
 
 
-def test_the_refusal_of_a_folder_names_all_that_is_accepted(tmp_path):
+def test_the_error_about_a_folder_lists_everything_that_is_accepted(tmp_path):
     with pytest.raises(ConfigError) as caught:
         Tokenizer(str(tmp_path))
     for part in ("emoji, roberta", "tokenizer.json", "vocab.json and merges.txt", "the path of", "save_pretrained"):
@@ -515,9 +517,9 @@ def broken_contents() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("content", broken_contents())
-def test_a_damaged_or_foreign_tokenizer_json_is_refused_with_the_cure(tmp_path, content):
+def test_a_damaged_or_foreign_tokenizer_json_is_refused_with_a_suggestion(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"tokenizer.json is damaged, or no tokenizer.json .*Copy it again"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json is damaged, or not a tokenizer.json .*Copy it again"):
         Tokenizer(str(tmp_path))
 
 
@@ -528,9 +530,9 @@ def test_a_tokenizer_json_of_whole_words_is_refused(tmp_path):
         Tokenizer(str(tmp_path))
 
 
-def test_an_added_token_whose_id_the_library_would_change_is_refused(file_with_additions, own):
+def test_an_added_token_whose_id_the_library_would_change_is_refused(file_with_additions, tokenizer):
     content = json.loads(file_with_additions.read_text())
     content["added_tokens"][-1]["id"] = 5000
     file_with_additions.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=rf"'eels' the id 5000, .* as {own.vocabulary_size + 3}"):
+    with pytest.raises(ConfigError, match=rf"'eels' the id 5000, .* as {tokenizer.vocabulary_size + 3}"):
         Tokenizer(str(file_with_additions))

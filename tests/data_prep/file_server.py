@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback interface that knows ranges, counts what it sends, and can hang up in the middle."""
+"""An HTTP server on the loopback interface that supports ranges, counts sent bytes, and can drop connections."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class FileServer:
-    """What is served, and what has been asked for."""
+    """Files that are served, and the requests so far."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     hang_up_after: dict[str, list[int]] = field(default_factory=dict)
-    """By path: how many bytes each of the next answers sends before the connection closes."""
+    """Bytes that each of the next responses sends before the connection is closed, by path."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
-    """By path: codes to answer with instead."""
-    etags: dict[str, str] = field(default_factory=dict)
+    """Status codes of the next responses, which then have no content, by path."""
     knows_ranges: bool = True
     requests: list[tuple[str, str]] = field(default_factory=list)
-    """Path and Range of each request."""
+    """Path and Range header of each request."""
     sent_bytes: int = 0
     url: str = ""
 
@@ -36,8 +35,8 @@ def file_server() -> Iterator[FileServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range", "")
-            state.requests.append((self.path, wanted))
+            requested_range = self.headers.get("Range", "")
+            state.requests.append((self.path, requested_range))
             content = state.files.get(self.path)
             if state.statuses.get(self.path):
                 self._empty(state.statuses[self.path].pop(0))
@@ -45,8 +44,8 @@ def file_server() -> Iterator[FileServer]:
             if content is None:
                 self._empty(404)
                 return
-            etag = state.etags.get(self.path, f'"{len(content)}"')
-            match = re.fullmatch(r"bytes=(\d+)-", wanted) if state.knows_ranges else None
+            etag = f'"{len(content)}"'
+            match = re.fullmatch(r"bytes=(\d+)-", requested_range) if state.knows_ranges else None
             if match is not None and self.headers.get("If-Range", etag) == etag:
                 first = int(match[1])
                 if first >= len(content):
@@ -57,8 +56,7 @@ def file_server() -> Iterator[FileServer]:
                 content = content[first:]
             else:
                 self.send_response(200)
-            if etag:
-                self.send_header("ETag", etag)
+            self.send_header("ETag", etag)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             limits = state.hang_up_after.get(self.path)

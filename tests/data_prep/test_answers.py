@@ -1,4 +1,4 @@
-"""VQA's answers: the normal form on a table checked by hand, the vocabulary, and the soft scores."""
+"""VQA answers have the normal form, vocabulary and soft scores of the published code; the table is checked by hand."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data_prep.answers import (
     build_vocabulary,
     normalize_answer,
     read_vocabulary,
-    soft_scores,
+    score_answers,
 )
 
 NORMAL_FORMS = [
-    # Of the published code, executed (reference_spec.md 4.3).
+    # Results of the published code (reference_spec.md 4.3).
     ("1,000", "1000"),
     ("black/white", "black white"),
     ("U.S.", "us"),
@@ -47,7 +47,7 @@ NORMAL_FORMS = [
     ("eleven", "eleven"),
     ("twenty two", "twenty 2"),
     ("someone", "someone"),
-    # A mark beside a space is deleted, everywhere; any other becomes a space.
+    # A mark that stands beside a space somewhere is deleted everywhere; any other becomes a space.
     ("yes!", "yes"),
     ("yes ! no!", "yes no"),
     ("yes!no", "yes no"),
@@ -76,7 +76,7 @@ NORMAL_FORMS = [
     ("x-y 1,000", "xy 1000"),
     ("1, 000", "1 000"),
     ("1 , 000", "1 000"),
-    # Marks that are no marks here.
+    # Characters that do not count as marks.
     ("7'", "7'"),
     ("$5", "$5"),
     ("5%", "5%"),
@@ -84,7 +84,7 @@ NORMAL_FORMS = [
     ("black & white", "black & white"),
     ("2:00 pm", "2:00 pm"),
     ("it's: good", "it's: good"),
-    # Periods go unless a digit follows; 32 at most, by a slip of the original.
+    # Periods are deleted unless a digit follows, but at most 32 of them, by a slip of the original.
     ("no.", "no"),
     ("p.m.", "pm"),
     ("3.5", "3.5"),
@@ -94,7 +94,7 @@ NORMAL_FORMS = [
     ("...", ""),
     ("." * 32, ""),
     ("." * 35, "..."),
-    # Contractions, of which some were forgotten and one is a slip.
+    # Contractions; the original leaves some out, and one is a slip.
     ("dont", "don't"),
     ("Dont know", "don't know"),
     ("can't", "can't"),
@@ -129,7 +129,7 @@ def test_the_table_is_long_and_has_no_case_twice():
     assert len({answer for answer, _ in NORMAL_FORMS}) == len(NORMAL_FORMS) > 80
 
 
-def test_there_are_120_contractions_and_each_text_is_lower_case_when_it_is_looked_up():
+def test_there_are_120_contractions_and_four_never_match_lower_case_text():
     assert len(CONTRACTIONS) == 120
     assert {wrong for wrong in CONTRACTIONS if wrong != wrong.lower()} == {"Im", "Ive", "Id've", "I'dve"}
 
@@ -148,27 +148,27 @@ def test_there_are_120_contractions_and_each_text_is_lower_case_when_it_is_looke
     ],
 )
 def test_soft_scores_by_the_number_of_people(answers, scores):
-    found = soft_scores(answers, Vocabulary(["yes", "no", "2"]))
-    assert found == scores and list(found) == list(scores)
+    actual = score_answers(answers, Vocabulary(["yes", "no", "2"]))
+    assert actual == scores and list(actual) == list(scores)
 
 
 def test_without_normal_form_answers_count_as_they_were_typed():
-    assert soft_scores(["Yes", "yes", "two", "2", "2"], Vocabulary(["yes", "2"]), normalize=False) == {0: 0.3, 1: 0.6}
+    assert score_answers(["Yes", "yes", "two", "2", "2"], Vocabulary(["yes", "2"]), normalize=False) == {0: 0.3, 1: 0.6}
 
 
 def test_a_vocabulary_has_answers_of_nine_questions_or_more_in_order_of_first_occurrence():
     answers = ["no", "Two", "yes"] + ["yes"] * 8 + ["no"] * 7 + ["2"] * 4 + ["two."] * 4
-    assert build_vocabulary(answers).answers == ("2", "yes")  # no: eight times
+    assert build_vocabulary(answers).answers == ("2", "yes")  # "no" occurs eight times
     assert build_vocabulary([*answers, "No!"]).answers == ("no", "2", "yes")
 
 
-def test_the_empty_answer_is_one_like_any_other():
+def test_the_empty_answer_is_treated_like_any_other():
     vocabulary = build_vocabulary(["a"] * 9)
-    assert vocabulary.answers == ("",) and soft_scores(["the", "A"], vocabulary) == {0: 0.6}
+    assert vocabulary.answers == ("",) and score_answers(["the", "A"], vocabulary) == {0: 0.6}
 
 
 @pytest.mark.parametrize("answers", [["yes", "no", "2", "café", 'a "b"'], ["", "yes"]])
-def test_a_vocabulary_that_was_written_reads_the_same(answers, tmp_path):
+def test_a_vocabulary_is_the_same_after_writing_and_reading(answers, tmp_path):
     file = tmp_path / "answers.json"
     file.write_bytes(Vocabulary(answers).to_json())
     assert read_vocabulary(file).answers == tuple(answers) and json.loads(file.read_text()) == answers
@@ -179,7 +179,7 @@ def test_a_vocabulary_may_be_a_text_file_of_any_system(tmp_path):
     file.write_bytes("\ufeffyes\r\nno\r\nred wine\r\n".encode())
     vocabulary = read_vocabulary(file)
     assert vocabulary.answers == ("yes", "no", "red wine") and len(vocabulary) == 3
-    assert (vocabulary.label("red wine"), vocabulary.label("Yes")) == (2, None)
+    assert (vocabulary.find_label("red wine"), vocabulary.find_label("Yes")) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -187,19 +187,19 @@ def test_a_vocabulary_may_be_a_text_file_of_any_system(tmp_path):
     [
         (b"", "has no answers"),
         (b"[]", "has no answers"),
-        (b'{"yes": 0}', "is JSON, but no list of texts"),
-        (b"[1, 2]", "is JSON, but no list of texts"),
+        (b'{"yes": 0}', "is JSON, but not a list of texts"),
+        (b"[1, 2]", "is JSON, but not a list of texts"),
         (b'["yes", ', "is not JSON, or was cut short"),
         (b"yes\nno\nyes\n", "has the answer 'yes' twice"),
         (b"caf\xe9\n", "is not UTF-8"),
     ],
 )
-def test_a_wrong_vocabulary_is_refused_by_name(content, message, tmp_path):
+def test_a_wrong_vocabulary_is_refused_with_its_file_name(content, message, tmp_path):
     (tmp_path / "answers").write_bytes(content)
     with pytest.raises(DataError, match=f"{tmp_path / 'answers'} {message}"):
         read_vocabulary(tmp_path / "answers")
 
 
-def test_a_vocabulary_that_is_not_there_is_named(tmp_path):
+def test_a_missing_vocabulary_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.json"):
         read_vocabulary(tmp_path / "none.json")

@@ -1,4 +1,4 @@
-"""check_shards finds each kind of damage and names it; --repair leaves a corpus that can be read."""
+"""check_shards.py finds each kind of damage and names it; --repair leaves a corpus that can be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Check = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Three shards of four pictures."""
+    """A corpus of three shards with four images each."""
     return write_corpus(tmp_path_factory.mktemp("whole"), [1, 2] * 6)
 
 
@@ -37,7 +37,7 @@ def corpus(whole, tmp_path) -> Path:
 
 @pytest.fixture
 def check(capsys) -> Check:
-    """The command in this process: its output, if it ends with the code."""
+    """Run the command in this process, assert its exit code and return its output."""
 
     def run(*folders: Path, code: int = 0, **flags: str) -> str:
         try:
@@ -70,74 +70,75 @@ def test_a_whole_corpus_has_nothing_wrong(check, whole):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
-        (lambda c: (c / "00001.tar").unlink(), "00001.tar: is in the manifest but not there"),
+        (lambda c: (c / "00001.tar").unlink(), "00001.tar: is in the manifest but not in the folder"),
         (lambda c: shutil.copy(c / "00001.tar", c / "new.tar"), "new.tar: is not in the manifest"),
         (lambda c: flip_byte(c / "00001.tar", 600), "has the SHA-256"),
         (lambda c: (c / "00001.tar").write_bytes((c / "00001.tar").read_bytes()[:1500]), "is not a readable tar"),
         (lambda c: (c / "00001.index.npy").unlink(), "00001.index.npy does not exist"),
-        (lambda c: shutil.copy(c / "00002.index.npy", c / "00001.index.npy"), "a row index 00001.index.npy of other"),
+        (lambda c: shutil.copy(c / "00002.index.npy", c / "00001.index.npy"), "00001.index.npy that does not match"),
         (lambda c: (c / "00001.index.npy").write_bytes(b"no index"), "00001.index.npy is damaged"),
         (lambda c: (c / "shards.json").unlink(), "shards.json does not exist"),
         (lambda c: (c / "shards.json").write_text("{"), "shards.json: is damaged"),
         (lambda c: change_manifest(c, captions=19), "says captions=19, but there are 18"),
         (lambda c: change_manifest(c, rows=20), "says rows=20, but there are 18"),
-        (lambda c: (c / ".00001.tar.7.tmp").write_bytes(b"half"), "an interrupted build left behind"),
-        (lambda c: (c / "00001.tar").rename(c / "a b.tar"), "a b.tar: has a name that is not letters"),
+        (lambda c: (c / ".00001.tar.7.tmp").write_bytes(b"half"), "is a temporary file of an interrupted build"),
+        (lambda c: (c / "00001.tar").rename(c / "a b.tar"), "a b.tar: has a name with characters other than"),
     ],
     ids=[
         "lost", "stray", "flipped", "cut", "no_index", "wrong_index", "bad_index", "no_manifest", "bad_manifest",
         "captions", "rows", "leftover", "name",
     ],
 )  # fmt: skip
-def test_each_damage_is_named_and_repaired(check, corpus, damage, said):
+def test_each_damage_is_named_and_repaired(check, corpus, damage, message):
     damage(corpus)
-    assert said in check(corpus, code=2)
+    assert message in check(corpus, code=2)
     check(corpus, repair="true")
     manifest = load_manifest(corpus)
     assert manifest.num_pairs == sum(ShardReader(corpus / shard.name).num_pairs for shard in manifest.shards)
     assert "nothing wrong" in check(corpus)
 
 
-def test_a_picture_that_cannot_be_decoded_is_found_and_its_shard_goes_into_quarantine(check, corpus):
+def test_an_image_that_cannot_be_decoded_is_found_and_its_shard_goes_into_quarantine(check, corpus):
     row = ShardReader(corpus / "00001.tar")._index[2]
-    flip_byte(corpus / "00001.tar", int(row["image_offset"]) + 1)  # of PNG's signature
-    digest_is_wrong_anyway = check(corpus, decode="none", code=2)
-    assert "cannot be decoded" not in digest_is_wrong_anyway
+    flip_byte(corpus / "00001.tar", int(row["image_offset"]) + 1)  # in PNG's signature
+    output = check(corpus, decode="none", code=2)  # the checksum is wrong anyway
+    assert "cannot be decoded" not in output
     assert "cannot be decoded" in check(corpus, decode="all", code=2)
     check(corpus, repair="true")
     assert (corpus / "quarantine/00001.tar").is_file() and not (corpus / "00001.tar").exists()
     assert [shard.name for shard in load_manifest(corpus).shards] == ["00000.tar", "00002.tar"]
 
 
-def test_pictures_that_two_corpora_share_are_counted(check, whole, corpus, tmp_path):
-    said = check(whole, corpus, code=2)
-    assert "share 12 pictures with the same image id" in said
-    assert "that look the same" in said
+def test_images_that_two_corpora_share_are_counted(check, whole, corpus, tmp_path):
+    output = check(whole, corpus, code=2)
+    assert "share 12 images with the same image id" in output
+    assert "that look the same" in output
     check(whole, corpus, duplicates="report")
-    other = write_corpus(tmp_path, [1, 1], name="other", first_picture=50)
+    other = write_corpus(tmp_path, [1, 1], name="other", first_image=50)
     assert "same image id" not in check(whole, other, duplicates="report")
 
 
-def test_what_repair_cannot_cure_is_said_and_ends_with_2(check, corpus):
+def test_what_repair_cannot_mend_is_reported_and_ends_with_2(check, corpus):
     for suffix in (".tar", ".index.npy"):
         (corpus / f"00001{suffix}").rename(corpus / f"a b{suffix}")
     content = (corpus / "shards.json").read_text()
     (corpus / "shards.json").write_text(content.replace("00001.tar", "a b.tar"))
-    assert "a b.tar: has a name that is not letters" in check(corpus, code=2, repair="true").partition("After that")[2]
+    output = check(corpus, code=2, repair="true")
+    assert "a b.tar: has a name with characters other than" in output.partition("After the repair")[2]
 
 
 def test_a_shard_whose_json_is_not_as_documented_goes_into_quarantine(check, corpus):
     shard = corpus / "00001.tar"
     shard.write_bytes(shard.read_bytes().replace(b'"width":', b'"Width":'))
-    (corpus / "shards.json").unlink()  # so that no checksum tells
+    (corpus / "shards.json").unlink()  # otherwise the checksum would reveal it
     assert "has width=None in its json" in check(corpus, code=2)
     check(corpus, repair="true")
     assert (corpus / "quarantine/00001.tar").is_file()
 
 
-def test_nothing_is_repaired_under_a_build_that_is_at_work(check, corpus):
+def test_nothing_is_repaired_while_a_build_is_running(check, corpus):
     (corpus / ".00001.tar.7.tmp").write_bytes(b"being written")
     lock = claim_folder(corpus / ".build")
     try:
@@ -148,7 +149,7 @@ def test_nothing_is_repaired_under_a_build_that_is_at_work(check, corpus):
     assert (corpus / ".00001.tar.7.tmp").is_file()
 
 
-def test_plain_pictures_do_not_look_the_same(check, tmp_path):
+def test_plain_images_do_not_look_the_same(check, tmp_path):
     for colour in ("white", "gray"):
         (tmp_path / f"{colour}.png").write_bytes(file_of(Image.new("RGB", (40, 30), colour)))
         image = ImageFile(path=tmp_path / f"{colour}.png")
@@ -158,7 +159,7 @@ def test_plain_pictures_do_not_look_the_same(check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "Which folder?"),
         (["/nowhere"], "/nowhere is not a folder"),
@@ -167,5 +168,5 @@ def test_plain_pictures_do_not_look_the_same(check, tmp_path):
         (["--fix", "."], "Unknown flag --fix"),
     ],
 )
-def test_wrong_usage_is_refused(arguments, said):
-    assert said in run_script(COMMAND, *arguments, code=2).stderr
+def test_wrong_usage_is_refused(arguments, message):
+    assert message in run_script(COMMAND, *arguments, code=2).stderr

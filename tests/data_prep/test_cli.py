@@ -1,4 +1,4 @@
-"""The command lines of data_prep: everything that is not exactly right stops with exit 2 and its cure."""
+"""The command lines of data_prep stop at anything that is not exactly right, with exit code 2 and a suggestion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER = "data_prep/build_tokenizer.py"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """A folder of two pictures with a caption file."""
+    """A folder of two images with a caption file."""
     root: Path = tmp_path_factory.mktemp("photos")
     (root / "raw").mkdir()
     for number in range(2):
@@ -61,7 +61,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
         (["folder", "--out=OUT", "--raw=.", "--captions="], ["needs --raw=DIR"]),
     ],
 )
-def test_a_wrong_build_command_stops_with_its_cure_and_writes_nothing(tmp_path, arguments, words):
+def test_a_wrong_build_command_stops_with_a_suggestion_and_writes_nothing(tmp_path, arguments, words):
     out = tmp_path / "out"
     result = run_script(BUILD, *[argument.replace("OUT", str(out)) for argument in arguments], code=2)
     assert_refused(result, *words)
@@ -69,7 +69,7 @@ def test_a_wrong_build_command_stops_with_its_cure_and_writes_nothing(tmp_path, 
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(photos):
-    out = photos / "photos.csv" / "out"  # below a file: not even root can make it
+    out = photos / "photos.csv" / "out"  # below a file, where not even root can make a folder
     result = run_script(BUILD, *folder_arguments(photos, f"--out={out}"), code=2)
     assert_refused(result, str(out), "cannot be written to (Not a directory)", "Use another folder")
 
@@ -82,7 +82,7 @@ def test_help_shows_sources_and_flags_and_does_nothing(arguments, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_writes_shards_and_shows_a_table_with_the_rejected(photos, tmp_path):
+def test_a_build_writes_shards_and_prints_a_table_with_the_rejects(photos, tmp_path):
     result = run_script(BUILD, *folder_arguments(photos, f"--out={tmp_path / 'out'}", "--jpeg_quality=80"))
     assert "1 image file missing" in result.stdout
     assert "Traceback" not in result.stderr
@@ -124,7 +124,7 @@ def corpus(tmp_path_factory) -> Path:
         (["CORPUS", "--vocabulary_size=270", "--out=CORPUS/shards.json/x"], ["cannot be written to", "Use another"]),
     ],
 )
-def test_a_wrong_tokenizer_command_stops_with_its_cure_and_writes_nothing(corpus, tmp_path, arguments, words):
+def test_a_wrong_tokenizer_command_stops_with_a_suggestion_and_writes_nothing(corpus, tmp_path, arguments, words):
     out = tmp_path / "out"
     arguments = [argument.replace("CORPUS", str(corpus)).replace("OUT", str(out)) for argument in arguments]
     assert_refused(run_script(TOKENIZER, *arguments, code=2), *words)

@@ -1,4 +1,4 @@
-"""The contact sheet shows pictures of the corpus, each above its own caption."""
+"""The contact sheet shows images of the corpus, each one with its own caption below."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 
 from bridgetower.shards.index import RawSample, ShardReader
 from bridgetower.shards.manifest import Manifest, load_manifest
-from data_prep.contact_sheet import contact_sheet
+from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.record import ImageFile, Record
 from tests.small_corpora import build_records, file_of
 
-# What the sheet is made of, in pixels: six cells a row, a caption below each, gaps between.
+# Sizes in pixels: a row of six cells, with a caption below each and gaps between.
 COLUMNS, CELL, TEXT, GAP = 6, 200, 66, 12
 PAPER, FRAME = (255, 255, 255), (232, 232, 232)
 
@@ -24,16 +24,16 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """Another one for each number, none of them gray."""
+    """Return a different colour for each number, never gray."""
     return (250, number * 6, 255 - number * 6)
 
 
 def caption_of(number: int) -> str:
-    return f"picture number {number}" + ", and so on" * (number % 3)
+    return f"image number {number}" + ", and so on" * (number % 3)
 
 
 def build(folder: Path, count: int, *, second: bool = False) -> tuple[Path, Manifest]:
-    """A corpus of pictures of one colour each, 60 x 30."""
+    """Build a corpus of images of one colour each, 60 x 30 pixels. Returns: its folder and manifest."""
     folder.mkdir(exist_ok=True)
     for number in range(count + 1):
         (folder / f"{number}.png").write_bytes(file_of(Image.new("RGB", (60, 30), colour_of(number))))
@@ -52,7 +52,7 @@ def build(folder: Path, count: int, *, second: bool = False) -> tuple[Path, Mani
 
 
 def samples_of(out: Path, manifest: Manifest) -> list[RawSample]:
-    """All of the corpus, in the order of its shards."""
+    """Read all samples of a corpus, in the order of its shards."""
     readers = [ShardReader(out / shard.name) for shard in manifest.shards]
     return [reader.read(row) for reader in readers for row in range(len(reader))]
 
@@ -65,9 +65,9 @@ def pixels_of(sheet: bytes) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(sheet)))
 
 
-def cell_of(sheet: Pixels, place: int) -> tuple[Pixels, Pixels]:
-    """The picture and the caption at a place of the sheet."""
-    left, top = GAP + place % COLUMNS * (CELL + GAP), GAP + place // COLUMNS * (CELL + TEXT + GAP)
+def cell_of(sheet: Pixels, number: int) -> tuple[Pixels, Pixels]:
+    """Return the image and the caption of a cell of the sheet."""
+    left, top = GAP + number % COLUMNS * (CELL + GAP), GAP + number // COLUMNS * (CELL + TEXT + GAP)
     return sheet[top : top + CELL, left : left + CELL], sheet[top + CELL : top + CELL + TEXT, left : left + CELL + GAP]
 
 
@@ -76,33 +76,33 @@ def small(tmp_path_factory) -> tuple[Path, Manifest]:
     return build(tmp_path_factory.mktemp("small"), 8)
 
 
-def test_each_cell_holds_a_whole_picture_in_its_own_colour(small):
+def test_each_cell_holds_a_whole_image_in_its_own_colour(small):
     sheet = pixels_of((small[0] / "contact_sheet.png").read_bytes())
     assert sheet.shape == (GAP + 2 * (CELL + TEXT + GAP), GAP + COLUMNS * (CELL + GAP), 3)
-    for place, sample in enumerate(samples_of(*small)):
-        picture, _ = cell_of(sheet, place)
-        is_picture = (picture == colour_of(number_of(sample))).all(axis=-1)
-        assert is_picture.sum() == 60 * 30
-        rows, columns = np.nonzero(is_picture)
+    for cell, sample in enumerate(samples_of(*small)):
+        image, _ = cell_of(sheet, cell)
+        is_image = (image == colour_of(number_of(sample))).all(axis=-1)
+        assert is_image.sum() == 60 * 30
+        rows, columns = np.nonzero(is_image)
         assert (rows.min(), rows.max(), columns.min(), columns.max()) == (85, 114, 70, 129)  # in the middle
-        assert (picture[~is_picture] == FRAME).all()
+        assert (image[~is_image] == FRAME).all()
 
 
-def test_below_each_picture_is_its_caption_and_nothing_where_there_is_none(small):
+def test_each_image_has_its_caption_below_and_empty_cells_stay_blank(small):
     sheet = pixels_of((small[0] / "contact_sheet.png").read_bytes())
     ink = {}
-    for place, sample in enumerate(samples_of(*small)):
-        _, caption = cell_of(sheet, place)
+    for cell, sample in enumerate(samples_of(*small)):
+        _, caption = cell_of(sheet, cell)
         ink[number_of(sample)] = int((caption < 128).all(axis=-1).sum())
         assert (caption[:4] == PAPER).all()
     assert ink.keys() == set(range(8)) and min(ink.values()) > 50
     for number in (0, 3):
-        assert ink[number] < ink[number + 1] < ink[number + 2]  # as long as their captions
-    for place in range(8, 12):
-        assert all((part == PAPER).all() for part in cell_of(sheet, place))
+        assert ink[number] < ink[number + 1] < ink[number + 2]  # longer captions take more ink
+    for cell in range(8, 12):
+        assert all((pixels == PAPER).all() for pixels in cell_of(sheet, cell))
 
 
-def test_a_caption_looks_the_same_wherever_it_stands_and_another_one_does_not(tmp_path):
+def test_equal_captions_are_drawn_alike_in_every_cell_and_others_differ(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
     for number in range(3):
@@ -115,27 +115,27 @@ def test_a_caption_looks_the_same_wherever_it_stands_and_another_one_does_not(tm
     build_records(records, folder / "out")
     sheet = pixels_of((folder / "out" / "contact_sheet.png").read_bytes())
     samples = samples_of(folder / "out", load_manifest(folder / "out"))
-    drawn = {number_of(sample): cell_of(sheet, place)[1] for place, sample in enumerate(samples)}
+    drawn = {number_of(sample): cell_of(sheet, cell)[1] for cell, sample in enumerate(samples)}
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
 
-def test_of_a_larger_corpus_24_different_samples_are_drawn_by_the_seed(tmp_path):
+def test_the_seed_chooses_24_different_samples_of_a_larger_corpus(tmp_path):
     out, manifest = build(tmp_path / "large", 40)
-    found = []
+    numbers = []
     for seed in (0, 0, 1):
-        sheet = pixels_of(contact_sheet(out, manifest, seed))
-        middles = [cell_of(sheet, place)[0][CELL // 2, CELL // 2] for place in range(24)]
-        found.append([int(middle[1]) // 6 for middle in middles])
-        assert all(tuple(middle) == colour_of(number) for middle, number in zip(middles, found[-1], strict=True))
-        assert len(set(found[-1])) == 24
-    assert found[0] == found[1] != found[2]
+        sheet = pixels_of(draw_contact_sheet(out, manifest, seed))
+        middles = [cell_of(sheet, cell)[0][CELL // 2, CELL // 2] for cell in range(24)]
+        numbers.append([int(middle[1]) // 6 for middle in middles])
+        assert all(tuple(middle) == colour_of(number) for middle, number in zip(middles, numbers[-1], strict=True))
+        assert len(set(numbers[-1])) == 24
+    assert numbers[0] == numbers[1] != numbers[2]
 
 
-def test_two_pictures_of_a_sample_lie_side_by_side(tmp_path):
+def test_the_two_images_of_a_sample_are_side_by_side(tmp_path):
     out, manifest = build(tmp_path / "pairs", 3, second=True)
     sheet = pixels_of((out / "contact_sheet.png").read_bytes())
-    for place, sample in enumerate(samples_of(out, manifest)):
-        picture, _ = cell_of(sheet, place)
+    for cell, sample in enumerate(samples_of(out, manifest)):
+        image, _ = cell_of(sheet, cell)
         number = number_of(sample)
-        assert tuple(picture[CELL // 2, CELL // 2 - 5]) == colour_of(number)
-        assert tuple(picture[CELL // 2, CELL // 2 + 5]) == colour_of(number + 1)
+        assert tuple(image[CELL // 2, CELL // 2 - 5]) == colour_of(number)
+        assert tuple(image[CELL // 2, CELL // 2 + 5]) == colour_of(number + 1)

@@ -1,4 +1,4 @@
-"""Images that are in another corpus are dropped: by their ids, and copies by their look."""
+"""Images of another corpus are dropped by their ids, and copies by their perceptual hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.small_corpora import build_records, file_of
 
 
 def photo(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
-    """A picture with detail, unlike any other."""
+    """Draw an image with enough detail for a distinctive hash, a different one for each seed."""
     noise = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -34,7 +34,7 @@ def distance(one: int, other: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_copies_of_a_picture_have_nearly_the_same_hash(seed):
+def test_copies_of_an_image_have_nearly_the_same_hash(seed):
     original = phash(file_of(photo(seed), "PNG"))
     copies = [
         file_of(photo(seed), "JPEG", quality=60),
@@ -46,14 +46,14 @@ def test_copies_of_a_picture_have_nearly_the_same_hash(seed):
     assert distance(original, phash(copies[2], short_side_px=304)) <= 4
 
 
-def test_other_pictures_have_other_hashes():
+def test_different_images_have_different_hashes():
     hashes = [phash(file_of(photo(seed))) for seed in range(60)]
-    apart = [distance(one, other) for number, one in enumerate(hashes) for other in hashes[:number]]
-    assert min(apart) > 10
+    distances = [distance(one, other) for number, one in enumerate(hashes) for other in hashes[:number]]
+    assert min(distances) > 10
 
 
 def test_a_hash_is_the_sign_of_the_low_frequencies():
-    wave = 127.5 + 127.5 * np.cos(np.pi * (2 * np.arange(32) + 1) * 3 / 64)  # the fourth column of the transform alone
+    wave = 127.5 + 127.5 * np.cos(np.pi * (2 * np.arange(32) + 1) * 3 / 64)  # only the transform's column 3
     pixels = np.broadcast_to(np.rint(wave).astype(np.uint8)[None, :, None], (32, 32, 3)).copy()
     bits = f"{perceptual_hash(pixels):064b}"
     assert bits[0] == bits[3] == "1"
@@ -64,25 +64,25 @@ def record(folder: Path, number: int, image_id: str, image: Image.Image, **meta:
     path.parent.mkdir(exist_ok=True)
     image.save(path, quality=90)
     return Record(
-        key=f"k{number}", image=ImageFile(path=path), image_id=image_id, captions=(f"picture {number}",), meta=meta
+        key=f"k{number}", image=ImageFile(path=path), image_id=image_id, captions=(f"image {number}",), meta=meta
     )
 
 
 @pytest.fixture
 def held_out(tmp_path) -> Path:
-    """Three pictures that no training may see."""
+    """Build a corpus of three images that no training corpus may hold. Returns: its folder."""
     folder = tmp_path / "held_out_raw"
     records = [record(folder, number, f"coco:{number}", photo(number)) for number in range(3)]
     build_records(records, tmp_path / "held_out")
     return tmp_path / "held_out"
 
 
-def test_ids_and_copies_are_dropped_and_counted_apart(held_out, tmp_path):
+def test_images_are_dropped_by_id_and_by_hash_and_counted_separately(held_out, tmp_path):
     folder = tmp_path / "raw"
     records = [
-        record(folder, 0, "coco:1", photo(50)),  # the id alone
-        record(folder, 1, "vg:7", photo(51), coco_id=2),  # the id that it has in the other data set
-        record(folder, 2, "vg:8", photo(0).resize((200, 150))),  # the look alone
+        record(folder, 0, "coco:1", photo(50)),  # only the id
+        record(folder, 1, "vg:7", photo(51), coco_id=2),  # only the id in the other data set
+        record(folder, 2, "vg:8", photo(0).resize((200, 150))),  # only the look
         record(folder, 3, "vg:9", photo(52), coco_id=None, flickr_id=5),
         record(folder, 4, "", photo(53)),
     ]
@@ -95,13 +95,13 @@ def test_ids_and_copies_are_dropped_and_counted_apart(held_out, tmp_path):
     assert (totals.rows, totals.captions) == (5, 2)
 
 
-def test_visual_genomes_flickr_ids_are_those_of_flickr30k(tmp_path):
+def test_visual_genomes_flickr_ids_match_flickr30ks_image_ids(tmp_path):
     build_records([record(tmp_path / "a", 0, "flickr30k:5", photo(0))], tmp_path / "held_out")
     exclusion = load_exclusion([str(tmp_path / "held_out")], 0)
     assert exclusion.has_id("vg:1", {"flickr_id": 5}) and not exclusion.has_id("vg:1", {"flickr_id": 6})
 
 
-def test_plain_pictures_are_not_taken_for_each_other(tmp_path):
+def test_plain_images_do_not_count_as_copies_of_each_other(tmp_path):
     build_records([record(tmp_path / "a", 0, "a:0", Image.new("RGB", (80, 60), "white"))], tmp_path / "held_out")
     exclusion = load_exclusion([str(tmp_path / "held_out")], 10)
     other = record(tmp_path / "b", 1, "b:1", Image.new("RGB", (90, 60), "gray"))

@@ -1,4 +1,4 @@
-"""Fetching corpora: what has arrived is kept, what is wrong is refused, and archives write nowhere else."""
+"""Fetching a corpus keeps bytes that have arrived, refuses wrong files, and unpacks archives only into their folder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from urllib.parse import quote
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from data_prep.catalogue import catalogue
-from data_prep.http_files import download_file, http_session
+from data_prep.catalogue import CATALOGUE
+from data_prep.http_files import download_file, open_session
 from data_prep.record import SourceOptions
 from data_prep.sources import cc3m
 from data_prep.unpack import unpack
-from data_prep.url_pictures import download_pictures, find_img2dataset
+from data_prep.url_images import download_images, find_img2dataset
 from data_prep.web_corpora import Row
 from tests.conftest import REPO, command_line, run_script
 from tests.data_prep.file_server import FileServer, file_server
-from tests.data_prep.layouts import picture
+from tests.data_prep.layouts import make_image_file
 from tests.small_corpora import build_records
 
 FETCH = "data_prep/fetch_corpus.py"
@@ -43,7 +43,7 @@ def server():
 
 
 def fetch(server: FileServer, target: Path, **facts: Any) -> bytes:
-    download_file(http_session(), f"{server.url}/a.zip", target, wait_seconds=0.01, **facts)
+    download_file(open_session(), f"{server.url}/a.zip", target, wait_seconds=0.01, **facts)
     return target.read_bytes()
 
 
@@ -58,20 +58,21 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 # Downloads
 
 
-def test_a_download_goes_on_behind_each_drop_of_the_connection_and_no_byte_is_sent_twice(server, tmp_path):
+def test_a_download_continues_after_each_drop_of_the_connection_and_no_byte_is_sent_twice(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     server.hang_up_after["/a.zip"] = [300_000, 1, 400_000]
     assert fetch(server, tmp_path / "a.zip") == CONTENT
     assert server.sent_bytes == len(CONTENT)
-    assert [wanted for _, wanted in server.requests] == ["", "bytes=300000-", "bytes=300001-", "bytes=700001-"]
+    ranges = [requested_range for _, requested_range in server.requests]
+    assert ranges == ["", "bytes=300000-", "bytes=300001-", "bytes=700001-"]
     assert [file.name for file in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_a_later_call_goes_on_where_an_earlier_one_was_killed(server, tmp_path):
+def test_a_later_call_continues_where_an_earlier_one_was_killed(server, tmp_path):
     server.files["/a.zip"] = CONTENT
 
-    def stop(there: int, total: int | None) -> None:
-        if there > 500_000:
+    def stop(done_bytes: int, total_bytes: int | None) -> None:
+        if done_bytes > 500_000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -82,13 +83,13 @@ def test_a_later_call_goes_on_where_an_earlier_one_was_killed(server, tmp_path):
     assert server.requests[-1] == ("/a.zip", f"bytes={kept}-")
 
 
-def test_a_file_that_is_there_is_not_asked_for(server, tmp_path):
+def test_an_existing_file_is_not_requested(server, tmp_path):
     (tmp_path / "a.zip").write_bytes(b"here")
     assert fetch(server, tmp_path / "a.zip") == b"here"
     assert server.requests == []
 
 
-def test_a_complete_part_that_was_not_renamed_is_taken(server, tmp_path):
+def test_a_complete_part_that_was_not_renamed_is_used(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     (tmp_path / "a.zip.part").write_bytes(CONTENT)
     (tmp_path / "a.zip.part.of").write_text(f'"{len(CONTENT)}"')
@@ -107,21 +108,21 @@ def test_a_part_of_another_file_is_never_continued(server, tmp_path, cause):
     assert fetch(server, tmp_path / "a.zip") == CONTENT
 
 
-def test_a_busy_server_is_asked_again(server, tmp_path):
+def test_a_request_to_a_busy_server_is_repeated(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     server.statuses["/a.zip"] = [503]
     assert fetch(server, tmp_path / "a.zip") == CONTENT
 
 
-def test_a_file_that_is_gone_is_refused_with_its_address(server, tmp_path):
+def test_a_missing_file_is_an_error_with_its_address(server, tmp_path):
     with pytest.raises(DataError, match=r"/a\.zip cannot be downloaded: the server answers 404.*browser"):
         fetch(server, tmp_path / "a.zip")
 
 
-def test_a_server_that_never_sends_anything_is_given_up(server, tmp_path):
+def test_a_download_without_progress_is_given_up(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     server.hang_up_after["/a.zip"] = [100] + [0] * 20
-    with pytest.raises(DataError, match=r"6 attempts failed.*Run the command again later: it goes on"):
+    with pytest.raises(DataError, match=r"6 attempts failed.*run the command again later: it continues"):
         fetch(server, tmp_path / "a.zip")
     assert (tmp_path / "a.zip.part").stat().st_size == 100
 
@@ -132,7 +133,7 @@ def test_a_right_checksum_is_accepted(server, tmp_path):
 
 
 @pytest.mark.parametrize(("facts", "problem"), [({"size_bytes": 7}, "not 7"), ({"md5": "0" * 32}, "its MD5 is not")])
-def test_another_file_than_the_known_one_is_refused_and_not_kept(server, tmp_path, facts, problem):
+def test_a_file_of_another_size_or_checksum_is_refused_and_deleted(server, tmp_path, facts, problem):
     server.files["/a.zip"] = CONTENT
     with pytest.raises(DataError, match=problem):
         fetch(server, tmp_path / "a.zip", **facts)
@@ -142,14 +143,14 @@ def test_another_file_than_the_known_one_is_refused_and_not_kept(server, tmp_pat
 # Archives
 
 
-def test_an_archive_is_unpacked_once_and_again_only_what_is_missing(tmp_path):
+def test_unpacking_again_writes_only_missing_files(tmp_path):
     (tmp_path / "a.zip").write_bytes(zip_of({"train/1.jpg": b"one", "train/2.jpg": b"two", "__MACOSX/x": b"-"}))
     assert unpack(tmp_path / "a.zip", tmp_path / "out") == 2
     (tmp_path / "out/train/1.jpg").write_bytes(b"own")
     (tmp_path / "out/train/2.jpg").unlink()
     unpack(tmp_path / "a.zip", tmp_path / "out")
-    found = {file.name: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    assert found == {"1.jpg": b"own", "2.jpg": b"two"}
+    contents = {file.name: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert contents == {"1.jpg": b"own", "2.jpg": b"two"}
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "..\\evil", "C:/evil"])
@@ -159,7 +160,7 @@ def test_a_member_outside_the_folder_is_refused(tmp_path, name, kind):
     archive.parent.mkdir()
     if kind == "zip":
         archive.write_bytes(zip_of({"good": b"1", name: b"2"}))
-        # zipfile writes / for the separator of the system; the archive of an attacker need not.
+        # zipfile replaces the system's separator by /, but an attacker's archive may hold any name.
     else:
         with tarfile.open(archive, "w:gz") as tar:
             member = tarfile.TarInfo(name)
@@ -187,14 +188,14 @@ def test_a_link_is_refused(tmp_path, kind):
         unpack(archive, tmp_path / "out")
 
 
-def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path):
+def test_a_zip_bomb_is_refused_before_it_fills_the_disk(tmp_path):
     (tmp_path / "a.zip").write_bytes(zip_of({"zeros": bytes(50_000_000)}))
     with pytest.raises(DataError, match="more than 200 times its size"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
 
 
-def test_a_damaged_archive_is_refused_with_its_cure(tmp_path):
+def test_a_damaged_archive_is_refused_with_a_suggestion(tmp_path):
     content = bytearray(zip_of({"a": bytes(range(256)) * 40}))
     content[60] ^= 255
     (tmp_path / "a.zip").write_bytes(content)
@@ -213,13 +214,13 @@ def serve(server: FileServer, url: str, content: bytes) -> str:
 
 
 def serve_nlvr2(server: FileServer) -> list[str]:
-    return [serve(server, file.url, file.path.encode()) for file in catalogue()["nlvr2"].files]
+    return [serve(server, file.url, file.path.encode()) for file in CATALOGUE["nlvr2"].files]
 
 
-@pytest.mark.parametrize("source", sorted(catalogue()))
+@pytest.mark.parametrize("source", sorted(CATALOGUE))
 def test_without_download_every_file_is_listed_and_nothing_is_written(source, tmp_path):
     result = run_script(FETCH, source, f"--out={tmp_path / 'new'}")
-    corpus = catalogue()[source]
+    corpus = CATALOGUE[source]
     assert all(file.url in result.stdout and file.path in result.stdout for file in corpus.files)
     assert all(request.what in result.stdout and request.how in result.stdout for request in corpus.by_hand)
     assert ("--download" in result.stdout) == bool(corpus.files)
@@ -230,25 +231,25 @@ def test_files_are_put_where_the_source_reads_them_and_fetched_once(server, tmp_
     serve_nlvr2(server)
     arguments = ("nlvr2", f"--out={tmp_path}", "--download", f"--mirror={server.url}/")
     result = run_script(FETCH, *arguments)
-    for file in catalogue()["nlvr2"].files:
+    for file in CATALOGUE["nlvr2"].files:
         assert (tmp_path / file.path).read_text() == file.path
-    assert "Still to be had by hand: images/train/" in result.stdout
+    assert "Still to be fetched by hand: images/train/" in result.stdout
     before = len(server.requests)
     run_script(FETCH, *arguments)
     assert len(server.requests) == before
 
 
-def test_archives_are_unpacked_where_the_source_reads_them_and_may_be_deleted_then(server, tmp_path):
+def test_archives_are_unpacked_where_the_source_reads_them_and_may_then_be_deleted(server, tmp_path):
     names = {"images": "VG_100K/1.jpg", "images2": "VG_100K_2/2.jpg"}
-    for file in catalogue()["vg"].files:
+    for file in CATALOGUE["vg"].files:
         stem = file.url.rsplit("/", 1)[-1].partition(".")[0]
         serve(server, file.url, zip_of({names.get(stem, f"{stem}.json"): stem.encode()}))
     arguments = ("vg", f"--out={tmp_path}", "--download", f"--mirror={server.url}")
     run_script(FETCH, *arguments)
-    found = sorted(
+    files = sorted(
         str(file.relative_to(tmp_path)) for file in tmp_path.rglob("[!.]*") if file.suffix in (".json", ".jpg")
     )
-    assert found == [
+    assert files == [
         "annotations/region_descriptions.json",
         "image_data.json",
         "images/VG_100K/1.jpg",
@@ -267,7 +268,7 @@ def test_sbu_comes_in_a_tar(server, tmp_path):
         member = tarfile.TarInfo("sbu-captions-all.json")
         member.size = 2
         tar.addfile(member, io.BytesIO(b"{}"))
-    serve(server, catalogue()["sbu"].files[0].url, stream.getvalue())
+    serve(server, CATALOGUE["sbu"].files[0].url, stream.getvalue())
     result = run_script(FETCH, "sbu", f"--out={tmp_path}", "--download", f"--mirror={server.url}")
     assert (tmp_path / "sbu-captions-all.json").read_text() == "{}"
     assert "run the command with --images" in result.stdout
@@ -290,7 +291,7 @@ def test_sbu_comes_in_a_tar(server, tmp_path):
         (["coco", "--out=OUT", "--download", "--mirror=ftp://x"], ["must begin with http://"]),
     ],
 )
-def test_a_wrong_command_stops_with_its_cure_and_writes_nothing(tmp_path, arguments, words):
+def test_a_wrong_command_stops_with_a_suggestion_and_writes_nothing(tmp_path, arguments, words):
     result = run_script(FETCH, *[argument.replace("OUT", str(tmp_path / "out")) for argument in arguments], code=2)
     for word in words:
         assert word in result.stderr
@@ -298,19 +299,19 @@ def test_a_wrong_command_stops_with_its_cure_and_writes_nothing(tmp_path, argume
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_without_their_list_are_refused(tmp_path):
+def test_images_cannot_be_fetched_without_the_list_of_urls(tmp_path):
     result = run_script(FETCH, "cc3m", f"--out={tmp_path}", "--images", f"--img2dataset={shutil.which('true')}", code=2)
     assert "does not find utils/Train_GCC-training.tsv" in result.stderr
 
 
-# Pictures from URLs
+# Images from URLs
 
 
 def test_the_list_keeps_every_row_whatever_its_caption(tmp_path):
     captions = ['"', "a\tb", "line\u2028end", "2021-01-01", "", "\\", "x" * 3000]
     rows = [Row(caption, f"http://a.example/{number}") for number, caption in enumerate(captions)]
     with pytest.raises(DataError, match="has done 0 of 7 rows"):
-        download_pictures(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=0)
+        download_images(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=0)
     lines = (tmp_path / "tars.urls" / "00000.jsonl").read_bytes().split(b"\n")[:-1]
     assert [json.loads(line) for line in lines] == [{"url": row.url, "caption": row.caption} for row in rows]
 
@@ -324,9 +325,9 @@ def test_the_list_keeps_every_row_whatever_its_caption(tmp_path):
         ("https://u:p@[::1]:80/a;b,c~d/(1)!?q='x'&r=+$*#part", "https://u:p@[::1]:80/a;b,c~d/(1)!?q='x'&r=+$*#part"),
     ],
 )
-def test_what_cannot_stand_in_a_url_is_encoded_once(published, listed, tmp_path):
+def test_characters_that_a_url_cannot_have_are_encoded_once(published, listed, tmp_path):
     with pytest.raises(DataError, match="has done 0 of 1 rows"):
-        download_pictures(
+        download_images(
             str(shutil.which("true")), iter([Row("a", published)]), tmp_path / "tars", processes=1, max_rows=0
         )
     assert json.loads((tmp_path / "tars.urls" / "00000.jsonl").read_text())["url"] == listed
@@ -334,14 +335,14 @@ def test_what_cannot_stand_in_a_url_is_encoded_once(published, listed, tmp_path)
 
 def test_a_failing_program_is_reported(tmp_path):
     with pytest.raises(DataError, match="ended with code 1"):
-        download_pictures(str(shutil.which("false")), iter([Row("a", "b")]), tmp_path / "tars", processes=1, max_rows=0)
+        download_images(str(shutil.which("false")), iter([Row("a", "b")]), tmp_path / "tars", processes=1, max_rows=0)
 
 
-def test_another_number_of_rows_in_the_same_folder_is_refused(tmp_path):
+def test_another_max_rows_in_the_same_folder_is_refused(tmp_path):
     rows = [Row("a", "b"), Row("c", "d")]
     for max_rows, problem in ((1, "has done 0 of 1 rows"), (2, r"made with --max_rows=1, now it is 2")):
         with pytest.raises(Exception, match=problem):
-            download_pictures(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=max_rows)
+            download_images(str(shutil.which("true")), iter(rows), tmp_path / "tars", processes=1, max_rows=max_rows)
 
 
 def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
@@ -357,7 +358,7 @@ def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
         cwd=REPO,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that starts the tests in the background has them ignore it.
+        # A shell that starts the tests in the background makes them ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
@@ -366,7 +367,7 @@ def test_ctrl_c_ends_the_program_and_all_that_it_started(tmp_path):
         time.sleep(0.05)
     command.send_signal(signal.SIGINT)
     _, errors = command.communicate(timeout=60)
-    assert (command.returncode, "it goes on" in errors, "Traceback" in errors) == (130, True, False)
+    assert (command.returncode, "it continues" in errors, "Traceback" in errors) == (130, True, False)
     time.sleep(0.2)
     assert [pid for pid in (tmp_path / "pids").read_text().split() if is_running(int(pid))] == []
 
@@ -400,24 +401,24 @@ PROGRAM = shutil.which("img2dataset")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="img2dataset is not on the PATH")
-def test_img2dataset_fetches_pictures_that_a_build_reads_and_goes_on_when_run_again(server, tmp_path):
+def test_img2dataset_fetches_images_that_a_build_reads_and_continues_when_run_again(server, tmp_path):
     train = [
         ("a bus", "bus.jpg", 0),
         ('a " quote', "quote.png", 1),
         ("dead", "dead.jpg", None),
-        ("no picture", "page.html", -1),
+        ("no image", "page.html", -1),
         ("space", "two words.jpg", 2),
         ("umlaut", "größe.jpg", 3),
     ]
     for _, name, number in train:
         if number is not None:
-            server.files[f"/{quote(name)}"] = b"<html>" if number < 0 else picture(number)
-    server.files["/coffee.jpg"] = picture(9)
+            server.files[f"/{quote(name)}"] = b"<html>" if number < 0 else make_image_file(number)
+    server.files["/coffee.jpg"] = make_image_file(9)
     tables = (
         "".join(f"{text}\t{server.url}/{name}\n" for text, name, _ in train),
         f"coffee\t{server.url}/coffee.jpg\n",
     )
-    for file, table in zip(catalogue()["cc3m"].files, tables, strict=True):
+    for file, table in zip(CATALOGUE["cc3m"].files, tables, strict=True):
         serve(server, file.url, table.encode())
     arguments = ("cc3m", f"--out={tmp_path / 'cc'}", "--processes=1", f"--img2dataset={PROGRAM}")
     result = run_script(FETCH, *arguments, "--download", "--images", f"--mirror={server.url}")

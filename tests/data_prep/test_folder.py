@@ -1,4 +1,4 @@
-"""A folder of images with a caption file: what is read, and what is refused with its line."""
+"""The source folder reads images with a caption file, and refuses wrong rows with their line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place as storage_place
+from bridgetower.io.storage import to_path
 from bridgetower.shards.index import ShardReader
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import folder
@@ -22,12 +22,12 @@ from tests.small_corpora import build_records, draw, file_of
 
 @pytest.fixture
 def raw(tmp_path) -> Path:
-    """Three pictures, one of them in a folder below."""
-    place: Path = tmp_path / "raw"
-    (place / "sub").mkdir(parents=True)
+    """Make a folder with three images, one of them in a subfolder."""
+    folder: Path = tmp_path / "raw"
+    (folder / "sub").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.png", "sub/c.png"]):
-        (place / name).write_bytes(file_of(draw(number)))
-    return place
+        (folder / name).write_bytes(file_of(draw(number)))
+    return folder
 
 
 def options_of(raw: Path | None, captions: object) -> SourceOptions:
@@ -35,7 +35,7 @@ def options_of(raw: Path | None, captions: object) -> SourceOptions:
 
 
 def read(raw: Path, file_name: str, content: str | bytes) -> list[Record]:
-    """The records of a caption file, without what the source drops."""
+    """Write a caption file and read its records, without the rejects."""
     file = raw.parent / file_name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return [entry for entry in folder.records(options_of(raw, file)) if isinstance(entry, Record)]
@@ -52,7 +52,7 @@ def lines(*rows: object) -> str:
 
 
 def captions_by_key(records: list[Record]) -> dict[str, list[str]]:
-    """Rows of the same image joined, as a build does."""
+    """Join the captions of records with the same key, as a build does."""
     joined: dict[str, list[str]] = {}
     for record in records:
         joined.setdefault(record.key, []).extend(record.captions)
@@ -60,7 +60,7 @@ def captions_by_key(records: list[Record]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", layout.LAYOUTS)
-def test_a_build_keeps_what_is_right_and_counts_the_rest(tmp_path, kind):
+def test_a_build_keeps_the_good_rows_and_counts_the_others(tmp_path, kind):
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     expected = layout.write(tmp_path / "in", kind)
@@ -68,9 +68,9 @@ def test_a_build_keeps_what_is_right_and_counts_the_rest(tmp_path, kind):
     manifests = build_records(folder.records(options), tmp_path / "out")
     assert manifests.keys() == expected.keys()
     for split, manifest in manifests.items():
-        totals, wanted = manifest.totals, expected[split]
-        assert (totals.rows, totals.images, totals.captions) == (wanted.rows, wanted.images, wanted.captions)
-        assert totals.rejects == wanted.rejects
+        totals, counts = manifest.totals, expected[split]
+        assert (totals.rows, totals.images, totals.captions) == (counts.rows, counts.images, counts.captions)
+        assert totals.rejects == counts.rejects
 
 
 def test_a_csv_gives_a_record_per_image(raw):
@@ -114,7 +114,7 @@ def test_split_image_id_and_other_columns_are_kept(raw):
     assert (record.split, record.image_id, record.annotations) == ("val", "coco:7", ({"url": "http://a"},))
 
 
-def test_other_columns_stay_beside_their_own_caption(raw, tmp_path):
+def test_other_columns_stay_with_their_own_caption(raw, tmp_path):
     rows = [
         {"image": "a.png", "captions": ["one", "two"], "by": "x"},
         {"image": "a.png", "caption": "three"},
@@ -123,8 +123,8 @@ def test_other_columns_stay_beside_their_own_caption(raw, tmp_path):
     ]
     build_records(read(raw, "c.jsonl", lines(*rows)), tmp_path / "out")
     reader = ShardReader(tmp_path / "out" / "00000.tar")
-    found = {reader.read(row).record["captions"][0]: reader.read(row).record["annotations"] for row in range(2)}
-    assert found == {"one": [{"by": "x"}, {"by": "x"}, {}, {"by": "y"}], "four": [{}]}
+    annotations = {reader.read(row).record["captions"][0]: reader.read(row).record["annotations"] for row in range(2)}
+    assert annotations == {"one": [{"by": "x"}, {"by": "x"}, {}, {"by": "y"}], "four": [{}]}
 
 
 def test_without_other_columns_there_are_no_annotations(raw):
@@ -173,15 +173,15 @@ def test_parquet_without_its_package_is_refused_with_the_command_that_installs_i
 
 @pytest.fixture
 def store() -> Path:
-    """A picture and its caption in an object store."""
-    root: Path = storage_place("memory://photos-of-test-folder")
+    """Put an image into a folder in an object store. Returns: the folder above."""
+    root: Path = to_path("memory://photos-of-test-folder")
     (root / "raw" / "sub").mkdir(parents=True, exist_ok=True)
     (root / "raw" / "sub" / "a.png").write_bytes(file_of(draw(1)))
     return root
 
 
 @pytest.mark.parametrize("file_name", ["c.csv", "c.jsonl"])
-def test_pictures_and_captions_may_be_in_an_object_store(store, tmp_path, file_name):
+def test_images_and_captions_may_be_in_an_object_store(store, tmp_path, file_name):
     content = "image,caption\nsub/a.png,x\n./sub/a.png,y\n"
     if file_name == "c.jsonl":
         content = lines({"image": "sub/a.png", "caption": "x"}, {"image": "./sub/a.png", "caption": "y"})
@@ -217,7 +217,7 @@ def test_an_image_without_a_text_is_rejected_and_counted(raw, tmp_path):
         "émoji 🎉 (1).JPEG",
     ],
 )
-def test_odd_file_names_become_keys_that_end_at_no_dot_and_fit_into_a_tar_header(raw, tmp_path, name):
+def test_unusual_file_names_become_keys_without_a_dot_that_fit_into_a_tar_header(raw, tmp_path, name):
     (raw / name).write_bytes(file_of(draw(9)))
     (record,) = read(raw, "c.jsonl", lines({"image": name, "caption": "x"}))
     build_records([record], tmp_path / "out")
@@ -228,7 +228,7 @@ def test_odd_file_names_become_keys_that_end_at_no_dot_and_fit_into_a_tar_header
 
 
 def image_ids(raw, out, **images):
-    """Of a corpus of these pictures, without ids of their own."""
+    """Build a corpus of images without given ids. Returns: the ids that the build gave them."""
     raw.mkdir()
     for name, content in images.items():
         (raw / f"{name}.png").write_bytes(content)
@@ -237,19 +237,19 @@ def image_ids(raw, out, **images):
     return set(ShardReader(out / "00000.tar").image_ids().tolist())
 
 
-def test_pictures_have_the_same_id_in_two_corpora_exactly_if_they_are_the_same_whatever_their_names(tmp_path):
+def test_images_in_two_corpora_have_the_same_id_exactly_if_their_files_are_equal(tmp_path):
     first = image_ids(tmp_path / "a", tmp_path / "out_a", one=file_of(draw(1)), two=file_of(draw(2)))
     second = image_ids(tmp_path / "b", tmp_path / "out_b", one=file_of(draw(3)), three=file_of(draw(2)))
     assert len(first) == len(second) == 2 and len(first & second) == 1
 
 
-def test_names_that_differ_in_odd_letters_alone_have_different_keys(raw):
+def test_names_that_differ_only_in_special_characters_have_different_keys(raw):
     names = ["a b.png", "a_b.png", "a.b.png", "ä_b.png", "sub/a b.png", "sub_a b.png"]
     records = read(raw, "c.jsonl", lines(*({"image": name, "caption": "x"} for name in names)))
     assert len({record.key for record in records}) == len(names)
 
 
-def test_two_files_of_one_name_with_different_suffixes_are_refused_together(raw, tmp_path):
+def test_two_files_whose_names_differ_only_in_the_suffix_are_refused(raw, tmp_path):
     records = read(raw, "c.csv", "image,caption\na.png,x\na.jpg,y\n")
     with pytest.raises(DataError, match=r"Two images have the key 'a'.*rename one"):
         build_records(records, tmp_path / "out")
@@ -271,7 +271,7 @@ def test_a_csv_without_its_columns_is_refused_with_those_it_has(raw, header, nam
         ("c.csv", "image,caption\na.png\n", r"line 2 does not have 2 columns"),
         ("c.csv", 'image,caption\na.png,"never closed\n', r"line 2 is not CSV"),
         ("c.csv", 'image,"caption\na.png,x\n', r"is not CSV"),
-        ("c.csv", "image,caption,caption\na.png,x,y\n", r"two columns of one name"),
+        ("c.csv", "image,caption,caption\na.png,x,y\n", r"two columns with the same name"),
         ("c.csv", "image,caption\n,x\n", r"line 2 has image=''"),
         ("c.jsonl", '{"image": "a.png"\n', r"line 1 is not JSON"),
         ("c.jsonl", '\n\n["a.png", "x"]\n', r"line 3 is not a JSON object"),
@@ -320,7 +320,7 @@ def test_a_missing_folder_is_refused(raw):
 
 
 @pytest.mark.parametrize("given", [{"raw": None}, {"flags": {}}, {"flags": {"captions": ""}}])
-def test_a_missing_flag_is_refused_with_both(raw, given):
+def test_if_a_flag_is_missing_the_error_names_both(raw, given):
     options = SourceOptions(**{"raw": raw, "flags": {"captions": "c.csv"}, **given})
     with pytest.raises(ConfigError, match=r"needs --raw=DIR .* and --captions=FILE"):
         list(folder.records(options))

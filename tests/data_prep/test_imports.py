@@ -22,7 +22,7 @@ def test_all_modules_are_tried():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_it_can_be_imported_where_torch_cannot(module):
+def test_a_module_can_be_imported_where_torch_cannot(module):
     subprocess.run([sys.executable, "-c", f"{BLOCKED}import {module}"], cwd=REPO, check=True)
 
 

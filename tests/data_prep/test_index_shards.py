@@ -1,4 +1,4 @@
-"""Tars of img2dataset and the like become a corpus without a change to them."""
+"""index_shards.py makes a corpus of tars that other tools wrote, without changing the tars."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ CHECK = "data_prep/check_shards.py"
 
 
 def write_foreign(path: Path, first: int, count: int, **changed: object) -> None:
-    """A tar as img2dataset writes it: jpg, json and txt; ``changed`` are fields of the last sample's json."""
+    """Write a tar as img2dataset does, with jpg, json and txt.
+
+    Args:
+        changed: fields to replace in the json of the last sample.
+    """
     with tarfile.open(path, "w") as tar:
         for number in range(first, first + count):
             image = file_of(draw(number), "JPEG")
             record: dict[str, object] = {
-                "caption": f"picture  {number}",
+                "caption": f"image  {number}",
                 "url": f"https://example.org/{number}.jpg",
                 "key": f"{number:09d}",
                 "status": "success",
@@ -37,7 +41,7 @@ def write_foreign(path: Path, first: int, count: int, **changed: object) -> None
             }
             if number == first + count - 1:
                 record = {**record, **changed}
-            text = f"picture  {number}".encode()
+            text = f"image  {number}".encode()
             members = [("jpg", image), ("json", json.dumps(record).encode()), ("txt", text)]
             for suffix, content in members:
                 member = tarfile.TarInfo(f"{number:09d}.{suffix}")
@@ -63,7 +67,7 @@ def test_the_tars_of_img2dataset_can_be_trained_on(downloads):
     corpora = Corpora([downloads])
     assert corpora.manifests[0].num_pairs == 8
     record = ShardReader(downloads / "00000.tar").read(3).record
-    assert record["captions"] == ["picture 3"]
+    assert record["captions"] == ["image 3"]
     assert record["image_id"] == f"sha256:{hashlib.sha256(file_of(draw(3), 'JPEG')).hexdigest()}"
 
 
@@ -96,7 +100,7 @@ def test_a_damaged_tar_is_an_error_that_names_it(downloads):
     assert not (downloads / "shards.json").exists()
 
 
-def test_folders_of_the_own_build_and_empty_ones_are_refused(emoji_shards, tmp_path):
+def test_folders_of_build_shards_and_empty_folders_are_refused(emoji_shards, tmp_path):
     assert "was built by build_shards.py" in run_script(COMMAND, str(emoji_shards / "train"), code=2).stderr
     assert "has no *.tar files" in run_script(COMMAND, str(tmp_path), code=2).stderr
     assert "Which folder?" in run_script(COMMAND, code=2).stderr

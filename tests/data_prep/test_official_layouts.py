@@ -1,4 +1,4 @@
-"""Each corpus, from a miniature of its official files to shards: the right counts, and a reason for every other row."""
+"""A miniature of each corpus's official files gives shards with the right counts, and a reason for every other row."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ CASES = [
 
 @dataclass(frozen=True)
 class Built:
-    """A miniature that was built."""
+    """Folder of a miniature's shards, and the counts that it should have."""
 
     out: Path
     expected: dict[str, Expected]
 
     def manifests(self) -> Iterator[tuple[Path, Manifest]]:
-        """The folder and manifest of each split that has a shard."""
+        """Yield folder and manifest of each split that has a shard."""
         for split in self.expected:
             manifest = load_manifest(self.out / split)
             if manifest.shards:
@@ -86,15 +86,15 @@ def test_plain_webdataset_opens_every_shard(built):
         samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
         assert len(samples) == manifest.totals.images
         assert sum(len(sample["json"]["captions"]) for sample in samples) == manifest.totals.captions
-        own = [reader.read(row) for reader in map(ShardReader, map(Path, urls)) for row in range(len(reader))]
-        for sample, ours in zip(samples, own, strict=True):
-            assert sample["json"] == ours.record and sample["txt"] == ours.record["captions"][0]
-            assert bool(ours.second_image) == any(name.startswith("right.") for name in sample)
+        expected = [reader.read(row) for reader in map(ShardReader, map(Path, urls)) for row in range(len(reader))]
+        for sample, raw in zip(samples, expected, strict=True):
+            assert sample["json"] == raw.record and sample["txt"] == raw.record["captions"][0]
+            assert bool(raw.second_image) == any(name.startswith("right.") for name in sample)
 
 
 @pytest.mark.parametrize("is_train", [False, True])
 def test_the_training_pipeline_of_open_clip_opens_every_shard(built, is_train, monkeypatch):
-    # open_clip 3.3 does not know the end-of-file marks that webdataset 1.0 puts between the members of two tars.
+    # open_clip 3.3 cannot read the end-of-file marks that webdataset 1.0 puts between the members of two tars.
     no_marks = partial(open_clip_train.data.tar_file_expander, eof_value=None)
     monkeypatch.setattr(open_clip_train.data, "tar_file_expander", no_marks)
     for folder, manifest in built.manifests():

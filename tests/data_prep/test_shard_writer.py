@@ -1,4 +1,4 @@
-"""Shards are the same bytes for any number of workers and after any interruption, complete or not there."""
+"""Shards have the same bytes for any number of workers and after any interruption, and are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ import webdataset
 from PIL import Image
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.shards.decode import flatten
+from bridgetower.shards.decode import to_rgb
 from bridgetower.shards.index import index_path, scan_tar
 from bridgetower.shards.manifest import Manifest, load_manifest
 from data_prep.build import State
-from data_prep.convert import convert, perceptual_hash, scaled_down
+from data_prep.convert import convert, perceptual_hash, scale_down
 from data_prep.record import ImageFile, ImagePolicy, Record, Reject
 from tests.conftest import REPO, command_line, run_script, script_environment
 from tests.small_corpora import build_records, draw, file_of, png_that_claims
@@ -39,7 +39,7 @@ EMOJI = Path(SPEC.origin).parent / "assets" / "72x72"
 
 
 def make_records(folder: Path, count: int) -> list[Record]:
-    """Real files of many kinds: most are stored as they are, some converted, some rejected."""
+    """Write image files of many formats: most are stored as they are, some are converted, some rejected."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for number in range(count):
@@ -49,11 +49,11 @@ def make_records(folder: Path, count: int) -> list[Record]:
         elif number % 5 == 2:
             name, raw = f"{number}.jpg", file_of(image, "JPEG")
         elif number % 10 == 3:
-            name, raw = f"{number}.jpg", b"not a picture"
+            name, raw = f"{number}.jpg", b"not an image"
         else:
             name, raw = f"{number}.png", file_of(image)
         (folder / name).write_bytes(raw)
-        captions = tuple(f"caption {which} of picture {number}" for which in range(number % 3 + 1))
+        captions = tuple(f"caption {which} of image {number}" for which in range(number % 3 + 1))
         records.append(
             Record(
                 key=f"k{number}",
@@ -71,7 +71,7 @@ def build(records: Iterable[Record | Reject], out: Path, **options: Any) -> Mani
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Everything a build leaves behind."""
+    """Return the content of every file that a build leaves behind."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -81,7 +81,7 @@ def members_of(shard: Path) -> dict[str, bytes]:
 
 
 def captions_in(out: Path) -> list[str]:
-    """Captions of a corpus of one sample."""
+    """Return the captions of a corpus of one sample."""
     (content,) = [raw for name, raw in members_of(out / "00000.tar").items() if name.endswith(".json")]
     return list(json.loads(content)["captions"])
 
@@ -91,12 +91,12 @@ def record_of(key: str, image: Path, *captions: str) -> Record:
 
 
 def record_for(tmp_path: Path, raw: bytes, *captions: str) -> Record:
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(raw)
     return Record(key="k", image=ImageFile(path=path), image_id="k", captions=captions or ("a caption",))
 
 
-# The same bytes.
+# Same bytes
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_second_run_does_no_work(built):
 
 
 @pytest.mark.parametrize("lost", ["00003.tar", "00003.index.npy", "shards.json", ".build/00003.json"])
-def test_a_file_that_was_lost_is_made_again(built, tmp_path, lost):
+def test_a_lost_file_is_made_again(built, tmp_path, lost):
     records, out = built
     build(records, tmp_path / "out")
     (tmp_path / "out" / lost).unlink()
@@ -145,7 +145,7 @@ def test_a_file_that_was_lost_is_made_again(built, tmp_path, lost):
     assert files_in(tmp_path / "out") == files_in(out)
 
 
-def test_a_record_that_changed_changes_its_shard_alone(built, tmp_path):
+def test_a_changed_record_changes_only_its_shard(built, tmp_path):
     records, out = built
     build(records, tmp_path / "out")
     (tmp_path / "new.png").write_bytes(file_of(draw(99, 60, 40)))
@@ -158,7 +158,7 @@ def test_a_record_that_changed_changes_its_shard_alone(built, tmp_path):
     assert load_manifest(tmp_path / "out").totals.images_in == 43
 
 
-def test_an_image_file_that_changed_under_its_name_changes_its_shard_alone(built, tmp_path):
+def test_a_changed_image_file_of_the_same_name_changes_only_its_shard(built, tmp_path):
     records, _ = built
     copies = []
     for record in records:
@@ -177,14 +177,14 @@ def test_an_image_file_that_changed_under_its_name_changes_its_shard_alone(built
 def test_a_shard_that_was_damaged_in_place_is_made_again(built, tmp_path):
     records, out = built
     build(records, tmp_path / "out")
-    with (tmp_path / "out/00003.tar").open("r+b") as file:  # of the same size; only its checksum tells
+    with (tmp_path / "out/00003.tar").open("r+b") as file:  # the size stays the same; only the checksum changes
         file.seek(1000)
         file.write(b"damage")
     build(records, tmp_path / "out")
     assert files_in(tmp_path / "out") == files_in(out)
 
 
-def test_shards_beyond_a_smaller_input_are_removed(built, tmp_path):
+def test_surplus_shards_are_removed_when_the_input_gets_smaller(built, tmp_path):
     records, _ = built
     build(records, tmp_path / "out")
     build(records[:7], tmp_path / "out")
@@ -198,10 +198,10 @@ def test_shards_beyond_a_smaller_input_are_removed(built, tmp_path):
     assert load_manifest(tmp_path / "out") == load_manifest(tmp_path / "fresh")
 
 
-# The format.
+# Format
 
 
-def test_the_members_of_a_sample_stand_together_with_fixed_metadata(built):
+def test_the_members_of_a_sample_are_adjacent_and_have_fixed_metadata(built):
     _, out = built
     names = []
     for shard in sorted(out.glob("*.tar")):
@@ -210,14 +210,14 @@ def test_the_members_of_a_sample_stand_together_with_fixed_metadata(built):
                 names.append(member.name)
                 assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
                 assert (member.mode, member.isreg()) == (0o644, True)
-    assert len(names) == 3 * 39  # 43 records, of which 4 are no pictures
+    assert len(names) == 3 * 39  # 43 records, 4 of which are not images
     for start in range(0, len(names), 3):
         stems, suffixes = zip(*(name.split(".") for name in names[start : start + 3]), strict=True)
         assert len(set(stems)) == 1
         assert suffixes in (("jpg", "json", "txt"), ("json", "png", "txt"))
 
 
-def test_a_shard_is_what_webdatasets_own_writer_makes_of_its_samples(built):
+def test_a_shard_has_the_bytes_that_webdatasets_own_writer_would_write(built):
     _, out = built
     members = members_of(out / "00000.tar")
     samples: dict[str, dict[str, bytes]] = {}
@@ -226,12 +226,12 @@ def test_a_shard_is_what_webdatasets_own_writer_makes_of_its_samples(built):
         samples.setdefault(key, {})[suffix] = content
     stream = io.BytesIO()
     with webdataset.TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-        for key, own in samples.items():
-            writer.write({"__key__": key, **own})
+        for key, contents in samples.items():
+            writer.write({"__key__": key, **contents})
     assert (out / "00000.tar").read_bytes() == stream.getvalue()
 
 
-def test_the_record_of_a_sample_has_what_every_reader_relies_on(built):
+def test_the_json_of_a_sample_has_the_fields_that_readers_rely_on(built):
     _, out = built
     members = members_of(out / "00000.tar")
     for name in members:
@@ -260,7 +260,7 @@ def test_splits_become_folders_of_their_own(tmp_path):
         assert load_manifest(tmp_path / "out" / name) == manifest
 
 
-# Pictures.
+# Images
 
 
 def stored(raw: bytes, images: ImagePolicy = AS_THEY_ARE) -> tuple[bytes, str, Image.Image]:
@@ -272,7 +272,7 @@ def stored(raw: bytes, images: ImagePolicy = AS_THEY_ARE) -> tuple[bytes, str, I
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_plain_picture_is_stored_as_it_is(format_name, mode):
+def test_a_plain_image_is_stored_as_it_is(format_name, mode):
     raw = file_of(draw(1).convert(mode), format_name)
     content, suffix, _ = stored(raw)
     assert (content, suffix) == (raw, {"PNG": "png", "JPEG": "jpg"}[format_name])
@@ -298,9 +298,9 @@ def exif_of(orientation: int) -> Image.Exif:
     ids=["alpha", "palette", "cmyk", "turned", "webp", "gif", "animated"],
 )
 @pytest.mark.parametrize(("lossless", "suffix"), [(False, "jpg"), (True, "png")])
-def test_any_other_picture_is_stored_upright_as_rgb(raw, size, lossless, suffix):
-    _, found, image = stored(raw, ImagePolicy(short_side_px=0, lossless=lossless))
-    assert (found, image.mode, image.size) == (suffix, "RGB", size)
+def test_any_other_image_is_stored_upright_as_rgb(raw, size, lossless, suffix):
+    _, stored_suffix, image = stored(raw, ImagePolicy(short_side_px=0, lossless=lossless))
+    assert (stored_suffix, image.mode, image.size) == (suffix, "RGB", size)
     assert image.getexif().get(0x0112, 1) == 1
 
 
@@ -334,7 +334,7 @@ def test_a_record_that_cannot_become_a_sample_is_rejected_with_its_reason(tmp_pa
 
 
 def test_every_rejected_record_is_counted_by_its_reason(tmp_path):
-    records = make_records(tmp_path / "raw", 12)  # k3 is no picture
+    records = make_records(tmp_path / "raw", 12)  # the file of k3 is not an image
     records[0].image.path.unlink()
     records[4].image.path.write_bytes(b"")
     records[5] = record_of("k5", tmp_path, "x")
@@ -350,7 +350,7 @@ def test_every_rejected_record_is_counted_by_its_reason(tmp_path):
     assert load_manifest(tmp_path / "out") == manifest
 
 
-def test_parts_of_a_tar_that_was_cut_short_have_one_reason(tmp_path):
+def test_images_in_a_truncated_tar_are_rejected_for_one_reason(tmp_path):
     (tmp_path / "0.tar").write_bytes(file_of(draw(1)))
     size = (tmp_path / "0.tar").stat().st_size
     images = [ImageFile(path=tmp_path / "0.tar", offset=at, num_bytes=size) for at in (0, 7, 70)]
@@ -358,14 +358,14 @@ def test_parts_of_a_tar_that_was_cut_short_have_one_reason(tmp_path):
     assert build(records, tmp_path / "out").totals.rejects == {"image file cut short": 2}
 
 
-def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
+def test_a_shard_with_nothing_but_rejects_is_not_written(tmp_path):
     record = record_of("k", tmp_path / "nowhere.png", "x")
     manifest = build([record], tmp_path / "out")
     assert (manifest.shards, manifest.totals.rejects) == ((), {"image file missing": 1})
     assert list((tmp_path / "out").glob("*.tar")) == []
 
 
-def test_captions_are_normalised_and_told_apart(tmp_path):
+def test_captions_are_normalised_and_compared_exactly(tmp_path):
     captions = ["two  spaces\n", "two spaces", "", "cafe\u0301", "caf\u00e9", "Upper", "upper", "cut \ud83d off"]
     manifest = build([record_for(tmp_path, file_of(draw(1)), *captions)], tmp_path / "out")
     assert captions_in(tmp_path / "out") == ["two spaces", "caf\u00e9", "Upper", "upper", "cut \ufffd off"]
@@ -382,7 +382,7 @@ def test_half_a_surrogate_pair_in_other_fields_does_not_stop_the_build(tmp_path)
     assert json.loads(content.decode("utf-8"))["title"] == "cut ? off"
 
 
-# What is refused.
+# Refused input
 
 
 def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
@@ -395,7 +395,7 @@ def test_two_images_with_one_key_are_refused_with_both_files(tmp_path):
 
 
 def test_a_source_without_records_is_refused(tmp_path):
-    with pytest.raises(DataError, match="gave no rows"):
+    with pytest.raises(DataError, match="The source has no rows"):
         build([], tmp_path / "out")
 
 
@@ -424,7 +424,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(tmp_path, chang
     with pytest.raises(ConfigError, match=named):
         build(records, tmp_path / "out", **changed)
     assert files_in(tmp_path / "out") == before
-    build(records, tmp_path / "out")  # the refusal gave the folder free
+    build(records, tmp_path / "out")  # the refused build has released its lock
 
 
 def test_shards_of_another_program_are_never_written_over(tmp_path):
@@ -441,10 +441,10 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         build(make_records(tmp_path / "raw", 2), tmp_path / "file" / "out")
 
 
-# Interruptions.
+# Interruptions
 
 
-def test_an_interrupted_rebuild_leaves_no_manifest_and_goes_on(built, tmp_path):
+def test_an_interrupted_rebuild_leaves_no_manifest_and_continues(built, tmp_path):
     records, out = built
     build(records[:30], tmp_path / "out")
 
@@ -454,14 +454,14 @@ def test_an_interrupted_rebuild_leaves_no_manifest_and_goes_on(built, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         build(records, tmp_path / "out", show=interrupt)
-    # Some shards are of the old input and some of the new: nobody may read that as a corpus.
-    with pytest.raises(DataError, match=r"no shards\.json.*it goes on"):
+    # Some shards hold the old input and some the new one: nobody may read that as a corpus.
+    with pytest.raises(DataError, match=r"no shards\.json.*again"):
         load_manifest(tmp_path / "out")
     build(records, tmp_path / "out")
     assert files_in(tmp_path / "out") == files_in(out)
 
 
-def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
+def test_a_worker_that_dies_is_an_error_with_a_suggestion(built, tmp_path):
     records, _ = built
     before = set(multiprocessing.active_children())
 
@@ -469,7 +469,7 @@ def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
         workers = set(multiprocessing.active_children()) - before
         if state.images and workers:
             workers.pop().kill()
-            time.sleep(0.5)  # until the pool has seen it
+            time.sleep(0.5)  # until the pool has noticed
 
     with pytest.raises(DataError, match=r"A worker process died.*fewer --workers"):
         build(records, tmp_path / "out", samples_per_shard=1, workers=2, show=kill_a_worker)
@@ -477,7 +477,7 @@ def test_a_worker_that_dies_is_an_error_with_its_cure(built, tmp_path):
 
 @pytest.fixture(scope="module")
 def emoji_raw(tmp_path_factory) -> list[str]:
-    """Arguments of a build of 1,000 real emoji in 100 shards, which takes seconds."""
+    """Return the arguments of a build of 1,000 real emoji in 100 shards, which takes seconds."""
     names = [path.name for path in sorted(EMOJI.glob("*.png"))][:1000]
     captions = tmp_path_factory.mktemp("captions") / "emoji.csv"
     captions.write_text("image,caption\n" + "".join(f"{name},emoji {name}\n" for name in names))
@@ -492,7 +492,7 @@ def uninterrupted(emoji_raw, tmp_path_factory) -> Path:
 
 
 def start_build(arguments: Sequence[str], out: Path, shards: int = 3) -> subprocess.Popen[str]:
-    """Start a build in a process group of its own and wait until so many shards are there."""
+    """Start a build in a process group of its own, and wait until this many shards exist."""
     process = subprocess.Popen(
         command_line("data_prep/build_shards.py", [*arguments, f"--out={out}"], 0),
         cwd=REPO,
@@ -509,76 +509,76 @@ def start_build(arguments: Sequence[str], out: Path, shards: int = 3) -> subproc
 
 
 def running_in_session(session: int) -> list[int]:
-    """Processes of a session that still run."""
-    found = []
+    """Return the ids of a session's running processes."""
+    running = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
+            running.append(int(folder.name))
+    return running
 
 
-def test_a_build_that_is_killed_goes_on_to_identical_bytes(emoji_raw, uninterrupted, tmp_path):
+def test_a_killed_build_continues_to_identical_bytes(emoji_raw, uninterrupted, tmp_path):
     out = tmp_path / "out"
     with start_build(emoji_raw, out) as process:
         os.killpg(process.pid, signal.SIGKILL)
     finished = len(list(out.glob("*.tar")))
     assert 3 <= finished < 100
     assert not (out / "shards.json").exists()
-    for shard in out.glob("*.tar"):  # no half shards
+    for shard in out.glob("*.tar"):  # none is incomplete
         assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
-    (out / ".00099.tar.1.tmp").write_bytes(b"half a shard")  # as a kill at another moment leaves it
+    (out / ".00099.tar.1.tmp").write_bytes(b"half a shard")  # as a kill at another moment would leave it
     run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
     assert files_in(out) == files_in(uninterrupted)
 
 
-def test_a_build_that_is_killed_at_ten_random_moments_ends_with_identical_bytes(emoji_raw, uninterrupted, tmp_path):
+def test_a_build_killed_at_ten_random_moments_ends_with_identical_bytes(emoji_raw, uninterrupted, tmp_path):
     out, rng = tmp_path / "out", np.random.default_rng(0)
-    # Each later than the one before, and the build is killed while it writes.
+    # Each kill comes later than the one before, while the build is writing.
     for shards in sorted(rng.integers(1, 90, 10).tolist()):
         with start_build(emoji_raw, out, shards) as process:
             time.sleep(rng.uniform(0, 0.02))
             os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         assert not (out / "shards.json").exists()
-    for shard in out.glob("*.tar"):  # no half shards
+    for shard in out.glob("*.tar"):  # none is incomplete
         assert shard.read_bytes() == (uninterrupted / shard.name).read_bytes()
     run_script("data_prep/build_shards.py", *emoji_raw, f"--out={out}")
     assert files_in(out) == files_in(uninterrupted)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(file_of(draw(1)))
-    peaks = [peak_of_planning(tmp_path, picture, count) for count in (20_000, 120_000)]
-    # The caches of SQLite fill up to 32 MB each; 100,000 more images would be 110 MB as objects.
+    image = tmp_path / "image.png"
+    image.write_bytes(file_of(draw(1)))
+    peaks = [peak_of_planning(tmp_path, image, count) for count in (20_000, 120_000)]
+    # SQLite's caches grow to 32 MB each; as objects, 100,000 more images would take 110 MB.
     assert peaks[1] - peaks[0] < 65e6 and peaks[1] < 200e6
 
 
-def peak_of_planning(folder: Path, picture: Path, count: int) -> int:
-    """Peak memory in bytes of a process that plans so many images with two captions each."""
+def peak_of_planning(folder: Path, image: Path, count: int) -> int:
+    """Return the peak memory in bytes of a process that plans this many images with two captions each."""
     code = f"""
 import resource
 from pathlib import Path
-from data_prep.plan import planning
+from data_prep.plan import make_plan
 from data_prep.record import ImageFile, Record
 def rows():
     for number in range({count} * 2):
-        image = ImageFile(path=Path({str(picture)!r}))
+        image = ImageFile(path=Path({str(image)!r}))
         yield Record(key=f"image-{{number // 2}}", image=image, image_id=f"x:{{number // 2}}", captions=("word " * 12,))
-with planning(rows(), seed=0, scratch=Path({str(folder)!r})) as plan:
+with make_plan(rows(), seed=0, scratch=Path({str(folder)!r})) as plan:
     assert plan.splits()[0].samples == {count}
     assert len(list(plan.records(5, 100))) == 100
 print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
 """
-    found = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    return int(found.stdout) * 1024
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    return int(result.stdout) * 1024
 
 
-def test_what_a_killed_program_planned_is_removed_by_the_next(emoji_raw, tmp_path):
+def test_the_plan_of_a_killed_program_is_removed_by_the_next(emoji_raw, tmp_path):
     out = tmp_path / "out"
     with start_build(emoji_raw, out) as process:
         assert len(list(out.glob(".plan-*"))) == 1
@@ -593,16 +593,16 @@ def test_scaling_down_is_close_to_pillows_antialiased_bicubic(size):
     noise = np.random.default_rng(0).normal(0, 1, (size[1] // 6 + 2, size[0] // 6 + 2, 3))
     smooth = Image.fromarray(np.clip(128 + 50 * noise, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     new = (304, round(304 * size[1] / size[0])) if size[0] < size[1] else (round(304 * size[0] / size[1]), 304)
-    ours = scaled_down(np.asarray(smooth), new).astype(np.float64)
+    ours = scale_down(np.asarray(smooth), new).astype(np.float64)
     exact = np.asarray(smooth.resize(new, Image.Resampling.BICUBIC), np.float64)
     assert ours.shape == exact.shape
     assert np.mean((ours - exact) ** 2) < 255**2 / 10**4  # 40 dB
 
 
-def test_the_workers_of_a_build_that_is_killed_end_too(emoji_raw, tmp_path):
+def test_the_workers_of_a_killed_build_end_as_well(emoji_raw, tmp_path):
     with start_build(emoji_raw, tmp_path / "out") as process:
         assert len(running_in_session(process.pid)) > 2
-        process.kill()  # the parent alone, as the kernel does for want of memory
+        process.kill()  # only the parent, as the kernel does when memory runs out
     try:
         deadline = time.monotonic() + 30
         while running_in_session(process.pid) and time.monotonic() < deadline:
@@ -613,7 +613,7 @@ def test_the_workers_of_a_build_that_is_killed_end_too(emoji_raw, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_ctrl_c_ends_a_build_and_its_workers_and_says_that_it_goes_on(emoji_raw, tmp_path):
+def test_ctrl_c_ends_a_build_and_its_workers_and_says_how_to_continue(emoji_raw, tmp_path):
     with start_build(emoji_raw, tmp_path / "out") as process:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, errors = process.communicate(timeout=60)
@@ -636,12 +636,12 @@ def test_a_second_build_at_the_same_time_is_refused_and_the_first_is_not_disturb
     assert files_in(out) == files_in(uninterrupted)
 
 
-def test_a_small_disk_that_fills_up_is_an_error_after_which_the_build_goes_on(emoji_raw, uninterrupted, tmp_path):
-    # A file system in memory, in a name space of its own, which also those may have who may not mount.
+def test_a_build_continues_after_the_error_of_a_full_disk(emoji_raw, uninterrupted, tmp_path):
+    # A file system in memory, mounted in a namespace of its own, for which a user needs no right to mount.
     in_small_disk = ["unshare", "--mount", "--map-root-user", "bash", "-ec"]
     mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
     if subprocess.run([*in_small_disk, mount, str(tmp_path)], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount a tmpfs")
+        pytest.skip("this system does not let users mount a tmpfs")
     out = tmp_path / "disk/out"
     out.parent.mkdir()
     script = f"""{mount}
@@ -675,7 +675,7 @@ def test_a_full_disk_is_an_error_that_leaves_no_half_shard(tmp_path):
     (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
     arguments = ["folder", f"--raw={raw}", f"--captions={tmp_path / 'captions.csv'}", f"--out={out}", "--workers=2"]
     arguments.append("--samples_per_shard=3")
-    # A limit on the size of files stands for the disk: the third picture of a shard is refused by the system.
+    # A limit on the size of files simulates a full disk: the system refuses the third image of a shard.
     limited = subprocess.run(
         ["bash", "-c", 'ulimit -f 64; "$@"', "-", *command_line("data_prep/build_shards.py", arguments, 0)],
         cwd=REPO,
@@ -692,14 +692,14 @@ def test_a_full_disk_is_an_error_that_leaves_no_half_shard(tmp_path):
     assert load_manifest(out).totals.images == 6
 
 
-# Memory of a worker.
+# Memory of a worker
 
 PEAK_OF_CONVERTING = """
 import sys
 from pathlib import Path
 from data_prep.convert import convert
 from data_prep.record import ImagePolicy
-convert(Path(sys.argv[1]).read_bytes(), ImagePolicy(short_side_px=int(sys.argv[2])), "the picture")
+convert(Path(sys.argv[1]).read_bytes(), ImagePolicy(short_side_px=int(sys.argv[2])), "the image")
 print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
 """
 
@@ -710,43 +710,43 @@ print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0
         ("RGBA", 3_460, "png", 304, 300),
         ("RGBA", 3_460, "png", 0, 300),
         ("RGB", 9_400, "jpg", 304, 300),
-        # The largest that are accepted: Pillow's own copy alone takes 340.
+        # The largest images that are accepted: Pillow's copy alone takes 340 MiB.
         ("RGB", 9_400, "png", 304, 430),
         ("RGB", 9_400, "png", 0, 430),
         ("RGBA", 9_400, "png", 304, 430),
     ],
 )
-def test_memory_of_converting_a_picture_is_bounded(tmp_path, mode, side_px, suffix, short_side_px, limit_mib):
-    file = tmp_path / f"picture.{suffix}"
+def test_memory_of_converting_an_image_is_bounded(tmp_path, mode, side_px, suffix, short_side_px, limit_mib):
+    file = tmp_path / f"image.{suffix}"
     Image.new(mode, (side_px, side_px), "red").save(file)
     command = [sys.executable, "-c", PEAK_OF_CONVERTING, str(file), str(short_side_px)]
-    found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
-    assert int(found.stdout) / 1024 < limit_mib
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert int(result.stdout) / 1024 < limit_mib
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 @pytest.mark.parametrize(("orientation", "size"), [(1, (1_250, 650)), (6, (1_250, 650)), (1, (3_025, 250))])
-def test_a_large_picture_is_converted_in_strips_to_what_it_is_as_a_whole(mode, orientation, size, monkeypatch):
+def test_converting_a_large_image_in_strips_gives_the_result_of_the_whole(mode, orientation, size, monkeypatch):
     monkeypatch.setattr("data_prep.convert._LARGE_PIXELS", 500_000)
     monkeypatch.setattr("data_prep.convert._STRIP_PIXELS", 50_000)
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 25, 3), np.uint8))
     image = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
     raw = file_of(image, "TIFF", exif=exif_of(orientation))
-    pixels = np.asarray(flatten(Image.open(io.BytesIO(raw))))
+    pixels = np.asarray(to_rgb(Image.open(io.BytesIO(raw))))
     for short_side_px in (0, 76):
-        converted = convert(raw, ImagePolicy(short_side_px=short_side_px, lossless=True), "the picture")
+        converted = convert(raw, ImagePolicy(short_side_px=short_side_px, lossless=True), "the image")
         long_side_px = round(76 * max(size) / min(size))
         width, height = (long_side_px, 76) if short_side_px else size
-        wanted = (height, width) if orientation == 6 else (width, height)
-        found = np.asarray(Image.open(io.BytesIO(converted.content)), np.float64)
-        assert (found.shape[1], found.shape[0]) == wanted
-        exact = np.asarray(Image.fromarray(pixels).resize(wanted, Image.Resampling.BICUBIC), np.float64)
-        assert np.mean((found - exact) ** 2) < (255**2 / 10**4 if short_side_px else 1e-9)  # 40 dB
+        expected_size = (height, width) if orientation == 6 else (width, height)
+        actual = np.asarray(Image.open(io.BytesIO(converted.content)), np.float64)
+        assert (actual.shape[1], actual.shape[0]) == expected_size
+        exact = np.asarray(Image.fromarray(pixels).resize(expected_size, Image.Resampling.BICUBIC), np.float64)
+        assert np.mean((actual - exact) ** 2) < (255**2 / 10**4 if short_side_px else 1e-9)  # 40 dB
         assert (converted.phash ^ perceptual_hash(pixels)).bit_count() <= 2
 
 
 @pytest.mark.parametrize("size", [(90, 60), (300, 130), (700, 400), (1_500, 3_000)])
-def test_the_hash_of_a_picture_that_is_passed_on_is_that_of_all_its_pixels(size):
+def test_the_hash_of_an_unchanged_file_equals_the_hash_of_all_its_pixels(size):
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
     image = small.resize(size, Image.Resampling.BICUBIC)
-    assert convert(file_of(image), AS_THEY_ARE, "the picture").phash == perceptual_hash(np.asarray(image))
+    assert convert(file_of(image), AS_THEY_ARE, "the image").phash == perceptual_hash(np.asarray(image))

@@ -1,4 +1,4 @@
-"""Sources of published corpora: what they make of a miniature of each, and what they say of files that are not so."""
+"""The sources of published corpora read a miniature of each, and refuse files that are not as published."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.data_prep.layouts import coco, nlvr2, snli_ve, vg, vgqa, vqav2
 
 SOURCES = ("coco", "coco_retrieval", "flickr30k", "nlvr2", "snli_ve", "vg", "vgqa", "vqav2")
 PRETRAINING = ("coco", "vg")
-# Equal texts of an image are different rows, and each has an annotation.
+# Sources in which equal texts of an image are separate rows, and each text has an annotation.
 TASKS_OF_ROWS = ("nlvr2", "snli_ve", "vgqa", "vqav2")
 FLAGS = {"vgqa": {"answers", "images"}, "vqav2": {"answers", "normalize"}}
 KARPATHY = ("coco", "coco_retrieval", "flickr30k")
-# The files without which there is nothing to build.
+# Files that each source requires.
 FILES = {
     "coco": [coco.JSON_FILE],
     "coco_retrieval": [coco.JSON_FILE],
@@ -58,7 +58,7 @@ def records_of(name: str, raw: Path) -> list[Record]:
 
 
 def num_rows(entries: list[Record | Reject]) -> int:
-    """As the build counts them: an image without a text is a row, too."""
+    """Count rows as the build does: an image without a text is one row."""
     return sum(entry.rows if isinstance(entry, Reject) else max(1, len(entry.captions)) for entry in entries)
 
 
@@ -85,7 +85,7 @@ def edit(file: Path, change: Callable[[Any], object]) -> None:
 
 
 def edit_line(file: Path, line: int, **fields: Any) -> None:
-    """Change fields of a line of JSON; those that become ... are deleted."""
+    """Change fields of a line of JSON; a field whose new value is ... is deleted."""
     lines = file.read_text().splitlines()
     row = {**json.loads(lines[line - 1]), **fields}
     lines[line - 1] = json.dumps({name: value for name, value in row.items() if value is not ...})
@@ -132,7 +132,7 @@ def test_every_text_has_its_annotation_or_none_has(source, miniature):
         assert len(record.annotations) == (len(record.captions) if source in TASKS_OF_ROWS else 0)
 
 
-def test_a_picture_that_is_not_there_is_left_to_the_build(source, miniature):
+def test_a_source_yields_records_of_missing_images(source, miniature):
     raw = miniature(source)
     before = records_of(source, raw)
     missing = [record for record in before if not record.image.path.is_file()]
@@ -189,23 +189,23 @@ def test_vg_gives_all_phrases_of_an_image_without_boxes(miniature):
     )
 
 
-def test_an_image_of_vg_that_is_coco_s_has_its_id(miniature):
+def test_an_image_of_vg_that_is_coco_s_has_coco_s_id(miniature):
     record = records_of("vg", miniature("vg"))[4]
     assert record.image_id == "coco:547168"
     assert record.meta == {"vg_id": 2412112, "coco_id": 547168, "flickr_id": 8505158818}
 
 
-def test_an_image_of_vg_without_a_known_url_is_looked_for_in_both_folders(miniature):
+def test_an_image_of_vg_without_a_known_url_is_searched_in_both_folders(miniature):
     raw = miniature("vg")
     edit(raw / vg.IMAGE_FILE, lambda rows: rows[0].update(url=None))
-    found = {record.key: record.image.path for record in records_of("vg", raw)}
-    assert found["1"] == raw / "images" / "VG_100K_2" / "1.jpg"
-    assert found["2412115"] == raw / "images" / "VG_100K_2" / "2412115.jpg"  # not in image_data.json at all
-    found["1"].unlink()
+    paths = {record.key: record.image.path for record in records_of("vg", raw)}
+    assert paths["1"] == raw / "images" / "VG_100K_2" / "1.jpg"
+    assert paths["2412115"] == raw / "images" / "VG_100K_2" / "2412115.jpg"  # not in image_data.json at all
+    paths["1"].unlink()
     assert records_of("vg", raw)[0].image.path == raw / "images" / "VG_100K" / "1.jpg"
 
 
-def test_files_of_vg_may_name_images_by_either_field_and_lie_side_by_side(miniature):
+def test_files_of_vg_may_name_images_by_either_field_and_be_in_one_folder(miniature):
     raw = miniature("vg")
     before = records_of("vg", raw)
     edit(raw / vg.REGIONS_FILE, lambda rows: [row.update(image_id=row.pop("id")) for row in rows])
@@ -228,7 +228,7 @@ def test_snli_ve_gives_a_record_per_hypothesis_with_premise_label_and_id(miniatu
     assert [record.annotations[0]["label"] for record in records] == [1, 2, 0]
 
 
-def test_both_spellings_of_the_picture_s_field_name_the_same_picture(miniature):
+def test_both_spellings_of_the_image_s_field_name_the_same_image(miniature):
     raw = miniature("snli_ve")
     before = records_of("snli_ve", raw)
     file = snli_ve.file(raw, "dev")
@@ -242,7 +242,7 @@ def test_pairs_without_a_gold_label_are_counted_in_their_split(miniature):
     assert rejects == [Reject(reason="no gold label", split="train"), Reject(reason="no gold label", split="dev")]
 
 
-def test_nlvr2_gives_both_pictures_and_joins_sentences_of_a_pair_by_key(miniature):
+def test_nlvr2_gives_both_images_and_joins_sentences_of_a_pair_by_key(miniature):
     raw = miniature("nlvr2")
     first, second = records_of("nlvr2", raw)[:2]
     folder = raw / "images" / "train" / "63"
@@ -258,7 +258,7 @@ def test_nlvr2_gives_both_pictures_and_joins_sentences_of_a_pair_by_key(miniatur
     assert (second.key, second.annotations) == (first.key, ({"identifier": "train-10171-0-1", "label": 1},))
 
 
-def test_subsets_of_nlvr2_have_the_pictures_of_the_whole_split(miniature):
+def test_subsets_of_nlvr2_have_the_images_of_the_whole_split(miniature):
     raw = miniature("nlvr2")
     folders = {record.split: record.image.path.parent for record in records_of("nlvr2", raw) if record.split != "train"}
     assert folders == {
@@ -276,12 +276,12 @@ def test_subsets_of_nlvr2_may_be_missing_but_only_all_of_them(miniature):
     assert {record.split for record in records_of("nlvr2", raw)} == {"train", "dev", "test1"}
 
 
-def test_a_missing_flag_is_asked_for_with_what_it_has_to_hold(source):
+def test_the_error_for_a_missing_flag_says_what_the_folder_has_to_hold(source):
     with pytest.raises(ConfigError, match=rf"{source} needs --raw=DIR, a folder with"):
         list(source_of(source).records(SourceOptions(raw=None)))
 
 
-def test_a_folder_that_is_not_there_is_named(source, tmp_path):
+def test_a_missing_folder_is_named(source, tmp_path):
     with pytest.raises(DataError, match=rf"--raw={re.escape(str(tmp_path / 'none'))} is not a folder"):
         read(source, tmp_path / "none")
 
@@ -303,7 +303,7 @@ def test_a_file_that_is_not_json_is_named(source, name, miniature):
 
 
 @pytest.mark.parametrize(("source", "name"), ALL_FILES)
-def test_a_file_that_was_cut_short_is_named(source, name, miniature):
+def test_a_truncated_file_is_named(source, name, miniature):
     raw = miniature(source)
     content = (raw / name).read_bytes()
     (raw / name).write_bytes(content[: len(content) - 20])
@@ -351,7 +351,7 @@ def test_a_wrong_field_of_karpathy_s_file_is_shown(source, change, message, mini
         read(source, raw)
 
 
-def test_an_image_that_is_no_object_is_shown(miniature):
+def test_an_image_that_is_not_an_object_is_shown(miniature):
     raw = miniature("coco")
     edit(raw / coco.JSON_FILE, lambda content: content["images"].insert(0, "x" * 1000))
     with pytest.raises(DataError, match=r"image 1 is 'x{70,80}\.\.\.; it has to be a JSON object"):
@@ -398,7 +398,7 @@ def test_a_wrong_field_of_vg_is_shown(name, change, message, miniature):
         ({"pairID": 3}, r"line 2 has pairID=3; it has to be a text"),
         ({"Flickr30K_ID": ...}, r"line 2 has no Flickr30K_ID; it has to be the name of a file"),
         ({"Flickr30K_ID": "a/b"}, r"line 2 has Flickr30K_ID='a/b'; it has to be the name of a file or folder, without"),
-        ({"Flickr30K_ID": ".jpg"}, r"line 2 has Flickr30K_ID='\.jpg'; it has to be the name of a picture"),
+        ({"Flickr30K_ID": ".jpg"}, r"line 2 has Flickr30K_ID='\.jpg'; it has to be the name of an image"),
     ],
 )
 def test_a_wrong_field_of_snli_ve_is_shown_with_its_line(fields, message, miniature):
@@ -445,8 +445,8 @@ def test_a_directory_of_nlvr2_may_be_a_text(miniature):
 
 
 @pytest.mark.parametrize(("source", "name"), [("coco", coco.JSON_FILE), ("vg", vg.REGIONS_FILE)])
-def test_images_come_one_at_a_time_and_take_no_memory_together(source, name, miniature):
-    """The file of Visual Genome has 700 MB."""
+def test_images_are_read_one_at_a_time_in_constant_memory(source, name, miniature):
+    """Visual Genome's file has 700 MB."""
     raw = miniature(source)
     content = json.loads((raw / name).read_text())
     images = content if source == "vg" else content["images"]

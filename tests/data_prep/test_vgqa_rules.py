@@ -1,4 +1,4 @@
-"""The rules by which questions of Visual Genome are kept: tables checked by hand, VQA's normal form included."""
+"""Visual Genome's questions are kept or dropped by the rules of tables checked by hand, VQA's normal form included."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DROPPED = "no answer in the vocabulary"
 CONTRADICTORY = "question with contradictory answers"
 REPEATED = "repeated question"
 
-# As VG's people typed it -> the answer of the vocabulary that it is, or None: the question is dropped.
+# An answer as it was typed, and the answer of the vocabulary that it matches; None: the question is dropped.
 ANSWERS: list[tuple[str, str | None]] = [
     # Case, white space and the period that ends most of VG's answers.
     ("yes", "yes"),
@@ -40,7 +40,7 @@ ANSWERS: list[tuple[str, str | None]] = [
     ("stop  sign", "stop sign"),
     ("stop-sign", "stop sign"),
     ("Stopsign.", None),
-    # Articles go, other words stay.
+    # Articles are deleted, other words stay.
     ("The grass.", "grass"),
     ("A grass", "grass"),
     ("Grasses.", None),
@@ -50,7 +50,7 @@ ANSWERS: list[tuple[str, str | None]] = [
     ("The Man", "man"),
     ("A man and a woman.", None),
     ("Another man", None),
-    # An answer of nothing but an article is the empty one, which is one like any other.
+    # An answer that is only an article becomes the empty answer, which is treated like any other.
     ("A", ""),
     ("The.", ""),
     (".", ""),
@@ -79,7 +79,7 @@ ANSWERS: list[tuple[str, str | None]] = [
     ("10:30.", "10:30"),
     ("10:30 PM", None),
     ("ten thirty", None),
-    # Marks become a space, or go if a space is beside them.
+    # Marks become a space, or are deleted if a space is beside them.
     ("Black/white", "black white"),
     ("Black / white", "black white"),
     ("Black,white.", "black white"),
@@ -104,12 +104,12 @@ ANSWERS: list[tuple[str, str | None]] = [
     ("Y'all.", "y'all"),
 ]
 
-# The questions of an image with their answers; the places of those that are kept; why others are dropped.
+# Questions of an image with their answers, the indices of those that are kept, and the reasons for dropping the others.
 IMAGES: list[tuple[list[tuple[str, str]], list[int], dict[str, int]]] = [
     ([], [], {}),
     ([("Is it day?", "Yes."), ("Is it night?", "No.")], [0, 1], {}),
     ([("Is it day?", "Dirt."), ("Is it day?", "Sand.")], [], {DROPPED: 2}),
-    # Several answers of the vocabulary to a question: it is dropped with all of them.
+    # A question with several answers of the vocabulary is dropped with all of them.
     ([("Is it day?", "Yes."), ("Is it day?", "No.")], [], {CONTRADICTORY: 2}),
     ([("Is it day?", "Yes."), ("Is it day?", "No."), ("Is it day?", "Yes.")], [], {CONTRADICTORY: 3}),
     ([("Is it day?", "Yes."), ("Is it day?", "yes"), ("Is it day?", "No.")], [], {CONTRADICTORY: 3}),
@@ -128,7 +128,7 @@ IMAGES: list[tuple[list[tuple[str, str]], list[int], dict[str, int]]] = [
     ([("What?", "Black/white."), ("What?", "black white")], [0], {REPEATED: 1}),
     ([("What?", "Dirt."), ("What?", "Grass."), ("What?", "The grass.")], [1], {DROPPED: 1, REPEATED: 1}),
     ([("What?", "The."), ("What?", "")], [0], {REPEATED: 1}),
-    # Questions are compared letter by letter, and those of other images never.
+    # Questions are compared letter by letter, and only with those of the same image.
     ([("Is it day?", "Yes."), ("is it day?", "No.")], [0, 1], {}),
     ([("Is it day?", "Yes."), ("Is it day", "No.")], [0, 1], {}),
     ([("Is it day?", "Yes."), ("Is it day? ", "Yes.")], [0, 1], {}),
@@ -138,47 +138,47 @@ IMAGES: list[tuple[list[tuple[str, str]], list[int], dict[str, int]]] = [
 
 UNKNOWN, NOT_COCO = "image not in image_data.json", "image not of COCO"
 OF_NO_SPLIT = "image of COCO in none of Karpathy's splits"
-# Where an image lies -> its corpus folder or why its questions are dropped, with --images=all and with coco.
-PLACES = {
+# Origin of an image, and its corpus folder or the reason why its questions are dropped, with --images=all and coco.
+ORIGINS = {
     "train of Karpathy": ("train", "train"),
     "val of Karpathy": ("val", "val"),
     "test of Karpathy": ("val", "val"),
     "COCO alone": (OF_NO_SPLIT, OF_NO_SPLIT),
-    "not of COCO": ("val", NOT_COCO),  # one of the 5,000 that fill val and test
+    "not of COCO": ("val", NOT_COCO),  # among the 5,000 that fill val and test
     "not in image_data.json": (UNKNOWN, UNKNOWN),
 }
 
 
-def write(folder: Path, images: list[list[tuple[str, str]]], places: list[str]) -> SourceOptions:
-    """Question answers of images 1, 2, ...; the question at place n of image i is number 100 i + n."""
+def write(folder: Path, images: list[list[tuple[str, str]]], origins: list[str]) -> SourceOptions:
+    """Write the files for images 1, 2, ...; question n of image i gets the id 100 i + n."""
     questions = [
         {
             "id": number,
             "qas": [
-                {"question": question, "answer": answer, "qa_id": 100 * number + place, "image_id": number}
-                for place, (question, answer) in enumerate(qas)
+                {"question": question, "answer": answer, "qa_id": 100 * number + n, "image_id": number}
+                for n, (question, answer) in enumerate(qas)
             ],
         }
         for number, qas in enumerate(images, 1)
     ]
     url = "https://cs.stanford.edu/people/rak248/VG_100K/1.jpg"
     rows = [
-        {"image_id": number, "coco_id": None if place == "not of COCO" else 1000 + number, "url": url}
-        for number, place in enumerate(places, 1)
-        if place != "not in image_data.json"
+        {"image_id": number, "coco_id": None if origin == "not of COCO" else 1000 + number, "url": url}
+        for number, origin in enumerate(origins, 1)
+        if origin != "not in image_data.json"
     ]
     put(folder / QUESTIONS_FILE, json.dumps(questions))
     put(folder / IMAGE_FILE, json.dumps(rows))
     put(folder / "answers.json", json.dumps(VOCABULARY))
     for split in ("train", "val", "test"):
-        ids = [1000 + number for number, place in enumerate(places, 1) if place == f"{split} of Karpathy"] or [7]
+        ids = [1000 + number for number, origin in enumerate(origins, 1) if origin == f"{split} of Karpathy"] or [7]
         lines = [f"val2014/COCO_val2014_{coco_id:012d}.jpg {coco_id}\n" for coco_id in ids]
         put(karpathy_file(folder, split), "".join(lines))
     return SourceOptions(raw=folder)
 
 
 @pytest.mark.parametrize(("answer", "expected"), ANSWERS)
-def test_an_answer_is_the_one_of_the_vocabulary_with_its_normal_form(answer, expected, tmp_path):
+def test_an_answer_matches_the_vocabulary_in_its_normal_form(answer, expected, tmp_path):
     (entry,) = vgqa.records(write(tmp_path, [[("What?", answer)]], ["train of Karpathy"]))
     if expected is None:
         assert entry == Reject(reason=DROPPED, split="train")
@@ -189,14 +189,14 @@ def test_an_answer_is_the_one_of_the_vocabulary_with_its_normal_form(answer, exp
 
 
 @pytest.mark.parametrize(("qas", "kept", "dropped"), IMAGES)
-def test_questions_that_contradict_or_repeat_themselves(qas, kept, dropped, tmp_path):
+def test_contradictory_and_repeated_questions_are_dropped(qas, kept, dropped, tmp_path):
     other = [("Is it day?", "Yes."), ("What?", "Man.")]
     entries = list(vgqa.records(write(tmp_path, [qas, other], ["train of Karpathy"] * 2)))
     records = {entry.key: entry for entry in entries if isinstance(entry, Record)}
     assert len(records.pop("2").captions) == 2
     questions = [annotation["question_id"] for record in records.values() for annotation in record.annotations]
-    assert questions == [100 + place for place in kept]
-    assert [caption for record in records.values() for caption in record.captions] == [qas[place][0] for place in kept]
+    assert questions == [100 + index for index in kept]
+    assert [caption for record in records.values() for caption in record.captions] == [qas[index][0] for index in kept]
     counts: Counter[str] = Counter()
     for entry in entries:
         if isinstance(entry, Reject):
@@ -206,12 +206,12 @@ def test_questions_that_contradict_or_repeat_themselves(qas, kept, dropped, tmp_
 
 
 @pytest.mark.parametrize("images", ["all", "coco"])
-@pytest.mark.parametrize("place", PLACES)
-def test_the_image_decides_on_the_corpus_folder(place, images, tmp_path):
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_the_image_decides_the_corpus_folder(origin, images, tmp_path):
     questions = [("Is it day?", "Yes."), ("What?", "Grass.")]
-    options = write(tmp_path, [questions, []], [place, "train of Karpathy"])
+    options = write(tmp_path, [questions, []], [origin, "train of Karpathy"])
     (entry,) = vgqa.records(SourceOptions(raw=options.raw, flags={"images": images}))
-    expected = PLACES[place][images == "coco"]
+    expected = ORIGINS[origin][images == "coco"]
     if isinstance(entry, Record):
         assert (entry.split, len(entry.captions)) == (expected, 2)
     else:

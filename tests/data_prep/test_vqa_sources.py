@@ -1,4 +1,4 @@
-"""VQAv2 and Visual Genome's questions: answers, labels, splits and what is dropped, on miniatures of both."""
+"""Miniatures of VQAv2 and of Visual Genome's questions give the right answers, labels and splits, and drop the rest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vg_raw(tmp_path) -> Path:
 
 
 def read_vqav2(raw: Path, **flags: str) -> dict[int, Record]:
-    """The records by question id."""
+    """Read the records of train, val and test, by question id."""
     entries = vqav2.records(SourceOptions(raw=raw, flags=flags))
     return {
         entry.annotations[0]["question_id"]: entry
@@ -41,7 +41,7 @@ def read_vqav2(raw: Path, **flags: str) -> dict[int, Record]:
 
 
 def read_vgqa(raw: Path, **flags: str) -> dict[str, Record]:
-    """The records by key."""
+    """Read the records, by key."""
     entries = vgqa.records(SourceOptions(raw=raw, flags=flags))
     return {entry.key: entry for entry in entries if isinstance(entry, Record)}
 
@@ -83,7 +83,7 @@ def test_without_normal_form_two_is_not_2_and_its_questions_are_dropped(vqa_raw)
     assert 42000 in read_vqav2(vqa_raw) and 42000 not in records
 
 
-def test_a_vocabulary_of_a_file_takes_the_place_of_the_annotations(vqa_raw, tmp_path):
+def test_a_vocabulary_file_replaces_the_vocabulary_of_the_annotations(vqa_raw, tmp_path):
     (tmp_path / "own.txt").write_text("no\nblue\n")
     records = read_vqav2(vqa_raw, answers=str(tmp_path / "own.txt"))
     assert records[25009].annotations[0]["labels"] == [0]
@@ -98,13 +98,13 @@ def test_questions_of_test_have_ids_and_no_answers(vqa_raw):
     assert record.annotations == ({"question_id": 16000},)
 
 
-def test_test_dev_has_the_pictures_of_test(vqa_raw):
+def test_test_dev_has_the_images_of_test(vqa_raw):
     (record,) = [r for r in vqav2.records(SourceOptions(raw=vqa_raw)) if r.split == "test-dev"]
     assert isinstance(record, Record)
     assert record.image.path == vqa_raw / "test2015" / "COCO_test2015_000000000001.jpg"
 
 
-def test_a_build_writes_the_vocabulary_and_one_sample_per_picture(vqa_raw, tmp_path):
+def test_a_build_writes_the_vocabulary_and_one_sample_per_image(vqa_raw, tmp_path):
     main("vqav2", raw=str(vqa_raw), out=str(tmp_path / "out"), workers="1")
     assert json.loads((tmp_path / "out" / "answers.json").read_text()) == vqav2_layout.VOCABULARY
     folder = tmp_path / "out" / "val"
@@ -155,14 +155,14 @@ def test_files_in_which_no_answer_is_frequent_are_refused(vqa_raw):
         read_vqav2(vqa_raw)
 
 
-def test_a_wrong_switch_is_refused(vqa_raw, vg_raw):
+def test_a_wrong_flag_is_refused(vqa_raw, vg_raw):
     with pytest.raises(ConfigError, match="--normalize=perhaps is neither true nor false"):
         read_vqav2(vqa_raw, normalize="perhaps")
     with pytest.raises(ConfigError, match="--images=flickr is neither coco nor all"):
         read_vgqa(vg_raw, images="flickr")
 
 
-def test_questions_of_vg_that_are_kept_have_one_answer_of_the_vocabulary(vg_raw):
+def test_kept_questions_of_vg_have_one_answer_of_the_vocabulary(vg_raw):
     record = read_vgqa(vg_raw)["1"]
     assert record.captions == ("Is it day?", "Is it  day?", "What is on the ground?")
     assert record.annotations == (
@@ -172,7 +172,7 @@ def test_questions_of_vg_that_are_kept_have_one_answer_of_the_vocabulary(vg_raw)
     )
 
 
-def test_images_of_coco_are_where_karpathy_has_them(vg_raw):
+def test_images_of_coco_are_split_as_karpathy_split_them(vg_raw):
     records = read_vgqa(vg_raw)
     splits = {key: records[key].split for key in ("2412112", "2412113", "2412114")}
     assert splits == {"2412112": "train", "2412113": "val", "2412114": "val"}
@@ -187,8 +187,8 @@ def test_a_flag_leaves_out_images_that_are_not_coco_s(vg_raw):
     assert "image not of COCO" not in rejects_of(vg_raw, images="all")
 
 
-def test_other_images_fill_val_and_test_by_a_seed_and_the_rest_trains():
-    # 10 of COCO (6, 2 and 1 in Karpathy's splits, one in none) and 20 others, with 5 in each of val and test.
+def test_other_images_fill_val_and_test_by_a_seed_and_the_rest_is_train():
+    # 10 images of COCO (6, 2 and 1 in Karpathy's splits, one in none) and 20 others; val and test have 5 each.
     coco_ids: dict[int, int | None] = {number: 100 + number for number in range(10)}
     coco_ids |= dict.fromkeys(range(10, 30))
     karpathy = {"train": [100, 101, 102, 103, 104, 105], "val": [106, 107, 7_000], "test": [108]}
@@ -201,8 +201,8 @@ def test_other_images_fill_val_and_test_by_a_seed_and_the_rest_trains():
     assert others != sorted(others) and others != sorted(others, reverse=True)
 
 
-def test_numbers_of_images_are_those_of_the_paper():
-    """reference_spec.md 4.4: 108,077 images, 51,208 of COCO; val and test of 5,000 each, the rest trains."""
+def test_the_splits_have_the_sizes_of_the_paper():
+    """Source: reference_spec.md 4.4: 108,077 images, 51,208 of them COCO's; 5,000 in val, 5,000 in test, rest train."""
     karpathy = {
         "train": range(46_944),
         "val": range(46_944, 46_944 + 2_126),
@@ -213,7 +213,7 @@ def test_numbers_of_images_are_those_of_the_paper():
     assert (splits.count("train"), splits.count("val")) == (98_077, 10_000)
 
 
-def test_without_a_vocabulary_vgqa_says_where_it_comes_from(vg_raw):
+def test_the_error_for_a_missing_vocabulary_says_how_to_get_it(vg_raw):
     (vg_raw / "answers.json").unlink()
     with pytest.raises(ConfigError, match=r"needs the vocabulary of VQAv2.*Build vqav2 first.*--answers=FILE"):
         read_vgqa(vg_raw)
@@ -223,7 +223,7 @@ def test_without_a_vocabulary_vgqa_says_where_it_comes_from(vg_raw):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no line"),
+        ("", "is empty"),
         ("COCO_val2014_000000011169.jpg\n", "line 1 is 'COCO_val2014_000000011169.jpg'"),
         ("a.jpg 7\nb.jpg x\n", "line 2 is 'b.jpg x'"),
     ],

@@ -1,4 +1,4 @@
-"""CC3M, CC12M and SBU in each layout: no row is lost, shifted or joined to another, and what is wrong is said."""
+"""CC3M, CC12M and SBU are read in each layout without losing, shifting or joining rows; wrong files are refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from types import ModuleType
 import pytest
 
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place, read_part
+from bridgetower.io.storage import read_part, to_path
 from bridgetower.shards.index import ShardReader
-from data_prep.img2dataset_output import download_failure
+from data_prep.img2dataset_output import classify_failure
 from data_prep.record import Record, Reject, SourceOptions
 from data_prep.sources import cc3m, cc12m, sbu
 from tests.data_prep.layouts import cc3m as cc3m_layout
-from tests.data_prep.layouts import picture, put
+from tests.data_prep.layouts import make_image_file, put
 from tests.data_prep.layouts import sbu as sbu_layout
 from tests.data_prep.layouts.web import LAYOUTS, Row, write_tar
 from tests.small_corpora import build_records
@@ -40,9 +40,9 @@ def records(source: ModuleType, raw: Path) -> list[Record]:
     return [entry for entry in entries(source, raw) if isinstance(entry, Record)]
 
 
-def in_memory(folder: Path, name: str) -> Path:
-    """The same files in an object store."""
-    root: Path = place(f"memory://{name}")
+def copy_to_store(folder: Path, name: str) -> Path:
+    """Copy the files of a folder to an object store in memory. Returns: the folder there."""
+    root: Path = to_path(f"memory://{name}")
     for file in folder.rglob("*"):
         if file.is_file():
             target = root / file.relative_to(folder).as_posix()
@@ -57,39 +57,39 @@ def in_memory(folder: Path, name: str) -> Path:
 def test_a_build_keeps_every_good_row_and_counts_the_rest(tmp_path, name, layout, where):
     source, miniature = source_and_layout(name)
     expected = miniature.write(tmp_path / "in", layout)
-    raw = tmp_path / "in" if where == "on disk" else in_memory(tmp_path / "in", f"{tmp_path.name}-{name}-{layout}")
+    raw = tmp_path / "in" if where == "on disk" else copy_to_store(tmp_path / "in", f"{tmp_path.name}-{name}-{layout}")
     manifests = build_records(source.records(SourceOptions(raw=raw)), tmp_path / "out")
     assert manifests.keys() == expected.keys()
     for split, manifest in manifests.items():
-        totals, wanted = manifest.totals, expected[split]
-        assert (totals.rows, totals.images, totals.captions) == (wanted.rows, wanted.images, wanted.captions)
-        assert totals.rejects == wanted.rejects
+        totals, counts = manifest.totals, expected[split]
+        assert (totals.rows, totals.images, totals.captions) == (counts.rows, counts.images, counts.captions)
+        assert totals.rejects == counts.rejects
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_picture_keeps_its_own_caption(tmp_path, layout):
+def test_each_image_keeps_its_own_caption(tmp_path, layout):
     cc3m_layout.write(tmp_path / "in", layout)
     build_records(cc3m.records(SourceOptions(raw=tmp_path / "in")), tmp_path / "out")
-    captions = {picture(number): row.caption for number, row in enumerate(cc3m_layout.TRAIN)}
-    found = 0
+    captions = {make_image_file(number): row.caption for number, row in enumerate(cc3m_layout.TRAIN)}
+    num_compared = 0
     for shard in sorted((tmp_path / "out" / "train").glob("*.tar")):
         reader = ShardReader(shard)
         for number in range(len(reader)):
             sample = reader.read(number)
             if sample.image in captions:  # JPEG files go into the shard as they are
                 assert sample.record["captions"] == [" ".join(captions[sample.image].split())]
-                found += 1
-    assert found == 4
+                num_compared += 1
+    assert num_compared == 4
 
 
-def test_urls_are_kept_where_they_are_known(tmp_path):
+def test_urls_are_kept_where_the_layout_has_them(tmp_path):
     for layout, is_known in (("bridgetower", True), ("vilt", False), ("img2dataset", True)):
         sbu_layout.write(tmp_path / layout, layout)
         for record in records(sbu, tmp_path / layout):
             assert ("url" in record.meta) == is_known, layout
 
 
-def test_a_missing_picture_is_a_record_all_the_same(tmp_path):
+def test_a_missing_image_becomes_a_record(tmp_path):
     put(tmp_path / "cc12m.tsv", "http://a/0\tone\nhttp://a/1\ttwo\n")
     (tmp_path / "image").mkdir()
     assert [record.image.path.name for record in records(cc12m, tmp_path)] == ["0.jpg", "1.jpg"]
@@ -101,14 +101,14 @@ def test_a_missing_picture_is_a_record_all_the_same(tmp_path):
 def test_rows_of_a_table_never_shift(tmp_path):
     rows = ['"a\thttp://a/0', "", 'b"\thttp://a/2', "no url", "c\td\thttp://a/4", '"\thttp://a/5', "é\thttp://a/6"]
     put(tmp_path / "utils" / "Train_GCC-training.tsv", "\n".join(rows))
-    put(tmp_path / "train_image" / "6.jpg", picture(0))
+    put(tmp_path / "train_image" / "6.jpg", make_image_file(0))
     found = records(cc3m, tmp_path)
     assert [record.captions[0] for record in found] == ['"a', "", 'b"', "no url", "c d", '"', "é"]
     assert [record.meta.get("url", "")[-1:] for record in found] == ["0", "", "2", "", "4", "5", "6"]
     assert [record.key for record in found] == [f"{number:08d}" for number in range(7)]
 
 
-def test_a_picture_is_found_under_any_extension_and_the_likeliest_of_two(tmp_path):
+def test_an_image_is_found_under_any_extension_and_of_two_the_likelier_is_used(tmp_path):
     put(tmp_path / "cc12m.tsv", "".join(f"http://a/{number}\tx\n" for number in range(9)))
     names = ["0", "1.JPEG", "2.png", "3.gif", "3.jpg", "4.webp", "0005.jpg", "6.txt", "7.jpg.part", "x.jpg", "-8.jpg"]
     for name in names:
@@ -117,13 +117,13 @@ def test_a_picture_is_found_under_any_extension_and_the_likeliest_of_two(tmp_pat
     assert found == ["0", "1.JPEG", "2.png", "3.jpg", "4.webp", "0005.jpg", "6.jpg", "7.jpg", "8.jpg"]
 
 
-def test_a_split_whose_pictures_are_not_there_is_left_out(tmp_path):
+def test_a_split_without_its_image_folder_is_left_out(tmp_path):
     cc3m_layout.write(tmp_path, "bridgetower")
     (tmp_path / "train_image").rename(tmp_path / "elsewhere")
     assert {record.split for record in records(cc3m, tmp_path)} == {"val"}
 
 
-def test_rows_of_sbu_whose_urls_end_alike_are_samples_of_their_own(tmp_path):
+def test_rows_of_sbu_whose_urls_end_in_the_same_name_are_separate_samples(tmp_path):
     sbu_layout.write(tmp_path, "bridgetower")
     first, _, third, *_ = records(sbu, tmp_path)
     assert first.image == third.image
@@ -149,7 +149,7 @@ def test_a_url_of_sbu_without_a_file_name_is_counted(tmp_path):
         ('{"image_urls": ["a", "b"', "is not JSON, or was cut short"),
     ],
 )
-def test_columns_of_sbu_that_do_not_fit_are_refused(tmp_path, content, problem):
+def test_columns_of_sbu_that_do_not_match_are_refused(tmp_path, content, problem):
     put(tmp_path / "sbu-captions-all.json", content)
     (tmp_path / "SBU").mkdir()
     with pytest.raises(DataError, match=problem):
@@ -159,7 +159,7 @@ def test_columns_of_sbu_that_do_not_fit_are_refused(tmp_path, content, problem):
 # ViLT's layout
 
 
-def test_a_picture_of_vilt_lies_below_its_first_four_letters_whatever_its_path(tmp_path):
+def test_an_image_of_vilt_is_in_the_folder_of_its_first_four_letters_whatever_its_path(tmp_path):
     put(tmp_path / "train_annot.json", json.dumps([["/x/0012/00123456", "a"], ["00129999.jpg", "b"], ["ab", "c"]]))
     (tmp_path / "images_train").mkdir()
     found = [record.image.path.relative_to(tmp_path).as_posix() for record in records(cc3m, tmp_path)]
@@ -169,7 +169,7 @@ def test_a_picture_of_vilt_lies_below_its_first_four_letters_whatever_its_path(t
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ([["a"]], r"entry 0 is .*each one is \[path, caption\]"),
+        ([["a"]], r"entry 0 is .*it has to be \[path, caption\]"),
         ([["a", "b"], {"image": "a"}], "entry 1 is"),
         ([["a/..", "b"]], "does not name a file"),
         ([["a/", "b"]], "does not name a file"),
@@ -177,7 +177,7 @@ def test_a_picture_of_vilt_lies_below_its_first_four_letters_whatever_its_path(t
         ({"a": "b"}, r"is not a list of \[path, caption\]"),
     ],
 )
-def test_a_list_of_vilt_that_is_none_is_refused(tmp_path, content, problem):
+def test_a_malformed_list_of_vilt_is_refused(tmp_path, content, problem):
     put(tmp_path / "annot.json", json.dumps(content))
     (tmp_path / "images_train").mkdir()
     with pytest.raises(DataError, match=problem):
@@ -189,13 +189,13 @@ def test_a_list_of_vilt_that_is_none_is_refused(tmp_path, content, problem):
 ROWS = (Row("one", "http://a/1"), Row("two", "http://a/2", "missing"), Row("three", "http://a/3", "png"))
 
 
-def test_pictures_are_read_from_their_place_in_the_tar(tmp_path):
+def test_images_are_read_from_their_offset_in_the_tar(tmp_path):
     write_tar(tmp_path, 3, ROWS)
     first, second = records(cc12m, tmp_path)
     assert [first.key, second.key] == ["000030000", "000030002"]
     image = first.image
     assert image.path == tmp_path / "00003.tar"
-    assert read_part(image.path, image.offset, image.num_bytes) == picture(3000)
+    assert read_part(image.path, image.offset, image.num_bytes) == make_image_file(3000)
 
 
 @pytest.mark.parametrize("below", ["", "webdataset"])
@@ -212,30 +212,31 @@ def tar_of(file: Path, members: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def test_tars_of_other_programs_are_read_as_far_as_they_have_the_members(tmp_path):
+def test_tars_of_other_programs_are_read_with_whatever_members_they_have(tmp_path):
     tar_of(
         tmp_path / "a.tar",
         {
             "./1.txt": b"only text",
             "./2.txt": b"no json",
-            "./2.png": picture(0),
-            "./deep/2.jpg": picture(1),
+            "./2.png": make_image_file(0),
+            "./deep/2.jpg": make_image_file(1),
             "./deep/2.json": b'{"caption": "json wins", "url": null}',
             "./deep/2.txt": b"text",
-            "./3.jpg": picture(2),
+            "./3.jpg": make_image_file(2),
         },
     )
-    lost, *found = entries(cc12m, tmp_path)
-    assert lost == Reject(reason="no picture in its tar")
-    assert [record.captions for record in found if isinstance(record, Record)] == [("no json",), ("json wins",), ("",)]
-    assert len({record.key for record in found if isinstance(record, Record)}) == 3
+    first, *others = entries(cc12m, tmp_path)
+    assert first == Reject(reason="no picture in its tar")
+    captions = [record.captions for record in others if isinstance(record, Record)]
+    assert captions == [("no json",), ("json wins",), ("",)]
+    assert len({record.key for record in others if isinstance(record, Record)}) == 3
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
-def test_a_tar_cut_short_is_refused_wherever_it_was_cut(tmp_path, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9])
+def test_a_tar_cut_short_is_refused_wherever_it_was_cut(tmp_path, fraction):
     write_tar(tmp_path, 0, ROWS, has_stats=False)
     content = (tmp_path / "00000.tar").read_bytes()
-    (tmp_path / "00000.tar").write_bytes(content[: int(share * len(content.rstrip(b"\0")))])
+    (tmp_path / "00000.tar").write_bytes(content[: int(fraction * len(content.rstrip(b"\0")))])
     with pytest.raises(DataError, match=r"00000\.tar is damaged or was cut short.*downloads that shard once more"):
         entries(cc12m, tmp_path)
 
@@ -250,7 +251,7 @@ def test_a_tar_cut_between_two_members_is_refused(tmp_path):
         entries(cc12m, tmp_path)
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+def test_a_damaged_header_is_not_mistaken_for_the_end(tmp_path):
     write_tar(tmp_path, 0, ROWS, has_stats=False)
     with tarfile.open(tmp_path / "00000.tar") as tar:
         header = tar.getmembers()[3].offset
@@ -273,19 +274,19 @@ def test_statistics_of_another_run_are_refused(tmp_path):
     write_tar(tmp_path, 0, ROWS)
     stats = json.loads((tmp_path / "00000_stats.json").read_text())
     (tmp_path / "00000_stats.json").write_text(json.dumps({**stats, "count": 2, "successes": 1}))
-    with pytest.raises(DataError, match="they are not of the same run"):
+    with pytest.raises(DataError, match="they are from different runs"):
         entries(cc12m, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"count": 3}', '{"count": 1, "successes": 1, "status_dict": []}'])
-def test_statistics_that_are_none_are_refused(tmp_path, content):
+def test_malformed_statistics_are_refused(tmp_path, content):
     write_tar(tmp_path, 0, ROWS)
     (tmp_path / "00000_stats.json").write_text(content)
     with pytest.raises(DataError, match="is not a statistics file of img2dataset"):
         entries(cc12m, tmp_path)
 
 
-def test_rows_that_the_statistics_forgot_are_counted(tmp_path):
+def test_rows_that_the_statistics_leave_out_are_counted(tmp_path):
     write_tar(tmp_path, 0, ROWS)
     stats = json.loads((tmp_path / "00000_stats.json").read_text())
     (tmp_path / "00000_stats.json").write_text(json.dumps({**stats, "count": 10}))
@@ -320,11 +321,11 @@ def test_rows_that_the_statistics_forgot_are_counted(tmp_path):
         ("a message that nobody has seen", "other"),
     ],
 )
-def test_messages_are_put_down_to_few_reasons(status, reason):
-    assert download_failure(status) == reason
+def test_messages_are_classified_into_few_reasons(status, reason):
+    assert classify_failure(status) == reason
 
 
-# Which layout
+# Choice of the layout
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -353,10 +354,10 @@ def test_two_layouts_in_a_folder_are_refused_with_both(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_pictures_without_their_captions_are_refused(tmp_path, name):
+def test_images_without_their_captions_are_refused(tmp_path, name):
     source, _ = source_and_layout(name)
     part = source.CORPUS.parts[0]
-    (tmp_path / part.pictures).mkdir()
+    (tmp_path / part.image_folder).mkdir()
     with pytest.raises(DataError, match=f"does not find {part.table}"):
         entries(source, tmp_path)
 

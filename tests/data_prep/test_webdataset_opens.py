@@ -1,4 +1,4 @@
-"""The shards are plain webdataset tars: the package reads them without this project."""
+"""The webdataset package reads the shards as plain tars, without code of this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from bridgetower.shards.decode import open_picture
+from bridgetower.shards.decode import decode_image
 from bridgetower.shards.index import ShardReader
 from bridgetower.shards.manifest import load_manifest
 
@@ -32,12 +32,12 @@ def test_webdataset_reads_every_sample_as_it_is(emoji_shards, split):
     assert len(samples) == manifest.totals.images
     assert len({key for key, *_ in samples}) == len(samples)
     assert sum(len(record["captions"]) for *_, record in samples) == manifest.totals.captions
-    own = [reader.read(row) for reader in map(ShardReader, shards) for row in range(len(reader))]
-    for (_, image, text, record), expected in zip(samples, own, strict=True):
+    raw_samples = [reader.read(row) for reader in map(ShardReader, shards) for row in range(len(reader))]
+    for (_, image, text, record), expected in zip(samples, raw_samples, strict=True):
         assert text == record["captions"][0]
         assert record == expected.record
         assert image.size == (record["width"], record["height"])
-        assert np.array_equal(np.asarray(image), np.asarray(open_picture(expected.image, "x")))
+        assert np.array_equal(np.asarray(image), np.asarray(decode_image(expected.image, "x")))
 
 
 def test_webdataset_counts_the_images_of_all_training_shards(emoji_shards):

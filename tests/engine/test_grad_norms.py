@@ -1,4 +1,4 @@
-"""Norms of the parts of a gradient, under every way in which DeepSpeed keeps one."""
+"""Norms of the gradient's parts, for every ZeRO stage and precision that keeps the gradient in its own way."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tests.integration.runs import train
 NAMES = ("", "/vision", "/text", "/fusion", "/heads")
 
 
-def memory_file(tmp_path, stage: int, *, bf16: bool):
+def write_memory_file(tmp_path, stage: int, *, bf16: bool):
     path = tmp_path / "memory.json"
     types = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}
     path.write_text(json.dumps({**types, "zero_optimization": {"stage": stage}}))
     return path
 
 
-def parts_of_a_run(tmp_path, shards, stage: int, *, bf16: bool) -> list[dict[str, float]]:
-    """Two ranks, two micro-steps an update."""
+def train_and_read_norms(tmp_path, shards, stage: int, *, bf16: bool) -> list[dict[str, float]]:
+    """Train two ranks with two micro-steps per step. Returns: the norms of each step."""
     words = [
-        f"--engine.deepspeed={memory_file(tmp_path, stage, bf16=bf16)}",
+        f"--engine.deepspeed={write_memory_file(tmp_path, stage, bf16=bf16)}",
         "--data.micro_batch_size=16",
         "--data.negative_group_size=16",
     ]
@@ -32,16 +32,16 @@ def parts_of_a_run(tmp_path, shards, stage: int, *, bf16: bool) -> list[dict[str
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, True)], ids=str)
-def test_squares_of_the_parts_add_up_to_the_whole(tmp_path, emoji_shards, stage, bf16):
-    for norms in parts_of_a_run(tmp_path, emoji_shards, stage, bf16=bf16):
+def test_squares_of_the_parts_sum_to_the_square_of_the_whole(tmp_path, emoji_shards, stage, bf16):
+    for norms in train_and_read_norms(tmp_path, emoji_shards, stage, bf16=bf16):
         whole = norms.pop("")
         assert all(norm > 0 for norm in norms.values())
         assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(whole, rel=2e-3)
 
 
 def test_parts_are_the_same_without_zero_and_with_it(tmp_path, emoji_shards):
-    alone = parts_of_a_run(tmp_path, emoji_shards, 0, bf16=False)
-    split = parts_of_a_run(tmp_path, emoji_shards, 2, bf16=False)
-    for one, other in zip(alone, split, strict=True):
-        assert one.pop("") is None and other.pop("") > 0  # DeepSpeed has no whole norm without ZeRO
+    whole = train_and_read_norms(tmp_path, emoji_shards, 0, bf16=False)
+    partitioned = train_and_read_norms(tmp_path, emoji_shards, 2, bf16=False)
+    for one, other in zip(whole, partitioned, strict=True):
+        assert one.pop("") is None and other.pop("") > 0  # without ZeRO, DeepSpeed has no norm of the whole
         assert one == pytest.approx(other, rel=1e-4)

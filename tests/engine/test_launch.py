@@ -1,4 +1,4 @@
-"""Every launcher's variables lead to the same place."""
+"""Every launcher's variables give rank, world size and local rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from bridgetower.engine.launch import Launch, read_launch
 from bridgetower.errors import ConfigError
 
-# As srun sets them for the third of 2 + 2 tasks.
+# Variables that srun sets for the third of 2 + 2 tasks.
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "0",
@@ -45,11 +45,11 @@ def test_nodes_may_have_different_numbers_of_tasks():
 
 
 def test_shell_inside_a_job_is_one_rank():
-    # salloc, then plain python: SLURM_NTASKS is that of the allocation, but this is not a step of it.
+    # After salloc, plain python has SLURM_NTASKS of the allocation, but is not a step of it.
     inside = {name: value for name, value in SLURM.items() if name not in ("SLURM_STEP_ID", "SLURM_PROCID")}
     assert read_launch(inside).world_size == 1
 
 
-def test_half_of_the_variables_is_an_error_that_names_the_rest():
+def test_missing_variables_are_an_error_that_names_them():
     with pytest.raises(ConfigError, match=r"WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"):
         read_launch({"RANK": "0"})

@@ -1,4 +1,4 @@
-"""What the training loop saves, and what it refuses to."""
+"""What the training loop saves, and what it refuses to save."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from bridgetower.engine.checkpoint import Checkpoints, TrainState
-from bridgetower.engine.loop import Plan, train
+from bridgetower.engine.loop import TrainingPlan, train
 from bridgetower.engine.tracker import Tracker
 from bridgetower.errors import TrainingError
 from tests.small_models import random_batch
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     total_steps=4,
     accumulation_steps=1,
     global_batch_size=4,
@@ -30,7 +30,7 @@ PLAN = Plan(
 
 
 class Engine:
-    """An engine whose loss is always fine; what becomes of gradient and weights is up to the test."""
+    """An engine whose loss is always finite. Its gradient and weights are as the test wants them."""
 
     def __init__(self, grad_norm: float, weight: float) -> None:
         self.module, self.device, self.skipped_steps = nn.Linear(1, 1), torch.device("cpu"), 0
@@ -53,8 +53,8 @@ class Engine:
         return self.grad_norm
 
 
-class Saved(Checkpoints):
-    """Notes what would have been saved."""
+class NotedCheckpoints(Checkpoints):
+    """Notes the steps that would have been saved."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -69,7 +69,7 @@ def run(tmp_path, saved, plan=PLAN, evaluate=lambda step: {}, stops_at=0, **lost
     )
     state = TrainState()
     services = {"tracker": tracker, "checkpoints": saved, "evaluate": evaluate}
-    services["stop"] = SimpleNamespace(agreed=lambda device: state.step == stops_at)
+    services["stop"] = SimpleNamespace(agree=lambda device: state.step == stops_at)
     engine = Engine(**{"grad_norm": 1.0, "weight": 0.5, **lost})
     try:
         return train(engine, repeat(random_batch()), plan, state, rank=0, world_size=1, **services)
@@ -78,31 +78,31 @@ def run(tmp_path, saved, plan=PLAN, evaluate=lambda step: {}, stops_at=0, **lost
 
 
 def test_run_whose_figures_are_finite_is_saved_at_every_step(tmp_path):
-    saved = Saved()
+    saved = NotedCheckpoints()
     run(tmp_path, saved)
     assert saved.steps == [1, 2, 3, 4]
 
 
-def test_what_is_evaluated_is_saved_before_and_a_stop_does_not_wait_for_it(tmp_path):
-    rarely, saved, seen = replace(PLAN, checkpoint_every_steps=100, evaluate_every_steps=2), Saved(), []
+def test_each_evaluation_comes_after_a_checkpoint_and_a_stop_does_not_wait_for_it(tmp_path):
+    plan, saved, seen = replace(PLAN, checkpoint_every_steps=100, evaluate_every_steps=2), NotedCheckpoints(), []
 
     def evaluate(step: int) -> dict[str, float]:
         seen.append((step, list(saved.steps)))
         return {}
 
-    assert run(tmp_path, saved, rarely, evaluate)
+    assert run(tmp_path, saved, plan, evaluate)
     assert seen == [(2, [2]), (4, [2, 4])]
-    assert not run(tmp_path, saved, rarely, evaluate, stops_at=2)
+    assert not run(tmp_path, saved, plan, evaluate, stops_at=2)
     assert len(seen) == 2 and saved.steps == [2, 4, 2]
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "message"),
     [({"grad_norm": float("nan")}, "optim/grad_norm is nan"), ({"weight": float("inf")}, "a weight is nan")],
     ids=["gradient", "weight"],
 )
-def test_nothing_is_saved_once_gradient_or_weights_are_lost_though_the_loss_looks_fine(tmp_path, lost, said):
-    saved = Saved()
-    with pytest.raises(TrainingError, match=f"{said} at step 1.*lower optim.base_lr"):
+def test_nothing_is_saved_once_gradient_or_weights_are_not_finite_even_if_the_loss_is(tmp_path, lost, message):
+    saved = NotedCheckpoints()
+    with pytest.raises(TrainingError, match=f"{message} at step 1.*lower optim.base_lr"):
         run(tmp_path, saved, **lost)
     assert saved.steps == []

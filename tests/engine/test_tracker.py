@@ -1,4 +1,4 @@
-"""metrics.jsonl holds each step once, whatever the lives of a run."""
+"""metrics.jsonl holds each step once, however often a run is resumed; W&B gets every line once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bridgetower.engine.tracker import Means, Tracker, _time_left, read_metrics
+from bridgetower.engine.tracker import Means, Tracker, _format_time, read_metrics
 from bridgetower.errors import ConfigError
 from tests.conftest import REPO
 from tests.wandb_files import read_history
@@ -53,7 +53,7 @@ def test_line_that_a_kill_cut_short_is_dropped(tmp_path):
 def test_every_line_is_strict_json(tmp_path):
     tracker = open_tracker(tmp_path, 0)
     tracker.write(1, {"train/loss/mlm": 1 / 3, "speed/pairs_per_second": 12345678.9})
-    tracker.write(2, {})  # nothing to say is no line
+    tracker.write(2, {})  # writes no line
     tracker.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -61,7 +61,7 @@ def test_every_line_is_strict_json(tmp_path):
     ]
 
 
-def test_means_weigh_by_count_and_start_anew():
+def test_means_are_weighted_by_count_and_start_anew():
     means = Means()
     means.add({"accuracy": torch.tensor([3.0, 4.0]), "loss": torch.tensor([2.0, 1.0])})
     means.add({"accuracy": torch.tensor([0.0, 2.0]), "loss": torch.tensor([4.0, 1.0])})
@@ -75,12 +75,12 @@ def test_mean_of_nothing_is_left_out():
     assert means.take() == {}
 
 
-def lines_of(number: int) -> dict[str, float]:
-    return {"a": number / 3}
+def make_metrics(step: int) -> dict[str, float]:
+    return {"a": step / 3}
 
 
 def open_online(folder, monkeypatch, first_step=0):
-    """With a key, and a server that is not there."""
+    """Open a tracker with a key for a server that does not exist."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -95,11 +95,11 @@ def open_online(folder, monkeypatch, first_step=0):
     )
 
 
-def test_outage_of_wandb_loses_no_line_and_ends_with_the_cure(tmp_path, monkeypatch, caplog):
+def test_outage_of_wandb_loses_no_line_and_ends_with_a_suggestion(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("bridgetower.engine.wandb_mirror._PATIENCE_SECONDS", 4.0)
     tracker = open_online(tmp_path, monkeypatch)
     for step in (1, 2, 3):
-        tracker.write(step, lines_of(step))
+        tracker.write(step, make_metrics(step))
     tracker.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     assert "W&B did not answer for 4 s" in caplog.text and "wandb sync" in caplog.text
@@ -134,7 +134,7 @@ def test_resumed_run_sends_only_what_was_not_sent(tmp_path):
             run_config={},
         )
         for step in (last - 1, last):
-            tracker.write(step, lines_of(step))
+            tracker.write(step, make_metrics(step))
         tracker.close()
     assert (tmp_path / "wandb_sent").read_text() == "4"
     steps = [
@@ -145,10 +145,10 @@ def test_resumed_run_sends_only_what_was_not_sent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"), [(55, "2 d 7 h"), (5.2, "5 h 12 min"), (0.05, "3 min"), (40 / 3600, "40 s")]
+    ("hours", "text"), [(55, "2 d 7 h"), (5.2, "5 h 12 min"), (0.05, "3 min"), (40 / 3600, "40 s")]
 )
-def test_time_left_is_said_as_people_say_it(hours, said):
-    assert _time_left(hours) == said
+def test_time_left_has_its_two_largest_units_at_most(hours, text):
+    assert _format_time(hours) == text
 
 
 LIVE = """
@@ -168,18 +168,18 @@ tracker.close()
 """
 
 
-@pytest.mark.parametrize(("columns", "has_parts"), [(80, False), (140, True)])
-def test_live_line_of_a_terminal_shows_every_figure_whole(tmp_path, columns, has_parts):
+@pytest.mark.parametrize(("columns", "has_objectives"), [(80, False), (140, True)])
+def test_live_line_of_a_terminal_cuts_off_no_figure(tmp_path, columns, has_objectives):
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
     subprocess.run([sys.executable, "-c", LIVE, str(tmp_path)], stderr=slave, cwd=REPO, env=environment, check=True)
     os.close(slave)
-    shown = b""
-    with suppress(OSError):  # how a terminal ends
-        while part := os.read(master, 1 << 16):
-            shown += part
+    output = b""
+    with suppress(OSError):  # raised at the end of a terminal
+        while chunk := os.read(master, 1 << 16):
+            output += chunk
     os.close(master)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
     for figure in ("base_4m", "49950/100000", "loss 2.345", "24123 pairs/s", "MFU 45%", "1%", "5 h 12 min left"):
         assert figure in text
-    assert ("mlm 1.901" in text) == has_parts
+    assert ("mlm 1.901" in text) == has_objectives

@@ -1,4 +1,4 @@
-"""A process that trains and is a test's again afterwards."""
+"""Training runs in the test's own process, which is restored afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRESET_OF = {"vqa": "tiny_vqav2", "snli_ve": "tiny_snli_ve", "nlvr2": "tiny_nlvr
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """Corpora of all tasks (train: 8 pictures, dev: 3) and a pretrained model."""
+    """Build the corpora of all tasks (train: 8 images, dev: 3) and a pretrained model."""
     folder = tmp_path_factory.mktemp("finetune")
     for task in PRESET_OF:
         write_task(folder, task, "train", 8)
@@ -34,8 +34,8 @@ def root(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def as_it_was() -> Iterator[None]:
-    """Undo what a run changes in its process: environment, signals, threads, logging."""
+def restored_process() -> Iterator[None]:
+    """Undo a run's changes to the process: environment, signals, threads, logging."""
     environment, threads = dict(os.environ), torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     logger = logging.getLogger("bridgetower")
@@ -54,11 +54,11 @@ def as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def train(root) -> Callable[..., Path]:
-    """Train a tiny preset of a task in this process. Gives the run folder."""
+    """Return a function that trains the tiny preset of a task in this process and returns the run folder."""
 
     def train_here(task: str, name: str, steps: int, **more: str) -> Path:
         overrides = {**settings(task, root, name, steps), **{key.replace("__", "."): v for key, v in more.items()}}
-        with as_it_was():
+        with restored_process():
             assert run(apply_overrides(PRESETS[PRESET_OF[task]](), overrides))
         return root / "runs" / name
 

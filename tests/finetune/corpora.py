@@ -1,4 +1,4 @@
-"""Corpora of the fine-tuning tasks, of a few real pictures, and a small pretrained model to start from."""
+"""Small corpora of the fine-tuning tasks, with real image files, and a small pretrained model to start from."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NUM_ANSWERS = 5
 PAIRS_PER_PICTURE = 3
 
 
-def write_task(folder: Path, task: str, split: str, pictures: int, *, first: int = 0) -> Path:
-    """Build a split of a task. Texts and pictures together say what the label is.
+def write_task(folder: Path, task: str, split: str, images: int, *, first: int = 0) -> Path:
+    """Build a split of a task, whose labels follow from text and image together.
 
     Args:
-        first: number of the first picture; other numbers are other pictures.
+        first: number of the first image; other numbers are other images.
 
     Returns: the corpus folder.
     """
     raw = folder / "raw" / task / split
     raw.mkdir(parents=True)
     records = []
-    for number in range(first, first + pictures):
+    for number in range(first, first + images):
         files = [raw / f"{number}-{side}.png" for side in (0, 1)]
         for side, path in enumerate(files):
             path.write_bytes(file_of(draw(number + 7 * side, 30, 20 + number % 3)))
@@ -61,7 +61,7 @@ def _annotation(task: str, number: int, which: int) -> Mapping[str, Any]:
 
 
 def write_pretrained(folder: Path) -> Path:
-    """A small model with the heads of pretraining, as pretrain/export.py writes it."""
+    """Write a small model with the heads of pretraining, as pretrain/export.py does."""
     config = apply_overrides(tiny(), dict(flag[2:].split("=", 1) for flag in SMALL)).model
     torch.manual_seed(5)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def write_pretrained(folder: Path) -> Path:
 
 
 def settings(task: str, root: Path, name: str, steps: int) -> dict[str, str]:
-    """Overrides of a tiny preset: 12 pairs a step on the corpora of ``root``, in float32 and without dropout."""
-    found = {
+    """Return overrides of a tiny preset: 12 pairs per step on the corpora of ``root``, in float32, without dropout."""
+    overrides = {
         "init": str(root / "pretrained"),
         "run_root": str(root / "runs"),
         "name": name,
@@ -89,7 +89,7 @@ def settings(task: str, root: Path, name: str, steps: int) -> dict[str, str]:
         **dict(flag[2:].split("=", 1) for flag in SMALL),
     }
     if task == "vqa":
-        found["model.heads.num_answers"] = str(NUM_ANSWERS)
+        overrides["model.heads.num_answers"] = str(NUM_ANSWERS)
     if task == "retrieval":
-        found |= {"data.negative_group_size": "3", "evaluation.rerank_top_k": "4"}
-    return found
+        overrides |= {"data.negative_group_size": "3", "evaluation.rerank_top_k": "4"}
+    return overrides

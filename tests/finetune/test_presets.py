@@ -8,14 +8,14 @@ import pytest
 
 from bridgetower.config.overrides import walk_fields
 from bridgetower.data.order import cut_global_batch
-from bridgetower.model.bridgetower import complete_model_config
+from bridgetower.model.sizes import complete_model_config
 from finetune.assemble import complete_steps, evaluation_steps
 from finetune.presets import PRESETS, snli_ve_base
 from tests.conftest import REPO
 
 GPUS = 8
-# Section 3.3 of the reference specification: px, tokens, micro-batch, global batch, epochs, rate, head scale, warm-up,
-# decay, augmentation.
+# Section 3.3 of the reference_spec: px, tokens, micro-batch, global batch, epochs, learning rate, head scale, warm-up,
+# weight decay, augmentation.
 PUBLISHED = {
     "vqav2_base": (576, 50, 16, 512, 10, 1e-5, 50, 0.06, 0.05, "no_flip_10_ops"),
     "vqav2_large": (574, 50, 4, 512, 10, 4e-6, 50, 0.06, 0.05, "no_flip_10_ops"),
@@ -29,7 +29,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_run_has_the_published_values(name):
     run = PRESETS[name]()
-    found = (
+    values = (
         run.model.image_size_px,
         run.model.text.max_tokens,
         run.data.micro_batch_size,
@@ -41,7 +41,7 @@ def test_published_run_has_the_published_values(name):
         run.optim.weight_decay,
         run.data.augmentation,
     )
-    assert list(found) == list(PUBLISHED[name])
+    assert list(values) == list(PUBLISHED[name])
     assert (run.optim.fusion_lr_scale, run.optim.max_grad_norm, run.model.fusion.dropout) == (5.0, 0.0, 0.1)
     assert (run.optim.beta1, run.optim.beta2, run.optim.eps) == (0.9, 0.98, 1e-8)
     assert (run.model.heads.classifier_scale, run.model.heads.nlvr2_scale) == (2.0, 1.5)
@@ -49,7 +49,7 @@ def test_published_run_has_the_published_values(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_run_by_name_can_be_built_and_cut_on_a_node(name):
+def test_every_preset_can_be_built_and_its_batches_cut_on_one_node(name):
     run = PRESETS[name]()
     assert run.name == name
     model = complete_model_config(run.model)
@@ -62,7 +62,7 @@ def test_a_run_by_name_can_be_built_and_cut_on_a_node(name):
     assert data.negative_group_size == (0 if run.task != "retrieval" else 4 if ranks == 2 else data.micro_batch_size)
 
 
-def test_the_table_of_the_docs_is_that_of_the_presets():
+def test_the_table_in_the_docs_agrees_with_the_presets():
     lines = (REPO / "docs/finetune.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     assert [row[0].strip("`") for row in rows] == list(PUBLISHED)
@@ -88,12 +88,12 @@ def test_epochs_become_steps_so_that_no_pair_is_seen_less_often():
     run = complete_steps(snli_ve_base(), 529_527)
     assert run.optim.total_steps == 41_370
     assert evaluation_steps(run, 529_527) == 8_274
-    # 1.25 steps an epoch: evaluations after 2 and 4, the last of which is that of the end.
+    # 1.25 steps per epoch: evaluations after steps 2 and 4, the last of which is at the end.
     short = complete_steps(replace(snli_ve_base(), epochs=3.0), 80)
     assert short.optim.total_steps == 4 and evaluation_steps(short, 80) == 2
     assert complete_steps(run, 7).optim.total_steps == 41_370
 
 
-def test_every_setting_of_a_run_has_a_name_of_its_own():
+def test_no_two_settings_of_a_run_have_the_same_name():
     names = [name for name, *_ in walk_fields(snli_ve_base())]
     assert len(names) == len(set(names)) and "init" in names

@@ -1,4 +1,4 @@
-"""The tasks' losses beside the plain forward pass: every pair by itself, everything of it computed."""
+"""The tasks' losses against a plain forward pass, which computes every pair alone and whole."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_batch(task: str, *, images: int = PAIRS) -> FinetuneBatch:
 
 
 def pooled_alone(model: BridgeTower, batch: FinetuneBatch, text: int, image: int, row: int = 1) -> Tensor:
-    """Of one text, without padding, and one picture."""
+    """Return the pooled pair of one text, without padding, and one image."""
     length = int(batch.attention_mask_BL[text].sum())
     ids, mask = batch.ids_BL[text : text + 1, :length], batch.attention_mask_BL[text : text + 1, :length]
     pixels = model.normalize(batch.pixels_N3SS[image : image + 1])
@@ -58,29 +58,29 @@ def pooled_alone(model: BridgeTower, batch: FinetuneBatch, text: int, image: int
     return model.fuse(encoded[0].states_KBND, encoded[1].states_KBND, mask).pooled
 
 
-@pytest.mark.parametrize("images", [PAIRS, 3], ids=["a picture each", "shared pictures"])
+@pytest.mark.parametrize("images", [PAIRS, 3], ids=["an image each", "shared images"])
 @pytest.mark.parametrize("task", ["vqa", "snli_ve"])
 @torch.no_grad()
-def test_logits_are_the_heads_on_each_pair_alone(task, images):
+def test_logits_equal_the_head_on_each_pair_alone(task, images):
     model, batch = make_model(task), make_batch(task, images=images)
-    found = ClassifierTask(model, task).eval().logits(batch)
+    logits = ClassifierTask(model, task).eval().logits(batch)
     alone = [model.heads[task](pooled_alone(model, batch, n, int(batch.image_B[n]))) for n in range(PAIRS)]
-    assert found.shape == (PAIRS, CLASSES[task])
-    assert torch.allclose(found, torch.cat(alone), atol=2e-5)
+    assert logits.shape == (PAIRS, CLASSES[task])
+    assert torch.allclose(logits, torch.cat(alone), atol=2e-5)
 
 
-@pytest.mark.parametrize("images", [PAIRS, 3], ids=["a pair of pictures each", "shared pictures"])
+@pytest.mark.parametrize("images", [PAIRS, 3], ids=["two images each", "shared images"])
 @torch.no_grad()
-def test_nlvr2_reads_both_pooled_pairs_the_second_picture_with_a_row_of_its_own(images):
+def test_nlvr2_reads_both_pooled_pairs_and_the_second_image_has_its_own_modality_row(images):
     model, batch = make_model("nlvr2"), make_batch("nlvr2", images=images)
     assert not torch.equal(model.modality_embedding.weight[1], model.modality_embedding.weight[2])
-    found = ClassifierTask(model, "nlvr2").eval().logits(batch)
+    logits = ClassifierTask(model, "nlvr2").eval().logits(batch)
     for n in range(PAIRS):
         image = int(batch.image_B[n])
         both = [pooled_alone(model, batch, n, image + side * images, 1 + side) for side in (0, 1)]
-        assert torch.allclose(found[n], model.heads["nlvr2"](torch.cat(both, dim=1))[0], atol=2e-5)
+        assert torch.allclose(logits[n], model.heads["nlvr2"](torch.cat(both, dim=1))[0], atol=2e-5)
         swapped = model.heads["nlvr2"](torch.cat(both[::-1], dim=1))[0]
-        assert not torch.allclose(found[n], swapped, atol=1e-3)
+        assert not torch.allclose(logits[n], swapped, atol=1e-3)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_retrieval_is_contrast_and_matching_of_true_pairs_and_two_hard_negatives
 
 
 @torch.no_grad()
-def test_where_a_group_shows_one_picture_no_pair_of_it_counts_as_wrong():
+def test_in_a_group_with_a_single_image_no_pair_counts_as_wrong():
     model, batch = make_model("itm", "itc"), make_batch("retrieval")
     batch = batch._replace(image_id_B=torch.zeros(PAIRS, dtype=torch.long))
     _, matching = RetrievalTask(model, 3).eval().results(batch)

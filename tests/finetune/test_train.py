@@ -1,4 +1,4 @@
-"""Short real runs of every task: they learn, count everything once, go on where they stopped, and keep the best."""
+"""Short real runs of every task: they learn, count every pair once, resume where they stopped, and keep the best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finetune.presets import PRESETS
 from finetune.train import main, run
 from pretrain.report import render
 from tests.conftest import REPO, run_script
-from tests.finetune.conftest import PRESET_OF, as_it_was, scores_of
+from tests.finetune.conftest import PRESET_OF, restored_process, scores_of
 from tests.finetune.corpora import PAIRS_PER_PICTURE, settings
 from tests.integration.runs import (
     assert_same_tensors,
@@ -41,13 +41,13 @@ from tests.integration.runs import (
 
 STEPS = {"vqa": 80, "snli_ve": 80, "nlvr2": 80, "retrieval": 140}
 METRIC = {"vqa": "vqa_score", "snli_ve": "accuracy", "nlvr2": "accuracy", "retrieval": "r_mean"}
-# Every step changes the weights, and single elements do not step by rounding (tests/integration/test_ranks.py).
+# Every step changes the weights, and no element steps by rounding alone (tests/integration/test_ranks.py).
 EXACT = {"optim__warmup_fraction": "0", "optim__eps": "1e-3", "data__augmentation": "flip_14_ops"}
 
 
 @pytest.fixture(scope="module", params=list(PRESET_OF))
 def learned(request, root, train) -> tuple[str, Path]:
-    """A task, and a run of it on nine pairs of three pictures that was scored on them."""
+    """Return a task, and a run of it that was trained and scored on nine pairs of three images."""
     task: str = request.param
     seen = {"data__train_shards": str(root / task / "dev"), "evaluation__on_trained_pictures": "true"}
     return task, train(task, f"{task}-learned", STEPS[task], **seen, optim__base_lr="1e-3")
@@ -61,50 +61,52 @@ def test_a_task_learns_its_training_pairs(learned):
         sum(line["train/loss/total"] for line in part) / 5 for part in (lines[:5], lines[STEPS[task] - 5 : STEPS[task]])
     )
     assert last < 0.8 * first
-    (found,) = scores_of(folder)["splits"].values()
-    guessing = found["chance"][METRIC[task]]
-    assert found["scores"][METRIC[task]] > guessing + 0.3 * (1 - guessing)
+    (split,) = scores_of(folder)["splits"].values()
+    chance = split["chance"][METRIC[task]]
+    assert split["scores"][METRIC[task]] > chance + 0.3 * (1 - chance)
 
 
 def test_its_metrics_are_documented(learned):
     task, folder = learned
     names = re.findall(r"^\| `([^`]+)` \|", (REPO / "docs/metrics.md").read_text(), flags=re.MULTILINE)
     objective = {"retrieval": "(itm|itc)"}.get(task, task)
-    places = {"OBJECTIVE": objective, "GROUP": "[a-z_]+", "SPLIT": "dev", "SCORE": "[a-z0-9_]+"}
-    for place, pattern in places.items():
-        names = [name.replace(place, pattern) for name in names]
+    placeholders = {"OBJECTIVE": objective, "GROUP": "[a-z_]+", "SPLIT": "dev", "SCORE": "[a-z0-9_]+"}
+    for placeholder, pattern in placeholders.items():
+        names = [name.replace(placeholder, pattern) for name in names]
     written = {name for line in lines_of(folder) for name in line} - {"step", "train/score/vqa"}
     assert [name for name in written if not any(re.fullmatch(known, name) for known in names)] == []
     assert {f"train/loss/{one}" for one in ("itm", "itc")} <= written or f"train/loss/{task}" in written
 
 
-def test_its_report_shows_what_it_has_reached(learned):
+def test_its_report_shows_its_score(learned):
     task, folder = learned
     page = render(folder)
     assert LABELS[METRIC[task]] in page and format_score(METRIC[task], scores_of(folder)[METRIC[task]]) in page
 
 
 @pytest.mark.parametrize("learned", ["vqa", "snli_ve", "nlvr2"], indirect=True)
-def test_its_scores_are_those_of_every_pair_counted_once(learned, root):
+def test_its_scores_count_every_pair_once(learned, root):
     task, folder = learned
     model = bridgetower.load_model(folder)
     corpora, side = Corpora([root / task / "dev"]), model.config.image_size_px
-    worth = []
+    pair_scores = []
     for number in range(3 * PAIRS_PER_PICTURE):
         pair = corpora.read(*corpora.pair_of_corpus(0, number))
         ids = torch.from_numpy(Tokenizer("emoji").encode([pair.caption], 40)[0])[None]
-        pictures = [raw for raw in (pair.image, pair.second_image) if raw]
+        image_files = [raw for raw in (pair.image, pair.second_image) if raw]
         with torch.no_grad():
             text, pooled = model.encode_text(ids, torch.ones_like(ids)), []
-            for row, raw in enumerate(pictures, 1):
+            for row, raw in enumerate(image_files, 1):
                 image = model.encode_image(model.normalize(load_whole_image(raw, side, "here")[None]), row)
                 pooled.append(model.fuse(text.states_KBND, image.states_KBND, torch.ones_like(ids)).pooled)
             answer = int(model.heads[task](torch.cat(pooled, dim=1)).argmax())
         if task == "vqa":
-            worth.append(dict(zip(pair.annotation["labels"], pair.annotation["scores"], strict=True)).get(answer, 0.0))
+            pair_scores.append(
+                dict(zip(pair.annotation["labels"], pair.annotation["scores"], strict=True)).get(answer, 0.0)
+            )
         else:
-            worth.append(float(answer == pair.annotation["label"]))
-    assert scores_of(folder)[METRIC[task]] == pytest.approx(sum(worth) / len(worth))
+            pair_scores.append(float(answer == pair.annotation["label"]))
+    assert scores_of(folder)[METRIC[task]] == pytest.approx(sum(pair_scores) / len(pair_scores))
 
 
 def open_whole(shards: Path, side: int) -> HeldOutSplit:
@@ -119,7 +121,7 @@ def open_whole(shards: Path, side: int) -> HeldOutSplit:
 
 
 @pytest.mark.parametrize("score", ["itm_logit", "itm"])
-def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, train, score):
+def test_retrieval_reranks_the_best_of_itc_by_itm_on_whole_images(root, train, score):
     top_k, shards = 3, root / "retrieval/train"
     more = {"data__eval_shards": str(shards), "evaluation__on_trained_pictures": "true"}
     more |= {"evaluation__rerank_top_k": str(top_k), "evaluation__rerank_score": score}
@@ -132,7 +134,7 @@ def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, t
         assert torch.equal(
             open_whole(shards, model.config.image_size_px).image_batch(0, 8).pixels_N3SS, torch.stack(whole)
         )
-        images = [model.encode_image(model.normalize(picture[None])) for picture in whole]
+        images = [model.encode_image(model.normalize(image[None])) for image in whole]
         similarity, ranking = torch.empty(len(pairs), 8), torch.full((len(pairs), 8), -torch.inf)
         fused = torch.empty(len(pairs), 8)
         for row, pair in enumerate(pairs):
@@ -158,7 +160,7 @@ def test_retrieval_ranks_the_best_of_itc_by_itms_score_of_whole_pictures(root, t
     assert scores_of(folder)["r_mean"] == pytest.approx(sum(recalls) / 6, abs=1e-6)
 
 
-def test_the_best_weights_are_a_file_that_loads_with_the_tasks_heads_alone(learned):
+def test_the_best_weights_are_a_file_that_loads_with_only_the_heads_of_the_task(learned):
     task, folder = learned
     best = scores_of(folder)["best"]
     assert (
@@ -173,7 +175,7 @@ def test_the_best_weights_are_a_file_that_loads_with_the_tasks_heads_alone(learn
     assert_same_tensors(list(trained.values()), [model.state_dict()[name] for name in trained])
 
 
-def test_weights_that_scored_worse_do_not_take_the_place_of_better_ones(root, train):
+def test_weights_that_score_worse_do_not_replace_better_ones(root, train):
     folder = train("snli_ve", "kept", 8, evaluation__every_epochs="1", checkpoint__every_steps="2")
     scores = [line["eval/dev/accuracy"] for line in lines_of(folder) if "eval/dev/accuracy" in line]
     best = scores_of(folder)["best"]
@@ -182,11 +184,11 @@ def test_weights_that_scored_worse_do_not_take_the_place_of_better_ones(root, tr
     assert [path.name for path in (folder / "best").iterdir()] == [Path(best["file"]).name]
 
 
-def test_the_best_is_forgotten_when_the_run_goes_back_to_before_it_or_picks_by_another_score(root, train):
+def test_the_best_is_forgotten_when_the_run_resumes_from_before_it_or_selects_by_another_score(root, train):
     folder = train("retrieval", "forgotten", 3, checkpoint__every_steps="1", checkpoint__keep_last="0")
     claimed = scores_of(folder)
     assert claimed["best"]["rerank_top_k"] == 4 and claimed["best"]["rerank_score"] == "itm_logit"
-    # A score that no other reaches, of weights that exist.
+    # The weights exist, and no other score reaches theirs.
     claimed["best"]["score"] = 2.0
 
     def best_after(**more: str) -> float:
@@ -202,7 +204,7 @@ def test_the_best_is_forgotten_when_the_run_goes_back_to_before_it_or_picks_by_a
     assert best_after() <= 1
 
 
-def test_best_weights_that_cannot_be_written_are_an_error_and_the_run_goes_on_with_them(root, train):
+def test_best_weights_that_cannot_be_written_are_an_error_and_the_resumed_run_writes_them(root, train):
     (root / "runs/no_room").mkdir(parents=True)
     (root / "runs/no_room/best").write_text("a file where a folder has to be")
     with pytest.raises(BridgeTowerError, match=r"best weights could not be written.*run the same command again"):
@@ -217,7 +219,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_was_killed_and_went_on_is_bit_for_bit_one_that_was_not(root, train):
+def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one_bit_for_bit(root, train):
     lively = {"model__text__dropout": "0.1", "model__fusion__dropout": "0.1", "data__augmentation": "no_flip_10_ops"}
     more = {**lively, "checkpoint__every_steps": "3"}
     whole = train("vqa", "whole", 6, **more)
@@ -234,8 +236,8 @@ def test_a_run_that_was_killed_and_went_on_is_bit_for_bit_one_that_was_not(root,
     assert scores_of(runs / "killed") == scores_of(whole)
 
 
-def test_an_evaluation_that_a_stop_left_out_is_made_before_the_run_goes_on(root, train):
-    often = {"evaluation__every_epochs": "1", "checkpoint__keep_last": "0"}  # an epoch is two steps
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for_when_the_run_resumes(root, train):
+    often = {"evaluation__every_epochs": "1", "checkpoint__keep_last": "0"}  # two steps per epoch
     whole = train("snli_ve", "unstopped", 4, **often)
     left = whole.parent / "left_out"
     shutil.copytree(whole, left)
@@ -258,9 +260,9 @@ def test_two_ranks_train_and_score_as_one_with_the_joined_batch(root, train, tas
     two = one.parent / f"{task}-two"
     for line, expected in zip(metrics(one.parent, two.name), metrics(one.parent, one.name), strict=True):
         assert line == pytest.approx(expected, abs=1e-5)
-    found, expected_weights = weights(one.parent, two.name), weights(one.parent, one.name)
-    for name, value in found.items():
-        assert relative_difference(expected_weights[name] + 0.02, value + 0.02) < 1e-6, name
+    two_weights, one_weights = weights(one.parent, two.name), weights(one.parent, one.name)
+    for name, value in two_weights.items():
+        assert relative_difference(one_weights[name] + 0.02, value + 0.02) < 1e-6, name
     assert scores_of(two)["splits"]["dev"]["scores"] == pytest.approx(
         scores_of(one)["splits"]["dev"]["scores"], abs=1e-5
     )
@@ -273,24 +275,26 @@ def test_a_run_starts_from_every_tensor_of_its_pretrained_model(root):
     start = find_start(config, root / "runs/start")
     model = build_task(replace(config, model=start.config), start).model
     given = bridgetower.load_model(root / "pretrained", image_size_px=96).state_dict()
-    found = model.state_dict()
-    # The second picture's row is a copy of the first's; heads of pretraining are left behind.
-    assert torch.equal(found.pop("modality_embedding.weight")[2], given["modality_embedding.weight"][1])
-    assert {name for name in found if not name.startswith("heads.nlvr2.")} | {"modality_embedding.weight"} == {
+    initial = model.state_dict()
+    # The second image's row is a copy of the first's; the heads of pretraining are left out.
+    assert torch.equal(initial.pop("modality_embedding.weight")[2], given["modality_embedding.weight"][1])
+    assert {name for name in initial if not name.startswith("heads.nlvr2.")} | {"modality_embedding.weight"} == {
         name for name in given if not name.startswith(("heads.mlm.", "heads.itm."))
     }
-    assert all(torch.equal(value, given[name]) for name, value in found.items() if not name.startswith("heads.nlvr2."))
+    assert all(
+        torch.equal(value, given[name]) for name, value in initial.items() if not name.startswith("heads.nlvr2.")
+    )
     assert start.config.image_size_px == 96 and to_dict(model.config) == to_dict(start.config)
 
 
-def test_itc_keeps_its_pretrained_width_also_when_the_run_goes_on(root):
+def test_itc_keeps_its_pretrained_width_in_new_and_in_resumed_runs(root):
     source = load_safetensors(root / "pretrained/model.safetensors").config
     source = replace(source, heads=replace(source.heads, itc_width=24))
     save_safetensors(BridgeTower(source, ("itc",)), root / "narrow/model.safetensors")
     flags = {**settings("retrieval", root, "narrow", 1), "init": str(root / "narrow")}
     preset = PRESETS[PRESET_OF["retrieval"]]()
-    with as_it_was():
-        for _ in range(2):  # the second time it is complete
+    with restored_process():
+        for _ in range(2):  # the second time the run is complete
             assert run(apply_overrides(preset, flags))
     assert preset.model.heads.itc_width != 24
     assert read_model_config(root / "runs/narrow/run.json")[0].heads.itc_width == 24
@@ -300,7 +304,7 @@ def test_a_run_json_is_repeated_for_other_epochs_only_without_its_steps(root, tr
     repeated = str(train("snli_ve", "repeated", 1) / "run.json")
     with pytest.raises(BridgeTowerError, match=r"--optim\.total_steps=0"):
         main(repeated, epochs="2")
-    with as_it_was():
+    with restored_process():
         main(repeated, epochs="2", name="longer", **{"optim.total_steps": "0"})
     assert metrics(root / "runs", "longer")[-1]["step"] == 4
 
@@ -318,7 +322,7 @@ def test_a_fine_tuned_run_can_be_started_from_again(root, train):
 
 def refused(root: Path, task: str, **more: str) -> str:
     overrides = {**settings(task, root, "wrong", 1), **{key.replace("__", "."): value for key, value in more.items()}}
-    with as_it_was(), pytest.raises(BridgeTowerError) as error:
+    with restored_process(), pytest.raises(BridgeTowerError) as error:
         run(apply_overrides(PRESETS[PRESET_OF[task]](), overrides))
     assert error.value.exit_code == 2 and not (root / "runs/wrong").exists()
     return str(error.value)
@@ -338,28 +342,28 @@ WRONG = [
     ({"data__train_shards": "ROOT/retrieval/train"}, "has the label None", "build_shards.py snli_ve"),
     (
         {"data__eval_shards": "ROOT/snli_ve/train"},
-        "8 pictures of the held-out",
+        "8 images of the held-out",
         "--evaluation.on_trained_pictures=true",
     ),
 ]
 
 
-@pytest.mark.parametrize(("more", "said", "cure"), WRONG, ids=[next(iter(row[0])) for row in WRONG])
-def test_wrong_settings_are_refused_with_the_cure_before_anything_is_started(root, more, said, cure):
+@pytest.mark.parametrize(("more", "expected", "suggestion"), WRONG, ids=[next(iter(row[0])) for row in WRONG])
+def test_wrong_settings_are_refused_with_a_suggestion_before_anything_is_started(root, more, expected, suggestion):
     message = refused(root, "snli_ve", **{name: value.replace("ROOT", str(root)) for name, value in more.items()})
-    assert said in message and cure in message
+    assert expected in message and suggestion in message
 
 
-def test_a_run_goes_on_with_its_own_settings_only(root, train):
+def test_a_run_resumes_only_with_its_own_settings(root, train):
     folder = train("snli_ve", "own", 1)
     kept = (folder / "run.json").read_bytes()
-    with as_it_was(), pytest.raises(BridgeTowerError, match=r"init: .*pretrained -> none"):
+    with restored_process(), pytest.raises(BridgeTowerError, match=r"init: .*pretrained -> none"):
         run(apply_overrides(PRESETS["tiny_snli_ve"](), {**settings("snli_ve", root, "own", 1), "init": "none"}))
     assert (folder / "run.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["snli_ve_bass"], "Did you mean snli_ve_base"),
         (["snli_ve_base"], "init is empty"),
@@ -369,11 +373,11 @@ def test_a_run_goes_on_with_its_own_settings_only(root, train):
         (["nlvr2_base", "--init=x", "--data.negative_group_size=8"], "Leave it out"),
     ],
 )
-def test_a_wrong_command_line_is_refused_with_the_cure(words, said):
+def test_a_wrong_command_line_is_refused_with_a_suggestion(words, expected):
     preset, *flags = words
     with pytest.raises(BridgeTowerError) as error:
         main(preset, **dict(flag[2:].split("=", 1) for flag in flags))
-    assert said in str(error.value) and error.value.exit_code == 2
+    assert expected in str(error.value) and error.value.exit_code == 2
 
 
 def test_the_command_exits_2_and_its_help_0():

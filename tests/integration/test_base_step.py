@@ -1,4 +1,4 @@
-"""BridgeTower base at its true shapes: one optimiser step on a CPU."""
+"""BridgeTower base at its published shapes: one optimizer step on a CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bridgetower.engine.checkpoint import load_file, load_weights
+from bridgetower.engine.checkpoint_files import load_file, load_weights
 from tests.conftest import REPO, command_line, run_script, script_environment
 
-# Published: backbone with RoBERTa's unused pooler, which does not exist here; MLM head; ITM head.
+# Published parameters of the backbone, less RoBERTa's unused pooler, which does not exist here; MLM head; ITM head.
 BASE_PARAMETERS = 326_347_008 - (768 * 768 + 768) + 39_245_913 + 3_074
 
 MEASURE = """
@@ -28,8 +28,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def corpus_of_long_captions(folder):
-    """Two pictures, each with a caption of more tokens than the model reads."""
+def build_long_captions(folder):
+    """Build shards of two images, each with a caption of more tokens than the model reads."""
     (folder / "raw").mkdir()
     rows = ["image,caption"]
     for number in range(2):
@@ -41,11 +41,11 @@ def corpus_of_long_captions(folder):
     return folder / "shards"
 
 
-def quick_compiler(folder):
-    """A compiler that takes a third of the time for DeepSpeed's two files: they are most of a core's minute.
+def write_quick_compiler(folder):
+    """Write a compiler that takes a third of the time for DeepSpeed's two files, most of a minute on one core.
 
-    It compiles the second with the first; of torch's headers only what they use, as the rest is longer than all else;
-    and without -O3 and debug information, with which the step is not faster.
+    It compiles the second file together with the first, reads only the torch headers that they need, which are the
+    smaller part of all, and leaves out -O3 and debug information: the step is not faster with them.
     """
     (folder / "torch").mkdir()
     (folder / "torch/extension.h").write_text(
@@ -76,15 +76,15 @@ def test_one_step_of_base_with_fused_adam_stays_below_12_gb(tmp_path):
         "base_4m",
         "--model.vision.weights=none",
         "--model.text.weights=none",
-        f"--data.train_shards={corpus_of_long_captions(tmp_path)}",
+        f"--data.train_shards={build_long_captions(tmp_path)}",
         "--data.eval_shards=",
         "--data.global_batch_size=2",
         "--data.micro_batch_size=2",
         "--data.negative_group_size=2",
         "--data.workers=0",
-        "--optim.total_steps=1",  # of which int(0.1 * 1) = 0 are warm-up: it has the full rate
+        "--optim.total_steps=1",  # int(0.1 * 1) = 0 steps of warmup, so this step has the full rate
         "--optim.implementation=fused",
-        # bf16 where the processor computes it; elsewhere a step of emulated products takes ten minutes.
+        # bf16 if the processor computes it. Otherwise a step of emulated matmuls would take ten minutes.
         "--engine.deepspeed=auto",
         "--tracker.wandb=off",
         f"--run_root={tmp_path}",
@@ -92,26 +92,26 @@ def test_one_step_of_base_with_fused_adam_stays_below_12_gb(tmp_path):
     environment = {
         "OMP_NUM_THREADS": "2",
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
-        "CXX": str(quick_compiler(tmp_path)),
+        "CXX": str(write_quick_compiler(tmp_path)),
     }
-    measured = subprocess.run(
-        # A process of its own in between: what a command is measured by begins with the memory of what has started it,
-        # and pytest may just have held a large model.
+    process = subprocess.run(
+        # With a process in between: the peak memory of a command includes the memory of the process that it was forked
+        # from, and pytest may just have held a large model.
         [sys.executable, "-c", MEASURE, *command_line("pretrain/train.py", arguments, launcher="plain")],
         cwd=REPO,
         env=script_environment(environment),
         capture_output=True,
         text=True,
     )
-    assert measured.returncode == 0, measured.stderr
-    assert 5e9 < int(measured.stdout.splitlines()[-1]) * 1024 < 12e9
+    assert process.returncode == 0, process.stderr
+    assert 5e9 < int(process.stdout.splitlines()[-1]) * 1024 < 12e9
     run = tmp_path / "base_4m"
     assert list((tmp_path / "extensions").rglob("fused_adam*.so"))
-    written = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert written["step"] == 1
-    assert written["optim/lr/base"] == 1e-5 and written["optim/lr/fusion"] == 5e-5
-    # A guess among 50,265 words and one between match and mismatch, give or take what random heads say.
-    assert 10.5 < written["train/loss/mlm"] < 12 and 0.3 < written["train/loss/itm"] < 1.5
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["step"] == 1
+    assert line["optim/lr/base"] == 1e-5 and line["optim/lr/fusion"] == 5e-5
+    # Near ln(50,265) = 10.8 for MLM and ln(2) = 0.7 for ITM, give or take the random heads.
+    assert 10.5 < line["train/loss/mlm"] < 12 and 0.3 < line["train/loss/itm"] < 1.5
     checkpoint = run / "checkpoints/step0000001"
     weights = load_weights(checkpoint)
     assert sum(tensor.numel() for tensor in weights.values()) == BASE_PARAMETERS

@@ -1,4 +1,4 @@
-"""What a run has learned leaves it in every format and comes back the same, by the commands that a user gives."""
+"""A run's weights are exported in every format and load back unchanged, by the commands that a user gives."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers import BridgeTowerForImageAndTextRetrieval, BridgeTowerForMaskedLM, BridgeTowerProcessor
 
 import bridgetower
-from bridgetower.engine.checkpoint import load_file as load_checkpoint_file
-from bridgetower.engine.checkpoint import load_master_weights, load_weights
+from bridgetower.engine.checkpoint_files import load_file as load_checkpoint_file
+from bridgetower.engine.checkpoint_files import load_master_weights, load_weights
 from bridgetower.errors import CheckpointError
 from tests.conftest import run_script
 from tests.integration.runs import last_checkpoint
 from tests.small_models import random_texts
 
-WIDTH = 128  # of towers and fusion, in heads of 64, as the other formats want it
+WIDTH = 128  # of towers and fusion; the other formats need heads of 64 channels
 
 
 @pytest.fixture(scope="module")
 def run(emoji_shards, tmp_path_factory) -> Path:
-    """A run of two ranks in bfloat16 with every objective."""
+    """Train a run of two ranks in bfloat16 with every objective."""
     root = tmp_path_factory.mktemp("runs")
     sizes = {"width": WIDTH, "num_layers": 2, "num_heads": 2}
     arguments = [
@@ -58,28 +58,28 @@ def export(model, form, out, *flags) -> Path:
 
 
 def assert_same(one, other):
-    mine, yours = one.state_dict(), other.state_dict()
-    assert mine.keys() == yours.keys()
-    assert all(torch.equal(value, yours[name]) for name, value in mine.items())
+    weights, others = one.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
 
 
-def test_weights_of_a_bfloat16_run_are_the_float32_ones_of_its_optimiser(run, model):
+def test_weights_of_a_bfloat16_run_are_the_float32_ones_of_its_optimizer(run, model):
     checkpoint = last_checkpoint(run.parent, "run")
     computed, masters = load_weights(checkpoint), load_master_weights(checkpoint)
     assert masters.keys() == computed.keys() == {f"model.{name}" for name in model.state_dict()}
     for name, value in masters.items():
-        # The module computes with these, rounded.
+        # The module computes with the rounded master weights.
         assert value.dtype == torch.float32 and torch.equal(value.bfloat16(), computed[name]), name
         assert torch.equal(model.state_dict()[name.removeprefix("model.")], value)
     assert any(not torch.equal(value, computed[name].float()) for name, value in masters.items())
 
 
-def test_optimiser_file_that_is_missing_is_noticed(run, tmp_path):
+def test_missing_optimizer_file_is_an_error(run, tmp_path):
     copy = tmp_path / "step0000003"
     shutil.copytree(last_checkpoint(run.parent, "run"), copy)
     next(copy.glob("*zero_pp_rank_1*")).unlink()
     assert load_checkpoint_file(copy / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"optimiser files of .* hold .* a file is missing"):
+    with pytest.raises(CheckpointError, match=r"optimizer files of .* hold .* a file is missing"):
         load_master_weights(copy)
 
 
@@ -91,25 +91,25 @@ def test_a_run_and_its_checkpoint_are_the_same_model_in_evaluation_mode(run, mod
 def test_safetensors_export_comes_back_bit_for_bit_from_its_file_and_its_folder(run, model, tmp_path):
     folder = export(run, "safetensors", tmp_path / "out")
     for path in (folder, folder / "model.safetensors"):
-        found = bridgetower.load_model(path)
-        assert found.config == model.config and list(found.heads) == list(model.heads)
-        assert_same(found, model)
+        loaded = bridgetower.load_model(path)
+        assert loaded.config == model.config and list(loaded.heads) == list(model.heads)
+        assert_same(loaded, model)
 
 
 def test_huggingface_export_opens_unchanged_with_either_class_and_comes_back_bit_for_bit(run, model, tmp_path):
     folder = export(run, "huggingface", tmp_path / "out", "--drop_heads=itc")
-    found = bridgetower.load_model(folder)
-    mine = model.state_dict()
-    assert list(found.heads) == ["mlm", "itm"]
-    assert all(torch.equal(value, mine[name]) for name, value in found.state_dict().items())
+    loaded = bridgetower.load_model(folder)
+    weights = model.state_dict()
+    assert list(loaded.heads) == ["mlm", "itm"]
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
     processor = BridgeTowerProcessor.from_pretrained(folder)
     assert processor.tokenizer.mask_token_id == 4 and len(processor.tokenizer) == 1000
     (ids, mask), pixels = random_texts(3, 9), torch.randn(3, 3, 72, 72)
     inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask.long()}
-    output = found(pixels, ids, mask)
+    output = loaded(pixels, ids, mask)
     for their_class, logits in (
-        (BridgeTowerForMaskedLM, found.mlm_logits(output)[mask]),
-        (BridgeTowerForImageAndTextRetrieval, found.itm_logits(output)),
+        (BridgeTowerForMaskedLM, loaded.mlm_logits(output)[mask]),
+        (BridgeTowerForImageAndTextRetrieval, loaded.itm_logits(output)),
     ):
         theirs, report = their_class.from_pretrained(folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["mismatched_keys"]
@@ -121,25 +121,25 @@ def test_huggingface_export_opens_unchanged_with_either_class_and_comes_back_bit
 
 def test_reference_export_comes_back_bit_for_bit(run, model, tmp_path):
     folder = export(run, "reference", tmp_path / "out")
-    found = bridgetower.load_model(folder / "model.ckpt")
-    assert list(found.heads) == list(model.heads)
-    mine = model.state_dict()
-    assert all(torch.equal(value, mine[name]) for name, value in found.state_dict().items())
+    loaded = bridgetower.load_model(folder / "model.ckpt")
+    assert list(loaded.heads) == list(model.heads)
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
 
 
-def test_model_is_loaded_for_another_size_of_its_images(run, model, tmp_path):
-    found = bridgetower.load_model(run, image_size_px=120)
-    assert found.config.image_size_px == 120
+def test_model_is_loaded_for_another_image_size(run, model, tmp_path):
+    loaded = bridgetower.load_model(run, image_size_px=120)
+    assert loaded.config.image_size_px == 120
     (ids, mask), pixels = random_texts(2, 9), torch.randn(2, 3, 120, 120)
-    assert found(pixels, ids, mask).image_states.shape == (2, 1 + 25, WIDTH)
-    table, resized = (m.vision_tower.vit.positional_embedding for m in (model, found))
+    assert loaded(pixels, ids, mask).image_states.shape == (2, 1 + 25, WIDTH)
+    table, resized = (m.vision_tower.vit.positional_embedding for m in (model, loaded))
     assert torch.equal(resized[0], table[0]) and len(resized) == 26
     folder = export(run, "safetensors", tmp_path / "out", "--image_size_px=120")
-    assert_same(bridgetower.load_model(folder), found)
+    assert_same(bridgetower.load_model(folder), loaded)
 
 
-def test_description_of_a_run_names_its_parts(run):
-    shown = run_script("pretrain/describe.py", str(run), "--tensors=true").stdout
+def test_description_of_a_run_names_its_modules(run):
+    output = run_script("pretrain/describe.py", str(run), "--tensors=true").stdout
     for text in (
         "heads.itc",
         "cross_modal.text_bridges",
@@ -147,10 +147,10 @@ def test_description_of_a_run_names_its_parts(run):
         "GFLOP",
         "MLM + ITM + ITC",
     ):
-        assert text in shown
+        assert text in output
 
 
-def changed_copy(folder, copy, change) -> Path:
+def copy_changed(folder, copy, change) -> Path:
     weights = load_file(folder / "model.safetensors")
     metadata = {"bridgetower": json.dumps(change(weights) or {})}
     copy.mkdir()
@@ -158,17 +158,17 @@ def changed_copy(folder, copy, change) -> Path:
     return copy
 
 
-def test_what_cannot_be_loaded_is_answered_with_what_can(run, tmp_path):
+def test_error_of_what_cannot_be_loaded_lists_what_can(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    for path, said in (
+    for path, message in (
         ("empty", "There is no model in the folder .*empty. `load_model` opens:"),
         ("nowhere", "There is no file or folder .*nowhere. `load_model` opens:"),
-        ("cut.safetensors", "no whole safetensors file"),
+        ("cut.safetensors", "not a complete safetensors file"),
         ("foreign.safetensors", "was not exported by this program"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             bridgetower.load_model(tmp_path / path)
 
 
@@ -182,14 +182,14 @@ def test_export_that_lacks_a_tensor_lists_it(run, tmp_path):
         return {**description, "heads": ["mlm", "itm", "itc"]}
 
     with pytest.raises(CheckpointError, match=r"(?s)1 missing: heads\.mlm\.bias.*1 not expected: extra"):
-        bridgetower.load_model(changed_copy(folder, tmp_path / "lost", lose))
+        bridgetower.load_model(copy_changed(folder, tmp_path / "lost", lose))
 
     with pytest.raises(CheckpointError, match="format version 99"):
-        bridgetower.load_model(changed_copy(folder, tmp_path / "new", lambda weights: {"format_version": 99}))
+        bridgetower.load_model(copy_changed(folder, tmp_path / "new", lambda weights: {"format_version": 99}))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["RUN", "--format=onnx", "--out=OUT"], "Unknown format onnx. Known: safetensors, huggingface, reference"),
         (["RUN", "--format=safetensors"], "--format and --out are both needed"),
@@ -201,10 +201,10 @@ def test_export_that_lacks_a_tensor_lists_it(run, tmp_path):
         (["/nowhere/at/all", "--format=reference", "--out=OUT"], "There is no file or folder /nowhere/at/all"),
     ],
 )
-def test_wrong_export_exits_2_with_the_cure_and_writes_nothing(run, tmp_path, arguments, said):
+def test_wrong_export_exits_2_with_a_suggestion_and_writes_nothing(run, tmp_path, arguments, message):
     out = tmp_path / "out"
     words = [word.replace("RUN", str(run)).replace("OUT", str(out)) for word in arguments]
-    assert said in run_script("pretrain/export.py", *words, code=2).stderr
+    assert message in run_script("pretrain/export.py", *words, code=2).stderr
     assert not out.exists()
 
 

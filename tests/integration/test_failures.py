@@ -1,4 +1,4 @@
-"""What goes wrong in long runs ends in a clear error, and nothing that was saved is lost."""
+"""Failures of long runs end in a clear error, and nothing that was saved is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(root, emoji_shards
         file.unlink()
     (checkpoints / "step0000004").rmdir()
     before = {file.name: file.read_bytes() for file in (checkpoints / "step0000002").iterdir()}
-    # No file may grow beyond 100 kB: what a full disk does, without filling one.
+    # No file may grow beyond 100 kB, which acts like a full disk.
     process = subprocess.run(
         command_line("pretrain/train.py", settings(root, emoji_shards, "full", 4, *every)),
         cwd=REPO,
@@ -36,18 +36,18 @@ def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(root, emoji_shards
         timeout=300,
     )
     assert process.returncode == 2, process.stderr
-    assert "The checkpoint could not be saved" in process.stderr and "make room" in process.stderr
+    assert "The checkpoint could not be saved" in process.stderr and "free space" in process.stderr
     assert "Traceback" not in process.stderr
     assert {file.name: file.read_bytes() for file in (checkpoints / "step0000002").iterdir()} == before
     assert {path.name for path in checkpoints.glob("*step*")} == {"step0000002"}
-    # And with room again the run goes on to its end.
+    # With free space again, the run resumes and comes to its end.
     train(root, emoji_shards, "full", 4, *every)
     assert weights(root, "full") and metrics(root, "full")[-1]["step"] == 4
 
 
-def test_diverged_run_stops_without_saving_what_it_became(root, emoji_shards):
-    wild = ["--optim.base_lr=1e30", "--optim.max_grad_norm=0", "--checkpoint.every_steps=1"]
-    output = train(root, emoji_shards, "wild", 20, *wild, code=1)
+def test_diverged_run_stops_without_saving_its_weights(root, emoji_shards):
+    diverging = ["--optim.base_lr=1e30", "--optim.max_grad_norm=0", "--checkpoint.every_steps=1"]
+    output = train(root, emoji_shards, "wild", 20, *diverging, code=1)
     assert "training diverged, and this step was not saved" in output.stderr and "optim.base_lr" in output.stderr
     assert "Traceback" not in output.stderr
     assert len(list((root / "wild/checkpoints").glob("step*"))) >= 1

@@ -1,4 +1,4 @@
-"""What a run reports is what docs/metrics.md says, and W&B has it under the same names."""
+"""A run reports the metrics that docs/metrics.md lists, and W&B has them under the same names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from tests.conftest import REPO
 from tests.integration.runs import train
 from tests.wandb_files import read_history
 
-# Of GPUs alone.
+# Metrics that only a run on GPUs has.
 ON_GPUS = {"speed/tflops_per_rank", "speed/mfu", "memory/device_peak_gb", "memory/device_reserved_gb"}
-PLACES = {"OBJECTIVE": "(?:mlm|itm|itc)", "CORPUS": "(?:train|concept)", "GROUP": "[a-z_]+", "SPLIT": "combination"}
+PLACEHOLDERS = {
+    "OBJECTIVE": "(?:mlm|itm|itc)",
+    "CORPUS": "(?:train|concept)",
+    "GROUP": "[a-z_]+",
+    "SPLIT": "combination",
+}
 
 
-def documented() -> list[str]:
+def list_documented_names() -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", (REPO / "docs/metrics.md").read_text(), flags=re.MULTILINE)
 
 
-def expression(name: str) -> str:
-    for place, pattern in PLACES.items():
-        name = name.replace(place, pattern)
+def to_expression(name: str) -> str:
+    for placeholder, pattern in PLACEHOLDERS.items():
+        name = name.replace(placeholder, pattern)
     return name.replace("SCORE", "[a-z0-9_]+")
 
 
 @pytest.fixture(scope="module")
 def run(emoji_shards, tmp_path_factory) -> Path:
-    """Two corpora, everything at every step, with W&B as it is without a key."""
+    """Train on two corpora, with log, evaluation and checkpoint at every step, and W&B without a key."""
     root = tmp_path_factory.mktemp("runs")
     words = [
         f"--data.train_shards={emoji_shards / 'train'},{emoji_shards / 'concept'}",
@@ -45,26 +50,26 @@ def run(emoji_shards, tmp_path_factory) -> Path:
     return root / "run"
 
 
-def lines(run: Path) -> list[dict[str, float]]:
+def read_lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_name_is_documented_and_every_documented_one_is_there(run):
-    names = {name for line in lines(run) for name in line} - {"step"}
-    expressions = {name: expression(name) for name in documented()}
+def test_every_name_is_documented_and_every_documented_name_is_reported(run):
+    names = {name for line in read_lines(run) for name in line} - {"step"}
+    expressions = {name: to_expression(name) for name in list_documented_names()}
     assert [name for name in names if not any(re.fullmatch(e, name) for e in expressions.values())] == []
-    found = {known for known, e in expressions.items() if any(re.fullmatch(e, name) for name in names)}
-    assert set(expressions) - found == ON_GPUS
+    reported = {known for known, e in expressions.items() if any(re.fullmatch(e, name) for name in names)}
+    assert set(expressions) - reported == ON_GPUS
 
 
-def test_losses_of_the_corpora_are_parts_of_the_whole(run):
+def test_weighted_mean_over_the_corpora_is_the_metric_of_all(run):
     # With 64 pairs a step the smaller corpus does not always have a masked token.
-    line = next(line for line in lines(run) if "train/corpus/concept/loss/mlm" in line)
-    shares = [line["train/corpus/train/share"], line["train/corpus/concept/share"]]
-    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+    line = next(line for line in read_lines(run) if "train/corpus/concept/loss/mlm" in line)
+    fractions = [line["train/corpus/train/share"], line["train/corpus/concept/share"]]
+    assert sum(fractions) == pytest.approx(1) and min(fractions) > 0
     for name in ("loss/itm", "accuracy/itm", "loss/itc", "accuracy/itc"):  # means over pairs
-        parts = [line[f"train/corpus/train/{name}"], line[f"train/corpus/concept/{name}"]]
-        weighted = sum(share * part for share, part in zip(shares, parts, strict=True))
+        values = [line[f"train/corpus/train/{name}"], line[f"train/corpus/concept/{name}"]]
+        weighted = sum(fraction * value for fraction, value in zip(fractions, values, strict=True))
         assert weighted == pytest.approx(line[f"train/{name}"], rel=1e-5)
     low, high = sorted([line["train/corpus/train/loss/mlm"], line["train/corpus/concept/loss/mlm"]])
     assert low <= line["train/loss/mlm"] <= high
@@ -76,15 +81,15 @@ def test_wandb_has_every_line_under_the_same_names(run):
     for line in read_history(file):
         sent.setdefault(line["_step"], {}).update({k: v for k, v in line.items() if not k.startswith("_")})
     written: dict[int, dict[str, float]] = {}
-    for line in lines(run):
+    for line in read_lines(run):
         written.setdefault(int(line["step"]), {}).update({k: v for k, v in line.items() if k != "step"})
     assert sent == written
     assert (run / "wandb_sent").read_text() == "3" and len((run / "wandb_id").read_text()) == 8
 
 
-def test_corpora_are_called_by_as_much_of_their_path_as_tells_them_apart(emoji_shards, tmp_path):
-    for place in ("one/train", "two/train"):
-        (tmp_path / place).parent.mkdir()
+def test_corpora_are_named_by_the_shortest_suffix_of_their_paths_that_distinguishes_them(emoji_shards, tmp_path):
+    for folder in ("one/train", "two/train"):
+        (tmp_path / folder).parent.mkdir()
     (tmp_path / "one/train").symlink_to(emoji_shards / "train")
     (tmp_path / "two/train").symlink_to(emoji_shards / "concept")
     folders = [tmp_path / "one/train", tmp_path / "two/train", emoji_shards / "combination"]

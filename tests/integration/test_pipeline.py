@@ -1,4 +1,4 @@
-"""From shards to a report, each command as a user gives it."""
+"""From shards to a report, with the commands that a user gives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVALUATED = ["--evaluation.every_steps=4", "--evaluation.num_samples=6"]
 
 @pytest.fixture(scope="module")
 def root(emoji_shards, tmp_path_factory) -> Path:
-    """Holds the run "whole": two ranks, evaluated during training, with W&B as it is without a key."""
+    """Train the run "whole": two ranks, evaluated during training, with W&B without a key."""
     folder = tmp_path_factory.mktemp("runs")
     splits = f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'concept'}"
     words = [*EVALUATED, splits, "--tracker.wandb=auto"]
@@ -30,7 +30,7 @@ def root(emoji_shards, tmp_path_factory) -> Path:
     return folder
 
 
-def scores(root):
+def read_scores(root):
     return json.loads((root / "whole/eval.json").read_text())
 
 
@@ -39,46 +39,51 @@ def test_run_folder_holds_what_the_design_names(root):
     assert {"run.json", "deepspeed.json", "metrics.jsonl", "eval.json", "checkpoints", "report.html"} <= names
 
 
-def test_held_out_scores_stand_beside_chance(root):
-    content = scores(root)
+def test_first_lines_of_the_log_say_what_computes_the_run(root):
+    log = (root / "output").read_text()
+    assert re.search(r"whole: \d+\.\d M parameters, 2 ranks on (cpu|cuda), zero2_(bf16|fp32)", log)
+
+
+def test_every_held_out_score_has_its_chance_level(root):
+    content = read_scores(root)
     assert content["headline_split"] == "combination" and content["step"] == 6
     names = {"itm_balanced_accuracy", "mlm_loss", "mlm_accuracy"}
     names |= {f"{prefix}{way}_r{k}" for prefix in ("", "itc_") for way in ("t2i", "i2t") for k in (1, 5, 10)}
     for split in ("combination", "concept"):
-        part = content["splits"][split]
-        assert set(part["scores"]) == set(part["chance"]) == names
-        assert all(math.isfinite(value) for value in part["scores"].values())
+        results = content["splits"][split]
+        assert set(results["scores"]) == set(results["chance"]) == names
+        assert all(math.isfinite(value) for value in results["scores"].values())
     assert {name: content[name] for name in names} == content["splits"]["combination"]["scores"]
-    # One caption for each of 330 pictures.
+    # One caption for each of 330 images.
     assert content["splits"]["combination"]["chance"]["t2i_r1"] == pytest.approx(1 / 330)
 
 
 def test_scores_during_training_are_in_the_metrics(root):
     lines = {line["step"]: line for line in metrics(root, "whole", ["eval/"]) if len(line) > 1}
     assert sorted(lines) == [4, 6]
-    for name, value in scores(root)["splits"]["concept"]["scores"].items():
+    for name, value in read_scores(root)["splits"]["concept"]["scores"].items():
         assert lines[6][f"eval/concept/{name}"] == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_evaluating_again_gives_the_same_scores_at_any_number_of_ranks(root, ranks):
-    before = scores(root)
+    before = read_scores(root)
     (root / "whole/eval.json").unlink()
     output = run_script("pretrain/evaluate_run.py", str(root / "whole"), ranks=ranks)
-    assert scores(root) == before
+    assert read_scores(root) == before
     assert "ITM balanced accuracy" in output.stdout and "concept" in output.stdout
 
 
-def test_other_settings_of_the_evaluation_can_be_given(root):
+def test_settings_of_the_evaluation_can_be_overridden(root):
     saved = (root / "whole/eval.json").read_bytes()
     run_script("pretrain/evaluate_run.py", str(root / "whole"), "--evaluation.max_images=50")
-    assert scores(root)["splits"]["combination"]["chance"]["t2i_r1"] == pytest.approx(1 / 50)
+    assert read_scores(root)["splits"]["combination"]["chance"]["t2i_r1"] == pytest.approx(1 / 50)
     (root / "whole/eval.json").write_bytes(saved)
 
 
-def test_without_contrast_retrieval_asks_for_every_pair_of_a_smaller_gallery(root, emoji_shards):
-    few = ["--objectives.itc=false", "--evaluation.max_images_without_itc=12", "--evaluation.num_samples=2"]
-    train(root, emoji_shards, "plain", 2, *few, f"--data.eval_shards={emoji_shards / 'combination'}")
+def test_without_itc_retrieval_scores_every_pair_of_a_smaller_gallery(root, emoji_shards):
+    words = ["--objectives.itc=false", "--evaluation.max_images_without_itc=12", "--evaluation.num_samples=2"]
+    train(root, emoji_shards, "plain", 2, *words, f"--data.eval_shards={emoji_shards / 'combination'}")
     content = json.loads((root / "plain/eval.json").read_text())["splits"]["combination"]
     names = {f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)}
     assert names <= set(content["scores"]) and not any(name.startswith("itc_") for name in content["scores"])
@@ -95,33 +100,33 @@ def test_run_json_repeats_the_run_under_torchrun(root):
         *[str(REPO / "pretrain/train.py"), str(root / "whole/run.json"), "--name=again", "--tracker.wandb=off"],
     ]
     subprocess.run(command, cwd=REPO, env=script_environment({}), check=True, capture_output=True, timeout=300)
-    what = ["train/", "optim/", "eval/"]
-    assert metrics(root, "again", what) == metrics(root, "whole", what)
+    prefixes = ["train/", "optim/", "eval/"]
+    assert metrics(root, "again", prefixes) == metrics(root, "whole", prefixes)
 
 
 def test_finished_run_is_only_evaluated_again(root, emoji_shards):
     splits = f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'concept'}"
-    before = metrics(root, "whole"), scores(root)
+    before = metrics(root, "whole"), read_scores(root)
     output = train(root, emoji_shards, "whole", 6, *EVALUATED, splits, ranks=2)
     assert "is complete" in output.stderr
     assert [line for line in metrics(root, "whole") if len(line) > 1] == [line for line in before[0] if len(line) > 1]
-    assert scores(root) == before[1]
+    assert read_scores(root) == before[1]
 
 
-def test_report_needs_nothing_but_itself(root):
+def test_report_loads_no_other_file(root):
     page = (root / "whole/report.html").read_text()
     loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     allowed = ("data:", "#", "https://creativecommons.org")
     assert [address for address in loaded if not address.startswith(allowed)] == []
     assert "ITM balanced accuracy" in page and page.count("<svg") >= 5
-    # Captions of held-out pictures, and the attribution that CC-BY asks for.
+    # Captions of held-out images, and the attribution that CC-BY requires.
     assert "skin tone" in page and "Twitter, Inc." in page
 
 
-# Writes down what the browser makes of the page: pictures it cannot draw, and whether it has to be scrolled sideways.
-# The page is not loaded before the pictures that are added to it.
+# Writes into the title how many images the browser could not draw, and whether the page must be scrolled sideways. The
+# load event waits for the images that the probe adds.
 PROBE = """<script>
-  const shown = [...document.querySelectorAll('.picture')].map(e => getComputedStyle(e).backgroundImage.slice(5, -2));
+  const shown = [...document.querySelectorAll('.image')].map(e => getComputedStyle(e).backgroundImage.slice(5, -2));
   const layers = [...document.images].map(image => image.src);
   const images = [...shown, ...layers].map(address => {
     const image = document.createElement('img');
@@ -139,7 +144,7 @@ PROBE = """<script>
 
 @pytest.fixture(scope="module", params=[["whole"], ["whole", "plain"]], ids=" and ".join)
 def page(root, request, tmp_path_factory) -> Path:
-    """A report of these runs that says in its title what a browser makes of it."""
+    """Write a report of these runs with the probe in it."""
     path: Path = tmp_path_factory.mktemp("page") / "report.html"
     run_script("pretrain/report.py", *(str(root / run) for run in request.param), f"--out={path}")
     path.write_text(path.read_text().replace("</body>", PROBE))
@@ -148,21 +153,21 @@ def page(root, request, tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, which not every machine has")
 @pytest.mark.parametrize("width_px", [1200, 600])
-def test_report_draws_every_picture_in_a_browser(page, width_px):
+def test_report_draws_every_image_in_a_browser(page, width_px):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
     command += [f"--window-size={width_px},900", "--dump-dom", page.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    title = re.search(r"<title>(pictures.*?)</title>", shown)
+    document = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(pictures.*?)</title>", document)
     assert title is not None
-    # Two splits of 6 samples, each with its picture, the best of its caption, and a layer for each of its words.
-    found = re.fullmatch(r"pictures (\d+) layers (\d+) broken 0 wide false", title[1])
-    assert found is not None, title[1]
-    pictures, layers = int(found[1]), int(found[2])
-    assert layers >= 2 * 6 and pictures >= 2 * 6 * (1 + 5) + layers
+    # Two splits of 6 samples, each with its image, the best images for its caption, and a layer for each of its words.
+    counts = re.fullmatch(r"pictures (\d+) layers (\d+) broken 0 wide false", title[1])
+    assert counts is not None, title[1]
+    images, layers = int(counts[1]), int(counts[2])
+    assert layers >= 2 * 6 and images >= 2 * 6 * (1 + 5) + layers
 
 
 def test_sigint_saves_and_exits_75(root, emoji_shards):
-    # Ctrl-C goes to one process here; the next test file stops whole groups.
+    # Ctrl-C reaches a single process here; test_resume.py stops whole groups.
     import signal
     import time
 
@@ -177,4 +182,4 @@ def test_sigint_saves_and_exits_75(root, emoji_shards):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes from there" in errors

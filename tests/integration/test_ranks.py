@@ -1,4 +1,4 @@
-"""Two ranks are one rank with the joined batch, in float32 and without dropout."""
+"""Two ranks train like one rank with the joined batch, in float32 and without dropout."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.integration.runs import (
     weights,
 )
 
-# Every step changes the weights. With AdamW's usual epsilon of 1e-8, single elements whose gradient is no larger than
-# that make steps of its rounding: measured, one of 139,000 is then 97 % of the difference between two runs (1.6e-6;
-# with 1e-6 it is 6e-8).
+# Every step changes the weights. AdamW divides by the gradient's size plus epsilon, so with the usual 1e-8 an element
+# whose gradient is no larger than that makes steps of its rounding error. Measured: one element of 139,000 is then 97 %
+# of the difference between two runs, which is 1.6e-6 with epsilon 1e-8 and 6e-8 with 1e-6.
 EXACT = [*FLOAT32, *NO_DROPOUT, "--optim.warmup_fraction=0", "--optim.eps=1e-6"]
-# Softmax does not change with the bias of its keys: the true gradient is 0, and AdamW makes full steps of its rounding.
+# The key bias cancels in the softmax: its true gradient is 0, and AdamW makes full steps of the rounding error.
 KEY_BIASES = ("key.bias", "attn.in_proj_bias")
 
 
@@ -39,9 +39,9 @@ def runs(emoji_shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calm_runs(emoji_shards, tmp_path_factory) -> Path:
-    """Without ITC, which compares the pairs of one micro-step, so that accumulated halves are the same run too.
+    """Train without ITC, which compares the pairs of one micro-step, so that accumulated halves are the same run too.
 
-    AdamW's epsilon stands above the rounding of gradients, so that each tensor by itself is compared.
+    AdamW's epsilon is above the rounding error of the gradients, so that each tensor can be compared by itself.
     """
     root = tmp_path_factory.mktemp("calm_runs")
     calm = [*EXACT, "--objectives.itc=false", "--optim.eps=1e-3"]
@@ -64,10 +64,10 @@ def test_two_ranks_have_the_losses_of_the_joined_batch(runs):
 
 
 def test_two_ranks_end_with_the_weights_of_the_joined_batch(runs):
-    found, expected = weights(runs, "two_ranks"), weights(runs, "joined")
-    assert found.keys() == expected.keys()
-    names = [name for name in found if not name.endswith(KEY_BIASES)]
-    assert relative_difference(join(found, names), join(expected, names)) < 1e-6
+    trained, expected = weights(runs, "two_ranks"), weights(runs, "joined")
+    assert trained.keys() == expected.keys()
+    names = [name for name in trained if not name.endswith(KEY_BIASES)]
+    assert relative_difference(join(trained, names), join(expected, names)) < 1e-6
 
 
 def test_two_ranks_have_the_losses_of_accumulated_halves(calm_runs):
@@ -75,18 +75,18 @@ def test_two_ranks_have_the_losses_of_accumulated_halves(calm_runs):
 
 
 def test_two_ranks_end_with_every_weight_of_accumulated_halves(calm_runs):
-    found, expected = weights(calm_runs, "two_ranks"), weights(calm_runs, "accumulated")
-    assert found.keys() == expected.keys()
-    for name in found:
-        # Biases are near 0 after five steps: a weight's usual size is the smallest that differences are compared with.
+    trained, expected = weights(calm_runs, "two_ranks"), weights(calm_runs, "accumulated")
+    assert trained.keys() == expected.keys()
+    for name in trained:
+        # Biases are near 0 after five steps, so differences are compared with at least 0.02, a weight's usual size.
         size = max(float(expected[name].square().mean().sqrt()), 0.02)
-        error = float((found[name].double() - expected[name].double()).square().mean().sqrt())
+        error = float((trained[name].double() - expected[name].double()).square().mean().sqrt())
         assert error / size < 1e-6, name
 
 
 @pytest.mark.parametrize("fixture", ["runs", "calm_runs"])
 def test_training_changed_every_tensor(fixture, request):
-    # Otherwise the tests above would hold for a loop that does nothing.
+    # Otherwise the other tests would pass for a loop that does nothing.
     root = request.getfixturevalue(fixture)
     itc = ["false" if fixture == "calm_runs" else "true"]
     overrides = dict(flag[2:].split("=", 1) for flag in [*SMALL_MODEL, *NO_DROPOUT, f"--objectives.itc={itc[0]}"])
@@ -94,7 +94,7 @@ def test_training_changed_every_tensor(fixture, request):
     trained = weights(root, "two_ranks")
     assert trained.keys() == initial.keys()
     unchanged = [name for name in trained if torch.equal(trained[name], initial[name])]
-    # The bias of keys has no effect; where projections are absorbed, its gradient is not even rounding.
+    # The key bias has no effect. If projections are absorbed, its gradient is exactly 0.
     assert all(re.search(r"text_layers\.\d+\.cross_attention\.key\.bias$", name) for name in unchanged), unchanged
 
 

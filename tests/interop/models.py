@@ -1,4 +1,4 @@
-"""Models of ours whose sizes the other formats can hold: heads of 64 channels, one width."""
+"""Small models that every other format can hold: attention heads of 64 channels, and one width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def port_like_config(
     fusion_layers: int = 3,
     heads: HeadsConfig | None = None,
 ) -> ModelConfig:
-    """Nine patches, three bridged layers, unless told otherwise."""
+    """Build a configuration of nine patches and, by default, three bridged layers."""
     return ModelConfig(
         image_size_px=3 * patch_size_px,
         vision=VisionTowerConfig(
@@ -48,17 +48,17 @@ def port_like_config(
 
 
 def filled(model: BridgeTower) -> BridgeTower:
-    """With values of its own in every parameter, in evaluation mode."""
+    """Return the model in evaluation mode, after giving every parameter distinct values."""
     fill(model, 0.05)
     return model.eval()
 
 
 def assert_same(one: BridgeTower, other: BridgeTower) -> None:
-    """The same configuration, heads and bits."""
+    """Assert that two models have the same configuration, heads and bits, and are in evaluation mode."""
     assert one.config == other.config
     assert list(one.heads) == list(other.heads)
-    mine, yours = one.state_dict(), other.state_dict()
-    assert mine.keys() == yours.keys()
-    for name, value in mine.items():
-        assert value.dtype == yours[name].dtype and torch.equal(value, yours[name]), name
+    tensors, others = one.state_dict(), other.state_dict()
+    assert tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert value.dtype == others[name].dtype and torch.equal(value, others[name]), name
     assert not one.training and not other.training

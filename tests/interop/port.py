@@ -1,4 +1,4 @@
-"""Models of Hugging Face's port with random weights, and what they compute of a batch of ragged texts.
+"""Models of Hugging Face's port with random weights, and the outputs of both sides on captions of several lengths.
 
 Shapes: B pairs, L text tokens.
 """
@@ -35,7 +35,7 @@ def port_config(
     positions: int = 20,
     **options: Any,
 ) -> BridgeTowerConfig:
-    """Sizes, and options of the configuration: text_x, vision_x, or x of the whole."""
+    """Build a configuration from sizes and options: text_x and vision_x are the towers' x, others the whole model's."""
     text = BridgeTowerTextConfig(
         **{
             "vocab_size": vocabulary,
@@ -69,21 +69,21 @@ def port_config(
     )
 
 
-_MANY = 1_000_003
+_NUM_DRAWN = 1_000_003
+"""A prime, so that the repeated numbers fall differently in every row and tensor."""
 
 
 def fill(module: nn.Module, std: float, seed: int = 0) -> None:
-    """Random weights in place: matrices from N(0, std), vectors with values of their own, norms near 1."""
+    """Fill with random weights in place: matrices from N(0, std), norm scales near 1, other vectors from N(0, 0.1)."""
     rng = torch.Generator().manual_seed(seed)
-    # To draw 900 million numbers takes ten seconds: large tensors have the same ones over and over, each from another
-    # place on. It is a prime number of them, so that they fall differently in every row and every part of a tensor.
-    numbers = torch.randn(_MANY, generator=rng)
+    # Drawing 900 million numbers takes ten seconds, so large tensors repeat a million, each from another offset.
+    numbers = torch.randn(_NUM_DRAWN, generator=rng)
     with torch.no_grad():
-        for place, (name, parameter) in enumerate(module.named_parameters()):
-            if parameter.numel() < _MANY:
+        for index, (name, parameter) in enumerate(module.named_parameters()):
+            if parameter.numel() < _NUM_DRAWN:
                 parameter.normal_(generator=rng)
             else:
-                repeated = numbers.roll(1_009 * place).repeat(-(-parameter.numel() // _MANY))
+                repeated = numbers.roll(1_009 * index).repeat(-(-parameter.numel() // _NUM_DRAWN))
                 parameter.copy_(repeated[: parameter.numel()].view_as(parameter))
             is_norm_scale = parameter.ndim == 1 and name.endswith("weight")
             if is_norm_scale:
@@ -93,23 +93,24 @@ def fill(module: nn.Module, std: float, seed: int = 0) -> None:
 
 
 class Port(NamedTuple):
-    """Both classes with heads, on one backbone."""
+    """Both of the port's classes with heads, sharing one backbone."""
 
     masked_lm: Any
     retrieval: Any
 
     def parameters(self) -> dict[str, Tensor]:
-        """By the names of both classes."""
+        """Return the parameters of both classes by their names."""
         return {**dict(self.masked_lm.named_parameters()), **dict(self.retrieval.named_parameters())}
 
 
 def build_port(config: BridgeTowerConfig, std: float = 0.05) -> Port:
-    """Float32, evaluation mode."""
-    with mock.patch.multiple(torch.Tensor, normal_=_as_it_is, uniform_=_as_it_is):  # all are filled below
+    """Build both classes in float32 and evaluation mode, with random weights."""
+    # All are filled below, so transformers need not draw initial values.
+    with mock.patch.multiple(torch.Tensor, normal_=_leave_unchanged, uniform_=_leave_unchanged):
         masked_lm = BridgeTowerForMaskedLM(config).eval()
     retrieval = BridgeTowerForImageAndTextRetrieval.__new__(BridgeTowerForImageAndTextRetrieval)
-    # A second backbone of a large model is 3.5 GB that nobody reads.
-    retrieval.__dict__.update(BridgeTowerForImageAndTextRetrieval(_smallest(config)).__dict__)
+    # A second backbone of a large model would be 3.5 GB that nothing reads.
+    retrieval.__dict__.update(BridgeTowerForImageAndTextRetrieval(port_config(width=64, layers=1, bridged=1)).__dict__)
     retrieval.config = config
     retrieval.bridgetower = masked_lm.bridgetower
     retrieval.itm_score.fc = nn.Linear(2 * config.hidden_size, 2)
@@ -118,38 +119,38 @@ def build_port(config: BridgeTowerConfig, std: float = 0.05) -> Port:
     return Port(masked_lm, retrieval.eval())
 
 
-def _as_it_is(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
+def _leave_unchanged(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
     return tensor
 
 
-def _smallest(config: BridgeTowerConfig) -> BridgeTowerConfig:
-    return port_config(width=64, layers=1, bridged=1)
-
-
 class Batch(NamedTuple):
+    """Images, padded captions and their labels."""
+
     pixels: Tensor
     ids: Tensor
     mask: Tensor
     words: Tensor
-    """MLM's labels; -100 where nothing is asked."""
+    """MLM labels; -100 at tokens that are not to be predicted."""
     matches: Tensor
+    """ITM labels, 1 for a true pair."""
 
 
 def ragged_batch(config: BridgeTowerConfig, lengths: tuple[int, ...], seed: int = 0) -> Batch:
+    """Draw a batch with captions of these lengths, padded to the longest. Each has at least one label for MLM."""
     rng = torch.Generator().manual_seed(seed)
     rows, longest = len(lengths), max(lengths)
     vocabulary, side = config.text_config.vocab_size, config.vision_config.image_size
     ids = torch.randint(5, vocabulary, (rows, longest), generator=rng)
     mask = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-    asked = mask & (torch.rand(rows, longest, generator=rng) < 0.4)
-    asked[:, 1] = True
-    words = torch.randint(5, vocabulary, (rows, longest), generator=rng).masked_fill(~asked, -100)
+    is_predicted = mask & (torch.rand(rows, longest, generator=rng) < 0.4)
+    is_predicted[:, 1] = True
+    words = torch.randint(5, vocabulary, (rows, longest), generator=rng).masked_fill(~is_predicted, -100)
     pixels = torch.randn(rows, 3, side, side, generator=rng)
     return Batch(pixels, ids.masked_fill(~mask, 1), mask, words, torch.arange(rows) % 2)
 
 
 class Numbers(NamedTuple):
-    """What is compared. States of padding are not: nothing reads them."""
+    """Outputs to compare, without the states of padding, which nothing reads."""
 
     text: Tensor
     image: Tensor
@@ -160,7 +161,7 @@ class Numbers(NamedTuple):
 
 
 def numbers_of_port(port: Port, batch: Batch) -> Numbers:
-    """One run of the backbone, and the heads as their classes call them."""
+    """Run the port's backbone once, and its heads as their classes call them."""
     output = port.masked_lm.bridgetower(
         pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long()
     )
@@ -175,6 +176,7 @@ def numbers_of_port(port: Port, batch: Batch) -> Numbers:
 
 
 def numbers_of_ours(model: BridgeTower, batch: Batch) -> Numbers:
+    """Run this program's model once, and its heads."""
     output = model(batch.pixels, batch.ids, batch.mask)
     words, matches = model.mlm_logits(output), model.itm_logits(output)
     return _numbers(output.text_states, output.image_states, output.pooled, words, matches, batch)
@@ -186,19 +188,19 @@ def _numbers(text: Tensor, image: Tensor, pooled: Tensor, words: Tensor, matches
 
 
 def differences(one: Numbers, other: Numbers) -> dict[str, float]:
-    """The largest one of each."""
+    """Return the largest absolute difference of each output."""
     return {name: float((value - getattr(other, name)).abs().max().detach()) for name, value in one._asdict().items()}
 
 
-def gradient_fault(name: str, found: Tensor, expected: Tensor, largest: float) -> tuple[float, float]:
-    """The relative difference of two gradients, and its limit.
+def gradient_fault(name: str, gradient: Tensor, expected: Tensor, largest_norm: float) -> tuple[float, float]:
+    """Return the relative difference of two gradients, and its limit.
 
-    The gradient of a key's bias is 0, as it adds the same to all scores of a query. What is there is rounding, which is
-    compared with the largest gradient of all. (In CLIP's joint projection it is a third of a tensor that is not 0.)
+    The gradient of a key bias is 0, because the bias cancels in the softmax. Only rounding is left, which is compared
+    with the largest gradient. (In CLIP's joint projection the key bias is a third of a tensor that is not 0.)
 
     Args:
-        largest: norm of any tensor's gradient.
+        largest_norm: norm of the largest gradient of any tensor.
     """
     if name.endswith("key.bias"):
-        return float(found.norm() + expected.norm()) / largest, 1e-6
-    return float((found - expected).norm() / expected.norm()), 1e-4
+        return float(gradient.norm() + expected.norm()) / largest_norm, 1e-6
+    return float((gradient - expected).norm() / expected.norm()), 1e-4

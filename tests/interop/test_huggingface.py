@@ -1,13 +1,15 @@
-"""Models of transformers, in both directions: the same numbers, the same bits, and nothing skipped."""
+"""Models of transformers, read and written: same outputs and gradients, same bits, no tensor skipped."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +32,7 @@ from bridgetower.config.model import FusionConfig
 from bridgetower.config.named_models import base
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import CheckpointError
-from bridgetower.interop import huggingface, names
+from bridgetower.interop import names
 from bridgetower.interop.huggingface import from_huggingface, save_huggingface, to_huggingface
 from bridgetower.interop.huggingface_config import write_config
 from bridgetower.model.bridgetower import BridgeTower
@@ -60,7 +62,8 @@ SHAPES = {
 }
 
 
-def ours_of(port):
+def convert(port):
+    """Convert both of the port's classes to one model with both heads."""
     model = from_huggingface(port.masked_lm)
     model.add_head("itm")
     model.itm_head.classifier.load_state_dict(port.retrieval.itm_score.fc.state_dict())
@@ -71,34 +74,34 @@ def ours_of(port):
 def test_states_logits_and_gradients_equal_those_of_transformers(shape):
     config = port_config(**shape)
     port = build_port(config)
-    model = ours_of(port)
+    model = convert(port)
     batch = ragged_batch(config, lengths=(11, 3, 7))
-    expected, found = numbers_of_port(port, batch), numbers_of_ours(model, batch)
-    assert all(value <= 1e-5 for value in differences(found, expected).values())
+    expected, outputs = numbers_of_port(port, batch), numbers_of_ours(model, batch)
+    assert all(value <= 1e-5 for value in differences(outputs, expected).values())
     assert 0.1 < expected.text.std() < 10 and 0.1 < expected.word_logits.std() < 10
     expected.loss.backward()
-    found.loss.backward()
+    outputs.loss.backward()
     theirs = {name: value.grad for name, value in port.parameters().items() if value.grad is not None}
-    largest = max(float(gradient.norm()) for gradient in theirs.values())
+    largest_norm = max(float(gradient.norm()) for gradient in theirs.values())
     ours = dict(model.named_parameters())
     assert {names.from_huggingface(name) for name in theirs} == set(ours)
     for name, gradient in theirs.items():
-        mine = ours[names.from_huggingface(name) or ""].grad
-        assert mine is not None
-        fault, limit = gradient_fault(name, mine, gradient, largest)
+        our_gradient = ours[names.from_huggingface(name) or ""].grad
+        assert our_gradient is not None
+        fault, limit = gradient_fault(name, our_gradient, gradient, largest_norm)
         assert fault <= limit, name
 
 
 @torch.no_grad()
-def test_with_the_published_epsilon_the_numbers_are_those_of_transformers_with_that_epsilon():
+def test_with_the_published_epsilon_the_outputs_are_those_of_transformers_with_that_epsilon():
     config = port_config()
     port = build_port(config)
     model = from_huggingface(port.masked_lm, layer_norm_eps=1e-12)
-    # Cross-modal layers and the MLM head's transform; not the towers, bridges and first norms.
+    # The norms of the cross-modal layers and of the MLM head; not those of towers, bridges and before the first layer.
     changed = [
-        part
-        for name, part in port.masked_lm.named_modules()
-        if isinstance(part, nn.LayerNorm) and ("cross_modal_text_layers" in name or "cross_modal_image_layers" in name)
+        module
+        for name, module in port.masked_lm.named_modules()
+        if isinstance(module, nn.LayerNorm) and re.search("cross_modal_(text|image)_layers", name)
     ] + [port.masked_lm.mlm_score.transform.LayerNorm]
     assert len(changed) == 3 * 2 * 3 + 1
     batch = ragged_batch(config, lengths=(11, 3, 7))
@@ -107,16 +110,16 @@ def test_with_the_published_epsilon_the_numbers_are_those_of_transformers_with_t
     ported = numbers_of_port(port, batch)
     for norm in changed:
         norm.eps = 1e-12
-    published, found = numbers_of_port(port, batch), numbers_of_ours(model, batch)
-    assert all(value <= 1e-5 for value in differences(found, published).values())
-    # It shows: the numbers with the port's own epsilon are others.
+    published, outputs = numbers_of_port(port, batch), numbers_of_ours(model, batch)
+    assert all(value <= 1e-5 for value in differences(outputs, published).values())
+    # The comparison can fail: with the port's own epsilon the outputs differ by more.
     assert differences(published, ported)["word_logits"] > 2e-5
 
 
 @torch.no_grad()
-def test_their_classes_give_the_same_logits_when_called_as_people_do():
+def test_the_classes_of_transformers_give_the_same_logits_when_called_as_documented():
     port = build_port(port_config())
-    model = ours_of(port)
+    model = convert(port)
     batch = ragged_batch(port.masked_lm.config, lengths=(9, 4))
     inputs = {"pixel_values": batch.pixels, "input_ids": batch.ids, "attention_mask": batch.mask.long()}
     output = model(batch.pixels, batch.ids, batch.mask)
@@ -125,7 +128,7 @@ def test_their_classes_give_the_same_logits_when_called_as_people_do():
 
 
 @pytest.mark.parametrize("heads", [("mlm",), ("itm",), ()])
-def test_a_class_of_transformers_gives_the_same_model_back(heads):
+def test_a_model_comes_back_unchanged_from_a_class_of_transformers(heads):
     model = filled(BridgeTower(port_like_config(), heads))
     theirs = to_huggingface(model)
     assert (
@@ -149,22 +152,22 @@ def test_a_class_of_transformers_gives_the_same_model_back(heads):
                 their_output.logits - model.itm_logits(output) if heads else their_output.pooler_output - output.pooled
             )
     assert difference.abs().max() <= 1e-5
-    # A copy: training one leaves the other as it was.
+    # The weights are copied: training one model leaves the other unchanged.
     theirs.get_input_embeddings().weight.data.zero_()
     assert model.text_tower.encoder.get_input_embeddings().weight.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_no_bit_is_lost_in_any_floating_point_type(dtype, tmp_path):
+def test_no_bit_is_lost_in_any_floating_point_dtype(dtype, tmp_path):
     model = filled(BridgeTower(port_like_config(), ("mlm",))).to(dtype)
     assert_same(from_huggingface(to_huggingface(model)), model)
     save_huggingface(model, tmp_path)
     assert_same(from_huggingface(tmp_path), model)
 
 
-def test_of_two_heads_one_has_to_be_named():
+def test_one_of_several_heads_has_to_be_chosen():
     model = filled(BridgeTower(port_like_config(), ("mlm", "itm")))
-    with pytest.raises(CheckpointError, match=r"mlm, itm, a class of transformers has one\. Say which"):
+    with pytest.raises(CheckpointError, match=r"mlm, itm, but each class of transformers has one\. Choose one"):
         to_huggingface(model)
     assert isinstance(to_huggingface(model, "itm"), BridgeTowerForImageAndTextRetrieval)
     assert isinstance(to_huggingface(model, "none"), BridgeTowerModel)
@@ -178,14 +181,14 @@ def test_a_folder_opens_in_transformers_and_here(heads, tmp_path):
     save_huggingface(model, tmp_path, tokenizer_folder=ROBERTA)
     assert_same(from_huggingface(tmp_path), model)
     classes = {"mlm": BridgeTowerForMaskedLM, "itm": BridgeTowerForImageAndTextRetrieval}
-    beside = {"mlm": {"itm_score.fc.weight", "itm_score.fc.bias"}, "itm": {"mlm_score.bias"}}
+    others_head = {"mlm": {"itm_score.fc.weight", "itm_score.fc.bias"}, "itm": {"mlm_score.bias"}}
     for head, their_class in [(head, classes[head]) for head in heads] or [("none", BridgeTowerModel)]:
         theirs, report = their_class.from_pretrained(tmp_path, output_loading_info=True)
         assert not report["missing_keys"] and not report["mismatched_keys"]
-        # With one head nothing is left over; with two, the other one's.
-        left_over = set(report["unexpected_keys"])
-        assert left_over == set() if len(heads) < 2 else beside[head] <= left_over
-        assert all(name.startswith(("mlm_score.", "itm_score.")) for name in left_over)
+        # With two heads, each class finds the other's head unexpected; with one, nothing.
+        unexpected = set(report["unexpected_keys"])
+        assert unexpected == set() if len(heads) < 2 else others_head[head] <= unexpected
+        assert all(name.startswith(("mlm_score.", "itm_score.")) for name in unexpected)
         batch = ragged_batch(theirs.config, lengths=(9, 4))
         with torch.no_grad():
             expected = theirs(pixel_values=batch.pixels, input_ids=batch.ids, attention_mask=batch.mask.long())
@@ -198,7 +201,7 @@ def test_a_folder_opens_in_transformers_and_here(heads, tmp_path):
                 assert (expected.pooler_output - output.pooled).abs().max() <= 1e-5
 
 
-def test_the_processor_of_a_folder_reads_texts_as_ours_and_images_of_the_models_size(tmp_path):
+def test_the_processor_of_a_folder_has_robertas_ids_and_the_models_image_size(tmp_path):
     model = BridgeTower(port_like_config(vocabulary_size=50265, num_positions=80), ("mlm",))
     save_huggingface(model, tmp_path, tokenizer_folder=ROBERTA)
     processor = BridgeTowerProcessor.from_pretrained(tmp_path)
@@ -217,7 +220,7 @@ def test_the_processor_of_a_folder_reads_texts_as_ours_and_images_of_the_models_
 
 
 def test_the_image_processor_pads_no_image_of_the_large_models_size(tmp_path):
-    # transformers' own size_divisor of 32 makes 288 of 294 pixels and fills up with black.
+    # With transformers' default size_divisor of 32, a side of 294 px becomes 288 and is padded with black.
     config = dataclasses.replace(port_like_config(patch_size_px=14), image_size_px=294)
     save_huggingface(BridgeTower(config), tmp_path)
     processor = BridgeTowerImageProcessor.from_pretrained(tmp_path)
@@ -227,23 +230,24 @@ def test_the_image_processor_pads_no_image_of_the_large_models_size(tmp_path):
     assert (pixels.amin(dim=(2, 3)) == pixels.amax(dim=(2, 3))).all()
 
 
-@pytest.mark.parametrize("place", ["", "tokenizer.json"])
-def test_a_tokenizer_that_transformers_saved_leaves_with_the_model(place, tmp_path):
-    # It writes tokenizer.json alone, without vocab.json and merges.txt. Start and end are added whatever it says.
+@pytest.mark.parametrize("file", ["", "tokenizer.json"])
+def test_a_tokenizer_that_transformers_saved_is_exported_with_the_model(file, tmp_path):
+    # transformers writes tokenizer.json alone, without vocab.json and merges.txt. Start and end tokens are added
+    # although this one has no post-processor.
     files = {"vocab": str(ROBERTA / "vocab.json"), "merges": str(ROBERTA / "merges.txt")}
     mask = AddedToken("<mask>", lstrip=True, special=True)  # as roberta-base has it
     RobertaTokenizer(**files, mask_token=mask).save_pretrained(tmp_path / "theirs")
-    whole = tmp_path / "theirs" / "tokenizer.json"
-    content = json.loads(whole.read_text())
-    whole.write_text(json.dumps({**content, "post_processor": None}))
+    saved_file = tmp_path / "theirs" / "tokenizer.json"
+    content = json.loads(saved_file.read_text())
+    saved_file.write_text(json.dumps({**content, "post_processor": None}))
     model = BridgeTower(port_like_config(vocabulary_size=50265, num_positions=80), ("mlm",))
-    save_huggingface(model, tmp_path / "out", tokenizer_folder=tmp_path / "theirs" / place)
+    save_huggingface(model, tmp_path / "out", tokenizer_folder=tmp_path / "theirs" / file)
     tokenizer = BridgeTowerProcessor.from_pretrained(tmp_path / "out").tokenizer
     assert tokenizer("A dog, and a <mask>.")["input_ids"] == [0, 250, 2335, 6, 8, 10, 50264, 4, 2]
     assert tokenizer.model_max_length == 78 and tokenizer.pad_token_id == 1
-    own = Tokenizer(str(tmp_path / "theirs"))
+    ours = Tokenizer(str(tmp_path / "theirs"))
     captions = ["A dog, and a caf\u00e9.", "two  dogs", ""]
-    assert [ids.tolist() for ids in own.encode(captions, 50)] == tokenizer(captions)["input_ids"]
+    assert [ids.tolist() for ids in ours.encode(captions, 50)] == tokenizer(captions)["input_ids"]
 
 
 def test_a_tokenizer_file_that_is_damaged_or_lacks_a_special_token_is_refused(tmp_path):
@@ -251,7 +255,7 @@ def test_a_tokenizer_file_that_is_damaged_or_lacks_a_special_token_is_refused(tm
     file = tmp_path / "tokenizer.json"
     words = {"<s>": 0, "<pad>": 1, "</s>": 2}
     for content, said in (
-        ("{", "is no tokenizer of the library tokenizers"),
+        ("{", "is not a file of the library tokenizers"),
         (json.dumps({"model": {"type": "WordLevel", "vocab": words, "unk_token": "x"}}), "lacks <unk>, <mask>"),
     ):
         file.write_text(content)
@@ -269,7 +273,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder as transformers itself writes it, and the model in it."""
+    """Return a folder that transformers wrote, and its model."""
     folder = tmp_path_factory.mktemp("theirs")
     port = build_port(port_config())
     port.masked_lm.save_pretrained(folder)
@@ -294,12 +298,12 @@ def test_a_folder_of_several_files_is_read(saved, tmp_path):
     to_huggingface(model).save_pretrained(tmp_path, max_shard_size="500KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_same(from_huggingface(tmp_path), model)
-    next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
+    min(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-.* cannot be read"):
         from_huggingface(tmp_path)
 
 
-def test_an_index_that_leads_out_of_its_folder_is_refused(saved, tmp_path):
+def test_an_index_that_names_files_outside_its_folder_is_refused(saved, tmp_path):
     shutil.copy(saved[0] / "config.json", tmp_path)
     index = {"weight_map": {"mlm_score.bias": "../other/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -307,7 +311,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(saved, tmp_path):
         from_huggingface(tmp_path)
 
 
-def test_an_old_folder_with_a_pickle_and_stored_position_ids_is_read(saved, tmp_path):
+def test_an_old_folder_with_pickled_weights_and_position_ids_is_read(saved, tmp_path):
     folder, model = saved
     tensors = load_file(folder / "model.safetensors")
     tensors["bridgetower.text_model.embeddings.position_ids"] = torch.arange(20)[None]
@@ -317,7 +321,7 @@ def test_an_old_folder_with_a_pickle_and_stored_position_ids_is_read(saved, tmp_
     assert_same(from_huggingface(tmp_path), model)
 
 
-def test_a_folder_of_both_heads_gives_both(saved, tmp_path):
+def test_a_folder_with_both_heads_gives_a_model_with_both(saved, tmp_path):
     folder, _ = saved
     tensors = load_file(folder / "model.safetensors")
     tensors |= {"itm_score.fc.weight": torch.randn(2, 256), "itm_score.fc.bias": torch.randn(2)}
@@ -327,10 +331,11 @@ def test_a_folder_of_both_heads_gives_both(saved, tmp_path):
     assert torch.equal(model.itm_head.classifier.weight, tensors["itm_score.fc.weight"])
 
 
-def write_folder(place: Path, like: Path, tensors: dict[str, Tensor], **config: object) -> None:
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    content = json.loads((like / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps({**content, **config}))
+def write_folder(folder: Path, original: Path, tensors: dict[str, Tensor], **changes: object) -> None:
+    """Write other tensors and changed options into a copy of a folder."""
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((original / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved, tmp_path):
@@ -339,7 +344,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved, tmp_path
     del tensors["bridgetower.cross_modal_text_layers.2.crossattention.self.key.bias"]
     tensors["bridgetower.cross_modal_text_layers.3.output.dense.bias"] = torch.zeros(128)
     tensors["mlm_score.bias"] = torch.zeros(51)
-    tensors["bridgetower.text_model.pooler.dense.bias"] = torch.zeros(7)  # unused, but not of that shape
+    tensors["bridgetower.text_model.pooler.dense.bias"] = torch.zeros(7)  # unused, but of another shape
     write_folder(tmp_path, folder, tensors)
     with pytest.raises(CheckpointError) as caught:
         from_huggingface(tmp_path)
@@ -351,16 +356,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved, tmp_path
     assert "bridgetower.text_model.pooler.dense.bias (7,), needed (128,)" in message
 
 
-def test_whole_numbers_in_place_of_weights_are_refused(saved, tmp_path):
+def test_weights_that_are_integers_are_refused(saved, tmp_path):
     folder, _ = saved
     tensors = load_file(folder / "model.safetensors")
     tensors["mlm_score.decoder.weight"] = tensors["mlm_score.decoder.weight"].to(torch.int8)
     write_folder(tmp_path, folder, tensors)
-    with pytest.raises(CheckpointError, match=r"1 of another type .*: mlm_score.decoder.weight torch.int8"):
+    with pytest.raises(CheckpointError, match=r"1 not of a floating-point .*: mlm_score\.decoder\.weight torch\.int8"):
         from_huggingface(tmp_path)
 
 
-def test_the_unused_pooler_may_be_left_out(saved, tmp_path):
+def test_the_unused_pooler_may_be_missing(saved, tmp_path):
     folder, model = saved
     tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if "text_model.pooler" not in k}
     write_folder(tmp_path, folder, tensors)
@@ -370,14 +375,14 @@ def test_the_unused_pooler_may_be_left_out(saved, tmp_path):
 def test_the_position_table_is_resized_as_published(saved):
     folder, model = saved
     larger = from_huggingface(folder, image_size_px=40)
-    own = model.vision_tower.vit.positional_embedding
+    table = model.vision_tower.vit.positional_embedding
     assert larger.config.image_size_px == 40
-    assert torch.equal(larger.vision_tower.vit.positional_embedding, resize_positions(own, 5))
+    assert torch.equal(larger.vision_tower.vit.positional_embedding, resize_positions(table, 5))
     batch = ragged_batch(port_config(image=40), lengths=(5, 3))
     assert larger(batch.pixels, batch.ids, batch.mask).image_states.shape == (2, 26, 128)
 
 
-def test_a_tied_decoder_is_tied_here_and_there(tmp_path):
+def test_a_tied_decoder_is_tied_in_both_models(tmp_path):
     theirs = BridgeTowerForMaskedLM(port_config(tie_word_embeddings=True)).eval()
     fill(theirs, 0.05)
     model = from_huggingface(theirs)
@@ -399,7 +404,7 @@ def test_a_tied_decoder_is_tied_here_and_there(tmp_path):
     assert_same(from_huggingface(tmp_path), model)
 
 
-def test_a_decoder_that_says_tied_and_is_not_is_refused(saved, tmp_path):
+def test_a_decoder_that_is_called_tied_and_is_not_is_refused(saved, tmp_path):
     write_folder(tmp_path, saved[0], load_file(saved[0] / "model.safetensors"), tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match="says tie_word_embeddings=true, but"):
         from_huggingface(tmp_path)
@@ -433,23 +438,23 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_ours_has_no_setting_for_is_named(option, tmp_path):
+def test_an_option_without_a_setting_is_refused_by_name(option, tmp_path):
     config = port_config(**{option: OPTIONS[option]})
     config.save_pretrained(tmp_path)
     save_file({"mlm_score.bias": torch.zeros(50)}, tmp_path / "model.safetensors")
-    named = option.replace("text_", "text_config.").replace("vision_", "vision_config.")
-    named = {
+    reported = option.replace("text_", "text_config.").replace("vision_", "vision_config.")
+    reported = {
         "layer_norm_eps_from_vision_config.encoder": "layer_norm_eps",
         "init_layernorm_from_vision_config.encoder": "init_layernorm_from_vision_encoder",
-        # What is wrong is that the towers are of unequal depth.
+        # The fault is reported as unequal depths of the towers.
         "text_config.num_hidden_layers": "vision_config.num_hidden_layers",
         "vision_config.remove_last_layer": "vision_config.num_hidden_layers",
-    }.get(named, named)
-    with pytest.raises(CheckpointError, match=rf"no setting for: .*{named}="):
+    }.get(reported, reported)
+    with pytest.raises(CheckpointError, match=rf"no setting for: .*{reported}="):
         from_huggingface(tmp_path)
 
 
-def test_a_vision_tower_without_its_last_layer_is_read_where_it_fits():
+def test_a_vision_tower_without_its_last_layer_is_read_if_the_depths_fit():
     theirs = BridgeTowerForMaskedLM(port_config(vision_num_hidden_layers=5, vision_remove_last_layer=True)).eval()
     fill(theirs, 0.05)
     model = from_huggingface(theirs)
@@ -460,7 +465,7 @@ def test_a_vision_tower_without_its_last_layer_is_read_where_it_fits():
         assert (model.mlm_logits(model(batch.pixels, batch.ids, batch.mask)) - expected)[batch.mask].abs().max() <= 1e-5
 
 
-def test_heads_of_the_cross_modal_layers_are_the_text_towers_whatever_the_whole_says():
+def test_cross_modal_layers_have_as_many_heads_as_the_text_tower_whatever_the_configuration_says():
     theirs = BridgeTowerForMaskedLM(port_config(num_attention_heads=8)).eval()
     fill(theirs, 0.05)
     model = from_huggingface(theirs)
@@ -471,17 +476,17 @@ def test_heads_of_the_cross_modal_layers_are_the_text_towers_whatever_the_whole_
         assert (model.mlm_logits(model(batch.pixels, batch.ids, batch.mask)) - expected)[batch.mask].abs().max() <= 1e-5
 
 
-def test_a_norm_whose_epsilon_was_changed_by_hand_is_noticed():
+def test_a_norm_whose_epsilon_was_changed_by_hand_is_refused():
     theirs = BridgeTowerForMaskedLM(port_config())
     theirs.mlm_score.transform.LayerNorm.eps = 1e-12
     with pytest.raises(CheckpointError, match=r"1 norms .* mlm_score\.transform\.LayerNorm with 1e-12"):
         from_huggingface(theirs)
 
 
-def test_the_contrastive_class_is_refused_and_all_else_of_it_can_be_had(tmp_path):
+def test_the_contrastive_class_is_refused_and_loads_without_its_contrastive_heads(tmp_path):
     config = port_config(contrastive_hidden_size=32, logit_scale_init_value=2.6592)
     theirs = BridgeTowerForContrastiveLearning(config).eval()
-    with pytest.raises(CheckpointError, match=r"no ITC heads .* drop_contrastive_heads=True"):
+    with pytest.raises(CheckpointError, match=r"not the published ITC heads.* drop_contrastive_heads=True"):
         from_huggingface(theirs)
     theirs.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="itc_cross_modal_head"):
@@ -490,20 +495,20 @@ def test_the_contrastive_class_is_refused_and_all_else_of_it_can_be_had(tmp_path
     assert_same(model, from_huggingface(theirs.bridgetower))
 
 
-def test_something_else_is_refused(tmp_path):
+def test_another_model_is_refused(tmp_path):
     roberta = RobertaModel(
         RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
-    with pytest.raises(CheckpointError, match="RobertaModel is no model of BridgeTower"):
+    with pytest.raises(CheckpointError, match="RobertaModel is not a BridgeTower model of transformers"):
         from_huggingface(roberta)
     roberta.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json .* model_type is 'roberta'"):
         from_huggingface(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder of transformers"):
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub name"):
         from_huggingface(tmp_path / "nowhere")
 
 
-def test_a_folder_without_weights_or_with_a_pointer_is_refused(saved, tmp_path):
+def test_a_folder_without_weights_with_an_lfs_pointer_or_with_a_truncated_file_is_refused(saved, tmp_path):
     shutil.copy(saved[0] / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="has no weights"):
         from_huggingface(tmp_path)
@@ -512,15 +517,15 @@ def test_a_folder_without_weights_or_with_a_pointer_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match="git lfs pull"):
         from_huggingface(tmp_path)
     pointer.write_bytes((saved[0] / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         from_huggingface(tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_had_is_refused(monkeypatch):
+def test_a_hub_name_that_cannot_be_downloaded_is_refused(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to the hub")
 
-    monkeypatch.setattr(huggingface, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(CheckpointError, match=r"BridgeTower/bridgetower-base .* no route to the hub"):
         from_huggingface("BridgeTower/bridgetower-base")
 
@@ -550,16 +555,16 @@ def test_a_model_that_transformers_cannot_hold_is_refused_with_the_reason(reason
             export()
 
 
-def test_another_epsilon_is_said_and_does_not_change_the_weights(tmp_path, caplog):
+def test_another_epsilon_is_written_with_a_warning_and_unchanged_weights(tmp_path, caplog):
     config = dataclasses.replace(port_like_config(), fusion=_fusion(layer_norm_eps=1e-12))
     model = filled(BridgeTower(config, ("mlm",)))
     save_huggingface(model, tmp_path)
-    assert "an epsilon of 1e-05 in all norms, this model 1e-12" in caplog.text
+    assert "an epsilon of 1e-05 in all norms, this model has 1e-12" in caplog.text
     assert from_huggingface(tmp_path).config.fusion.layer_norm_eps == 1e-5
     assert_same(from_huggingface(tmp_path, layer_norm_eps=1e-12), model)
 
 
-def test_heads_without_a_class_are_left_out_on_purpose_only(tmp_path):
+def test_heads_without_a_class_are_left_out_only_on_request(tmp_path):
     model = filled(BridgeTower(port_like_config(), ("mlm", "itc", "vqa")))
     with pytest.raises(CheckpointError, match=r"no class for the head\(s\) itc, vqa .*drop_heads=\['itc', 'vqa'\]"):
         save_huggingface(model, tmp_path)
@@ -568,7 +573,6 @@ def test_heads_without_a_class_are_left_out_on_purpose_only(tmp_path):
 
 
 def test_the_published_base_has_the_ports_defaults():
-    # reference_spec 1.9: all defaults of their configuration, with images of 288 pixels.
     config = base()
     model = BridgeTower(dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, layer_norm_eps=1e-5)))
     written, default = write_config(model, "BridgeTowerModel").to_dict(), BridgeTowerConfig().to_dict()

@@ -1,4 +1,4 @@
-"""The table of names."""
+"""The table of tensor names: this program's, the published checkpoints' and the port's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS
 from tests.interop.models import port_like_config
 
-# One of each kind, as reference_spec 1.9 writes them.
+# One name of each rule, as the published checkpoints have it.
 PAIRS = [
     ("text_tower.encoder.embeddings.word_embeddings.weight", "text_transformer.embeddings.word_embeddings.weight"),
     ("text_tower.encoder.encoder.layer.3.output.dense.bias", "text_transformer.encoder.layer.3.output.dense.bias"),
@@ -64,7 +64,7 @@ def test_names_are_those_of_the_published_checkpoints(ours, theirs):
 
 
 @pytest.mark.parametrize("published", PORTED)
-def test_names_of_the_port_are_the_published_ones_by_the_rule(published):
+def test_names_of_the_port_are_translated_through_the_published_ones(published):
     ours = names.from_reference(published)
     assert ours is not None
     assert names.to_huggingface(ours) == PORTED[published]
@@ -73,10 +73,10 @@ def test_names_of_the_port_are_the_published_ones_by_the_rule(published):
 
 def test_every_tensor_of_a_model_has_one_published_name():
     with torch.device("meta"):
-        own = list(BridgeTower(port_like_config(), HEADS).state_dict())
-    published = [names.to_reference(name) for name in own]
-    assert None not in published and len(set(published)) == len(own)
-    assert [names.from_reference(name or "") for name in published] == own
+        ours = list(BridgeTower(port_like_config(), HEADS).state_dict())
+    published = [names.to_reference(name) for name in ours]
+    assert None not in published and len(set(published)) == len(ours)
+    assert [names.from_reference(name or "") for name in published] == ours
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_every_tensor_of_a_model_has_one_published_name():
         "nonsense",
     ],
 )
-def test_a_name_that_is_not_in_the_table_is_no_name_of_ours(name):
+def test_a_name_that_is_not_in_the_table_has_no_translation(name):
     assert names.from_reference(name) is None
 
 
-def test_a_published_name_within_a_ported_prefix_is_no_name_of_ours():
-    # The rule for all other names of the vision tower would take them.
+def test_a_published_name_behind_the_ports_prefix_has_no_translation():
+    # The rule for all other names of the vision tower would match it.
     assert names.from_huggingface("bridgetower.vision_model.visual.conv1.weight") is None
     assert names.from_huggingface("bridgetower.vision_model.visual.embeddings.position_embedding.weight") is not None

@@ -1,4 +1,4 @@
-"""Dropout on a CPU: what is dropped, how often, and what is left of attention and of its gradients."""
+"""Dropout on a CPU: what is dropped, how often, and what remains of attention and of its gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bridgetower.kernels.cpu import attend
+from bridgetower.kernels.cpu_ops import CpuOps
 from bridgetower.kernels.dropout import draw_dropped, drop
+
+attend = CpuOps(has_matrix_units=False).attend_heads
 
 # Shapes: R rows, H heads, Q queries, N keys, d width of a head.
 R, H, Q, N, d = 3, 2, 5, 7, 4
@@ -25,7 +27,7 @@ def projections(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
 
 
 @pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
-def test_share_that_is_dropped_is_the_probability_and_neighbours_know_nothing_of_each_other(dropout):
+def test_elements_are_dropped_with_the_probability_and_independently_of_their_neighbours(dropout):
     torch.manual_seed(0)
     count = 1_000_001  # odd, and more than is drawn at once
     is_dropped = draw_dropped((count,), dropout).double()
@@ -44,10 +46,10 @@ def test_draws_are_those_of_torchs_generator():
     assert draw_dropped((0, 5), 0.5).shape == (0, 5)
 
 
-def test_what_is_left_is_scaled_and_what_is_dropped_gets_no_gradient():
+def test_what_survives_is_scaled_and_what_is_dropped_gets_no_gradient():
     states = torch.linspace(1, 2, 1000, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(2)
-    left = drop(states, 0.25, True)
+    left = drop(states, 0.25)
     left.backward(torch.ones_like(left))
     torch.manual_seed(2)
     is_kept = ~draw_dropped((1000,), 0.25)
@@ -55,10 +57,9 @@ def test_what_is_left_is_scaled_and_what_is_dropped_gets_no_gradient():
     torch.testing.assert_close(states.grad, is_kept.double() / 0.75)
 
 
-@pytest.mark.parametrize(("dropout", "training"), [(0.1, False), (0.0, True)])
-def test_nothing_is_dropped_in_evaluation_or_without_dropout(dropout, training):
+def test_without_dropout_nothing_is_dropped_or_copied():
     states = torch.linspace(-1, 1, 50)
-    assert torch.equal(drop(states, dropout, training), states)
+    assert drop(states, 0.0) is states
 
 
 @pytest.mark.parametrize("mask_RN", [None, MASK_RN], ids=["every key", "some keys"])
@@ -114,7 +115,7 @@ def test_recomputed_attention_drops_the_same():
         assert torch.equal(one, other)
 
 
-def test_attention_in_bfloat16_keeps_its_shares_in_bfloat16_and_a_byte_each():
+def test_attention_in_bfloat16_keeps_its_probabilities_in_bfloat16_and_a_byte_each():
     kept = []
 
     def note(tensor):
@@ -123,5 +124,5 @@ def test_attention_in_bfloat16_keeps_its_shares_in_bfloat16_and_a_byte_each():
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         attend(*projections(torch.bfloat16), MASK_RN, 0.1)
-    shares = [dtype for dtype, shape in kept if shape == (R, H, Q, N)]
-    assert shares == [torch.bfloat16, torch.bool]
+    probabilities = [dtype for dtype, shape in kept if shape == (R, H, Q, N)]
+    assert probabilities == [torch.bfloat16, torch.bool]

@@ -16,22 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bridgetower.config.compute import PLAIN, ComputeConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.engine.loop import to_device
-from bridgetower.kernels import ops as fused
-from bridgetower.kernels import spans as flash
-from bridgetower.kernels.ops import share
-from bridgetower.kernels.spans import Spans
-from bridgetower.model import attention, text_tower
+from bridgetower.kernels.flash_ops import FlashOps
+from bridgetower.kernels.layout import SharedRows, Spans
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.tasks.pretraining import PretrainTask
 from tests.conftest import REPO
+from tests.model.test_plain import EVERY_PART, assert_agrees_with_plain, fast_step
 from tests.small_models import random_batch, shake, small_config
-from tests.step.test_plan import RECOMPUTED, assert_agree, computed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 functions = pytest.importorskip("bridgetower.kernels.triton.functions", reason="this build of torch has no Triton")
+triton_ops = pytest.importorskip("bridgetower.kernels.triton.ops")
 short_attention = pytest.importorskip("bridgetower.kernels.triton.short_attention")
 row_attention = pytest.importorskip("bridgetower.kernels.triton.row_attention")
 ROWS, WIDTHS = (1, 6, 37), (96, 128)
@@ -96,7 +93,7 @@ def test_sum_of_a_projection_and_its_norm(rows):
     assert_same(functions.project_add_norm(states, inner, linear, layer, 0.0)[1:], [layer(total)], leaves)
 
 
-def test_sum_with_dropout_keeps_the_share_that_it_should_and_drops_the_same_in_the_backward_pass():
+def test_sum_with_dropout_keeps_the_right_fraction_and_drops_the_same_in_the_backward_pass():
     states, inner, linear, layer = drawn(100, 96), drawn(100, 40), linear_of(40, 96), norm_of(96)
     found = functions.project_add_norm(states, inner, linear, layer, 0.3)
     is_left = (found[0] != states).float()
@@ -146,12 +143,8 @@ def test_projections(width, parts):
 
 def test_rows_that_are_read_more_than_once_or_never():
     states, index = drawn(6, 5, 2, 96), torch.tensor([3, 0, 0, 5, 3, 1, 3], device=DEVICE)
-    shared = share(index, states[:, :, 1], kernels=True)
-    if shared.order_R is None:  # not on a GPU
-        order_R = index.argsort(stable=True)
-        shared = shared._replace(
-            order_R=order_R, start_Z=torch.searchsorted(index[order_R], torch.arange(7, device=DEVICE))
-        )
+    order_R = index.argsort(stable=True)
+    shared = SharedRows(index, order_R, torch.searchsorted(index[order_R], torch.arange(7, device=DEVICE)))
     taken = functions.take(states[:, :, 1], *shared)  # rows that do not stand together
     assert_same([taken], [states[:, :, 1].index_select(0, index)], [states])
 
@@ -258,7 +251,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = json.loads(done.stdout)
     # Every function of these files that is one.
-    files = (REPO / "bridgetower/model").glob("*kernels.py")
+    files = (REPO / "bridgetower/kernels/triton").glob("*kernels.py")
     sources = [file.read_text() for file in files]
     assert compiled.keys() == {name for source in sources for name in re.findall(r"^def ([a-z]\w+)\(", source, re.M)}
     # What has no place in registers goes to slow memory: a few numbers of one kernel.
@@ -280,20 +273,20 @@ def test_what_is_for_these_kernels():
     assert not row_attention.takes(torch.zeros(1, 577, 768, dtype=torch.bfloat16), 12, 0.0)
 
 
-def attend_spans_without_kernels(query, key, value, query_spans, key_spans, dropout, *, kernels: bool) -> Tensor:
-    if kernels:
-        pytest.fail("a kernel")
-    lengths = [spans.start_Z.diff().tolist() for spans in (query_spans, key_spans)]
-    return attend_row_by_row(query, key, value, lengths)
+class InterpretedOps(triton_ops.TritonOps):  # type: ignore[name-defined, misc]
+    """The kernels on a GPU; elsewhere the same way through Triton's interpreter, in float32, too."""
+
+    def takes(self, states: Tensor) -> bool:
+        return super().takes(states) or DEVICE.type == "cpu"
+
+    def reads_spans(self, states: Tensor, num_heads: int) -> bool:
+        return super().reads_spans(states, num_heads) or DEVICE.type == "cpu"
 
 
 @pytest.fixture
 def kernel_task(monkeypatch) -> PretrainTask:
     """A model in float32 whose heads the kernels take, and the way that a GPU goes."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fused, "fits", lambda states: True)
-        for module in (attention, flash, text_tower):
-            monkeypatch.setattr(module, "fits", lambda states, num_heads: True)
         monkeypatch.setattr(row_attention, "takes", lambda states, num_heads, dropout: not dropout)  # float32, too
     config = small_config(dropout=0.0)
     config = dataclasses.replace(
@@ -302,12 +295,12 @@ def kernel_task(monkeypatch) -> PretrainTask:
         text=dataclasses.replace(config.text, num_layers=2),
         fusion=dataclasses.replace(config.fusion, width=128, num_heads=2, num_layers=2),
     )
-    model = BridgeTower(config, ("mlm", "itm"))
+    model = BridgeTower(config, ("mlm", "itm"), ops=InterpretedOps())
     shake(model)
     return PretrainTask(model.to(DEVICE).train(), ObjectivesConfig(mlm=True, itm=True, itc=False))
 
 
-def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kernel_task, monkeypatch):
+def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_model(kernel_task, monkeypatch):
     within_rows = row_attention.attend_within_rows
     calls: list[Tensor] = []
 
@@ -317,24 +310,29 @@ def test_a_step_with_kernels_has_the_losses_and_gradients_of_the_plain_one(kerne
 
     monkeypatch.setattr(row_attention, "attend_within_rows", noted)
     # Recomputing draws the same, and runs each kernel once more.
-    assert_agree(kernel_task, to_device(random_batch(2), DEVICE), RECOMPUTED)
+    assert_agrees_with_plain(kernel_task, to_device(random_batch(2), DEVICE), EVERY_PART)
     assert calls or DEVICE.type == "cuda"  # where it is not for float32
 
 
-def test_a_tower_without_a_norm_goes_without_its_kernel(kernel_task):
+def test_a_tower_without_a_norm_goes_without_its_kernel():
     states = drawn(3, 40)
-    assert fused.norm(states, nn.Identity(), kernels=True)[1] is states
+    assert InterpretedOps().norm(states, nn.Identity())[1] is states
 
 
-def test_kernels_can_be_switched_off(kernel_task, monkeypatch):
-    if DEVICE.type == "cpu":  # which has no FlashAttention either
-        for module in (attention, text_tower):
-            monkeypatch.setattr(module, "attend_spans", attend_spans_without_kernels)
-    monkeypatch.setattr(fused, "_kernels", lambda: pytest.fail("a kernel"))
-    monkeypatch.setattr(flash, "_rows", lambda: pytest.fail("a kernel"))
+def test_what_the_kernels_do_not_take_goes_to_torch(monkeypatch):
+    ops = triton_ops.TritonOps()
+    states, layer = torch.randn(3, 96, dtype=torch.float64, device=DEVICE), norm_of(96).double()
+    monkeypatch.setattr(functions, "norm", lambda *arguments: pytest.fail("a kernel"))
+    assert torch.equal(ops.norm(states, layer)[1], layer(states))
+    assert not ops.supports_buckets(states, 2, 16, 16)
+
+
+def test_each_operation_of_a_step_is_a_kernel_only_with_the_kernels_object(kernel_task, monkeypatch):
+    names = ("norm", "add_norm", "project_add_norm", "expand", "project", "take")
+    for name in names:
+        monkeypatch.setattr(functions, name, lambda *arguments, **settings: pytest.fail("a kernel"))
     batch = to_device(random_batch(2), DEVICE)
-    computed(kernel_task, batch, PLAIN)
-    kernel_task.model.compute = dataclasses.replace(ComputeConfig(), fuse_kernels=False)
-    computed(kernel_task, batch, ComputeConfig(fuse_kernels=False))
+    torch_model = BridgeTower(kernel_task.model.config, ("mlm", "itm"), ops=FlashOps())
+    fast_step(PretrainTask(torch_model.to(DEVICE).train(), ObjectivesConfig()), batch)
     with pytest.raises(pytest.fail.Exception):
-        computed(kernel_task, batch, ComputeConfig())
+        fast_step(kernel_task, batch)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bridgetower.config.model import BridgeForm, FusionConfig, ModelConfig
+from bridgetower.kernels.layout import padded
+from bridgetower.kernels.torch_ops import TorchOps
 from bridgetower.model.bridge import build_bridge
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.cross_modal import CrossModalEncoder
-from bridgetower.model.packed import padded
 from tests.model.formulas import Formulas, close
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config
 
@@ -64,7 +65,7 @@ def test_there_are_the_nine_rows_of_table_1():
 @torch.no_grad()
 def test_bridge_equals_its_formula(form):
     fusion = config_with(form, layer_norm_eps=1e-3).fusion  # so that an epsilon in the wrong place shows
-    bridge = build_bridge(fusion).double().eval()
+    bridge = build_bridge(fusion, TorchOps()).double().eval()
     shake(bridge)
     tower, cross = states(3, 7, 40, seed=0), states(3, 7, 40, seed=1)
     _, mask = random_texts(3, 7)
@@ -111,7 +112,7 @@ def parameters_of_one(form: str, width: int) -> int:
 @pytest.mark.parametrize("form", FORMS)
 def test_bridges_of_base_have_the_parameter_count_of_table_1(form):
     with torch.device("meta"):
-        encoder = CrossModalEncoder(FusionConfig(bridge=form))
+        encoder = CrossModalEncoder(FusionConfig(bridge=form), TorchOps(), absorb=True)
     layers = (encoder.text_layers, encoder.image_layers)
     found = count(encoder) - sum(count(part) for part in layers)
     assert found == 10 * parameters_of_one(form, 768) + 2 * 2 * 768 == TABLE_1[form]
@@ -166,7 +167,7 @@ def test_every_parameter_of_every_bridge_gets_a_gradient(form):
     pooled = model(pixels, ids, mask).pooled
     (pooled * states(*pooled.shape, seed=2)).sum().backward()
     bridges = {name: value for name, value in model.named_parameters() if "_bridges." in name}
-    assert len(bridges) == 4 * len(list(build_bridge(model.config.fusion).parameters()))
+    assert len(bridges) == 4 * len(list(build_bridge(model.config.fusion, TorchOps()).parameters()))
     for name, parameter in bridges.items():
         assert parameter.grad is not None, name
         assert name.endswith(WITHOUT_EFFECT) or parameter.grad.abs().max() > 1e-8, name
@@ -225,7 +226,7 @@ def test_in_float32_neither_padding_nor_other_pairs_change_a_pair_by_more_than_1
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dropout_of_bridges_is_that_of_the_cross_modal_layers(form):
-    bridge = build_bridge(config_with(form, dropout=0.5).fusion)
+    bridge = build_bridge(config_with(form, dropout=0.5).fusion, TorchOps())
     tower, cross = states(2, 5, 40, seed=0).float(), states(2, 5, 40, seed=1).float()
     bridge.eval()
     assert torch.equal(bridge(tower, cross, None), bridge(tower, cross, None))

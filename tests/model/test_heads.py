@@ -13,8 +13,9 @@ from torch import Tensor
 from bridgetower.config.model import HeadsConfig, ModelConfig, TextTowerConfig
 from bridgetower.config.named_models import base
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS, build_head
+from bridgetower.model.sizes import complete_model_config
 from tests.model.formulas import close, gelu
 from tests.small_models import random_pixels, random_texts, shake, small_config
 

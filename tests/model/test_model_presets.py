@@ -12,8 +12,9 @@ from torch import Tensor
 from bridgetower.config.model import CUSTOM, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.config.named_models import MODELS, base, large
 from bridgetower.config.run import ObjectivesConfig
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import build_head
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 from tests.model.formulas import Formulas, close
 from tests.small_models import random_batch, random_pixels, random_texts, shake, small_config

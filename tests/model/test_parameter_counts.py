@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bridgetower.config.model import ModelConfig
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import build_head
+from bridgetower.model.sizes import complete_model_config
 from pretrain.presets import PRESETS
 
 # Reference_spec 1.8: published counts. The backbone's has RoBERTa's pooler in it, which no published code ever calls

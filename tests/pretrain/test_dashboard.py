@@ -1,4 +1,4 @@
-"""``pretrain/dashboard.py`` sends W&B a workspace of all that docs/metrics.md lists, and of nothing else."""
+"""``pretrain/dashboard.py`` sends W&B a workspace that shows every metric of docs/metrics.md, and nothing else."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SECTIONS = [
     *("Training health", "By corpus", "Speed", "Data", "Memory and pauses", "Held-out scores"),
     *("Comparison of runs", "Paper targets"),
 ]
-# What the parts of a name that a run decides may be.
-PLACES = {
+# Possible values of the parts of a metric's name that differ between runs.
+PLACEHOLDERS = {
     "OBJECTIVE": ["mlm", "itm", "itc"],
     "CORPUS": ["cc3m", "coco-train"],
     "GROUP": ["tower_decay", "heads"],
@@ -40,16 +40,16 @@ def documented() -> list[str]:
 
 
 def examples(name: str) -> set[str]:
-    """Names as a run writes them, for a name as it is documented."""
-    for place, values in PLACES.items():
-        if place in name:
-            return {one for value in values for one in examples(name.replace(place, value))}
+    """Return names as a run writes them, for a name as docs/metrics.md writes it."""
+    for placeholder, values in PLACEHOLDERS.items():
+        if placeholder in name:
+            return {example for value in values for example in examples(name.replace(placeholder, value))}
     return {name}
 
 
 @pytest.fixture(scope="module")
 def sent() -> dict[str, Any]:
-    """The variables of the mutation that the program sends."""
+    """Return the variables of the mutation that the script sends."""
     with serving() as server:
         run_script(SCRIPT, *FLAGS, env=server.env)
         (variables,) = server.mutations
@@ -58,13 +58,13 @@ def sent() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sections(sent) -> dict[str, list[dict[str, Any]]]:
-    """Panels by section."""
+    """Return the panels of each section."""
     bank = json.loads(sent["spec"])["section"]["panelBankConfig"]
     return {section["name"]: section["panels"] for section in bank["sections"]}
 
 
 def metrics_of(panel: dict[str, Any]) -> Iterator[str]:
-    """What a panel reads: names of metrics, regular expressions (from their ^ on), and config:NAME for settings."""
+    """Yield what a panel reads: metrics, regular expressions (beginning with ^), and settings (config:NAME)."""
     config = panel["config"]
     yield from config.get("metrics", [])
     yield from (config[key] for key in ("metricRegex", "targetKey") if key in config)
@@ -78,13 +78,13 @@ def all_metrics(sections) -> set[str]:
 
 
 def without_ids(spec: Any) -> Any:
-    """A specification without what is drawn at random: the ids of the panels."""
+    """Return a specification without the panels' ids, which are random."""
     if isinstance(spec, dict):
         return {key: without_ids(value) for key, value in spec.items() if key != "__id__"}
     return [without_ids(item) for item in spec] if isinstance(spec, list) else spec
 
 
-def test_the_workspace_goes_where_it_is_told_with_the_sections_in_order(sent, sections):
+def test_the_workspace_is_sent_to_the_given_project_with_the_sections_in_order(sent, sections):
     assert {key: sent[key] for key in ("entityName", "projectName", "displayName", "type")} == {
         "entityName": "team",
         "projectName": "bridgetower",
@@ -101,24 +101,24 @@ def test_every_panel_reads_what_is_documented_and_everything_documented_is_shown
     for name in all_metrics(sections):
         if name.startswith("config:"):
             continue
-        found = {example for example in known if re.search(name, example)} if name.startswith("^") else {name} & known
-        assert found, f"no metric of docs/metrics.md is {name}"
-        shown |= found
+        matches = {example for example in known if re.search(name, example)} if name.startswith("^") else {name} & known
+        assert matches, f"no metric of docs/metrics.md is {name}"
+        shown |= matches
     assert known - shown == set()
 
 
-def test_a_pattern_takes_in_no_metric_of_another_kind(sections):
+def test_a_pattern_matches_one_documented_metric_only(sections):
     for name in all_metrics(sections):
         if name.startswith("^"):
             assert name.endswith("$") and ".*" not in name
-            found = [one for one in documented() if any(re.search(name, example) for example in examples(one))]
-            assert len(found) == 1, f"{name} takes in {found}"
+            matches = [metric for metric in documented() if any(re.search(name, each) for each in examples(metric))]
+            assert len(matches) == 1, f"{name} matches {matches}"
 
 
 def test_compared_settings_are_settings_of_a_run(sections):
     settings = {name for name, *_ in walk_fields(PRESETS["base_4m"]())}
     compared = [name for name in all_metrics(sections) if name.startswith("config:")]
-    # W&B keeps a nested setting below the value of its section.
+    # W&B stores a nested setting below the value of its section.
     assert len(compared) == 4
     assert {re.sub(r"^config:([^.]+)\.value\.", r"\1.", name) for name in compared} <= settings
 
@@ -139,17 +139,17 @@ def test_runs_are_compared_in_more_than_one_way(sections):
     assert sections["Comparison of runs"][1]["config"]["xAxis"] == "progress/pairs"
 
 
-def test_paper_targets_stand_beside_the_scores_of_the_runs(sections):
+def test_paper_targets_are_shown_beside_the_scores_of_the_runs(sections):
     table, pairs, *recalls = sections["Paper targets"]
     text = table["config"]["value"]
     for score in PAPER_SCORES:
         assert f"| {score.task} | {score.model} | {score.percent:.2f}% | {score.source} |" in text
-    assert "100,000 steps of 4,096 pairs (409.6 million)" in text and "1e-05 of the towers and 5e-05" in text
+    assert "100,000 steps of 4,096 pairs (409.6 million)" in text and "1e-05 for the towers, 5e-05" in text
     assert (pairs["config"]["metrics"], pairs["config"]["yAxisMax"]) == (["progress/pairs"], 409_600_000)
     assert [panel["config"]["metricRegex"] for panel in recalls] == ["^eval/[^/]+/t2i_r1$", "^eval/[^/]+/i2t_r1$"]
 
 
-def test_dry_run_prints_what_is_sent_without_key_and_network(sent, tmp_path):
+def test_dry_run_prints_what_would_be_sent_without_key_and_network(sent, tmp_path):
     env = {"HOME": str(tmp_path), "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
     printed = json.loads(run_script(SCRIPT, *FLAGS, "--dry-run", env=env).stdout)
     expected = {**sent, "spec": json.loads(sent["spec"])}
@@ -157,7 +157,7 @@ def test_dry_run_prints_what_is_sent_without_key_and_network(sent, tmp_path):
     assert set(expected) - set(printed) <= {"description", "locked"}
 
 
-def test_the_same_command_again_changes_the_workspace_and_keeps_its_filters():
+def test_running_the_command_again_updates_the_workspace_and_keeps_its_filters():
     with serving() as server:
         first = run_script(SCRIPT, *FLAGS, env=server.env).stdout
         (view,) = server.views.values()
@@ -177,13 +177,13 @@ def test_the_same_command_again_changes_the_workspace_and_keeps_its_filters():
     assert server.mutations[2]["displayName"] == "Mine"
 
 
-def test_what_wandb_refuses_is_an_error_that_says_why():
+def test_a_refusal_by_wandb_is_an_error_that_says_why():
     with serving(may_write=False) as server:
         refused = run_script(SCRIPT, *FLAGS, env=server.env, code=2)
         absent = run_script(SCRIPT, "--entity=team", "--project=other", env=server.env, code=2)
         server.views.update({name: {"id": "x", "displayName": "x", "spec": '{"version": 99}'} for name in view_names()})
         newer = run_script(SCRIPT, *FLAGS, env=server.env, code=2)
-    assert f"error: {server.url} refuses: input: permission denied. The key must be" in refused.stderr
+    assert f"error: {server.url} refuses: input: permission denied. The key must belong" in refused.stderr
     assert "may write to team/bridgetower" in refused.stderr
     assert "has no project team/other that this key may see" in absent.stderr
     assert "--tracker.wandb_project=other" in absent.stderr
@@ -226,10 +226,10 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         ({}, "--entity is missing. Usage"),
         ({"entity": "team"}, "--project is missing. Usage"),
         ({"entity": "team", "project": "p", "name": " "}, "--name is missing"),
-        ({"entity": "team/p", "project": "p"}, "--entity=team/p is no name of a team or user"),
-        ({"entity": "team", "project": "team/p"}, "--project=team/p is no name of a project"),
-        ({"entity": "team", "project": "p" * 129}, "is no name of a project: 128 characters"),
-        ({"entity": "team", "project": "p", "name": "loss + speed"}, "holds emoji or a sign like"),
+        ({"entity": "team/p", "project": "p"}, "--entity=team/p is not the name of a team or user"),
+        ({"entity": "team", "project": "team/p"}, "--project=team/p is not the name of a project"),
+        ({"entity": "team", "project": "p" * 129}, "is not the name of a project, which has at most 128 characters"),
+        ({"entity": "team", "project": "p", "name": "loss + speed"}, "contains emoji or a sign like"),
         ({"entity": "team", "project": "p", "dry_run": "maybe"}, "--dry_run=maybe is neither true nor false"),
         ({"entity": "team", "projekt": "p"}, "Unknown flag --projekt. Did you mean --project?"),
     ],

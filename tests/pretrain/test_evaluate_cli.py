@@ -1,4 +1,4 @@
-"""The command line of the evaluation. What it computes is tested in integration/."""
+"""The command line of evaluate_run.py. What it computes is tested in integration/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import run_script
 
 @pytest.fixture
 def run_folder(tmp_path, emoji_shards):
-    """A run on the training split that has written its settings and no checkpoint."""
+    """Return the folder of a run on the training split that has a run.json and no checkpoint."""
     return start_run(tmp_path, emoji_shards / "train")
 
 
@@ -28,11 +28,11 @@ def refused(words, said):
     assert result.stderr.startswith("error: ") and said in result.stderr and "Traceback" not in result.stderr
 
 
-def test_run_without_held_out_data_is_answered_with_the_setting_that_gives_it(run_folder):
+def test_run_without_held_out_data_is_refused_with_the_setting_that_gives_some(run_folder):
     refused([str(run_folder)], "Give --data.eval_shards=DIR")
 
 
-def test_setting_that_means_nothing_to_an_evaluation_is_refused(run_folder):
+def test_setting_that_has_no_effect_on_an_evaluation_is_refused(run_folder):
     refused([str(run_folder), "--optim.base_lr=1"], "Unknown setting --optim.base_lr")
 
 
@@ -41,16 +41,16 @@ def test_run_without_a_checkpoint_is_refused(run_folder, emoji_shards):
     refused(words, "nor a run folder with checkpoints in it")
 
 
-def test_pictures_that_the_run_has_trained_on_are_no_held_out_ones(run_folder, emoji_shards):
-    said = "3,457 pictures of the held-out"
+def test_images_that_the_run_has_trained_on_are_refused_as_held_out_images(run_folder, emoji_shards):
+    said = "3,457 images of the held-out"
     refused([str(run_folder), f"--data.eval_shards={emoji_shards / 'combination'},{emoji_shards / 'train'}"], said)
 
 
-def test_where_the_training_data_is_not_there_that_is_said_and_the_run_is_scored(tmp_path, emoji_shards):
+def test_without_the_training_data_a_run_is_scored_with_a_warning(tmp_path, emoji_shards):
     words = [str(start_run(tmp_path, "/nowhere/train")), f"--data.eval_shards={emoji_shards / 'concept'}"]
     said = run_script("pretrain/evaluate_run.py", *words, code=2).stderr
-    assert "is not checked: The shard folder /nowhere/train does not exist" in said
-    # It came as far as its weights, which this one has none of.
+    assert "are not compared with the training images: The shard folder /nowhere/train does not exist" in said
+    # The run got as far as its weights, which do not exist.
     assert "nor a run folder with checkpoints in it" in said
 
 

@@ -16,7 +16,8 @@ import torch
 from bridgetower.config.deepspeed import merge_deepspeed_config
 from bridgetower.cost.devices import DEVICES
 from bridgetower.errors import ConfigError
-from bridgetower.model.bridgetower import BridgeTower, complete_model_config
+from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.tasks.pretraining import PretrainTask
 from pretrain import plan
 from pretrain.plan_memory import count_parameters, count_states, read_splitting

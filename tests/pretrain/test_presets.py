@@ -1,4 +1,4 @@
-"""The published runs, number by number, and the size of the demo's."""
+"""The published runs, number by number, and the size of the demo run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pretrain.assemble_data import complete
 from pretrain.presets import PRESETS, base_4m, large_4m, tiny
 from tests.conftest import REPO
 
-# Table 10 of arXiv 2206.08657 as section 3.4 of the reference_spec compares it with the published code, which runs the
-# same values; the rest from the sections of the reference_spec named beside it.
+# Values of arXiv 2206.08657, Table 10; section 3.4 of the reference_spec finds the same values in the published code.
+# The other values are from the sections of the reference_spec that stand beside them.
 BOTH = {
     "optim.total_steps": 100_000,  # Table 10
     "data.global_batch_size": 4096,  # Table 10
@@ -120,7 +120,7 @@ def test_weights_of_a_published_run_are_known_to_open_clip(preset):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_named_as_it_is_called_and_says_in_a_line_what_it_is(name):
+def test_preset_has_its_own_name_and_a_one_line_description(name):
     assert PRESETS[name]().name == name
     assert (PRESETS[name].__doc__ or "").splitlines()[0].endswith(".")
 
@@ -132,7 +132,7 @@ def test_preset_has_the_vocabulary_of_its_tokenizer(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_preset_names_a_deepspeed_file_that_is_there(name):
+def test_preset_names_a_deepspeed_file_that_exists(name):
     chosen = PRESETS[name]().engine.deepspeed
     assert chosen == "auto" or (REPO / f"ds_configs/{chosen}.json").is_file()
 
@@ -145,7 +145,7 @@ def test_tiny_has_a_few_million_parameters_and_every_objective():
     assert 1.5e6 < sum(parameter.numel() for parameter in task.parameters()) < 5e6
 
 
-def test_tiny_needs_no_weights_from_elsewhere_and_no_worker_processes():
+def test_tiny_needs_no_downloaded_weights_and_no_worker_processes():
     config = tiny()
     assert config.model.vision.weights == config.model.text.weights == "none"
     assert config.data.workers == 0

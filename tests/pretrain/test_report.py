@@ -1,4 +1,4 @@
-"""The report of a run shows what is there, and what people wrote cannot become a part of the page."""
+"""The report of a run shows what the run has written, and text that people wrote cannot become markup."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVIL = "<script>alert(\"1\")</script> & 'so on'"
 
 
 class Tags(HTMLParser):
-    """Which elements a browser would find, and which text it would show."""
+    """The elements that a browser would find, and the text that it would show."""
 
     def __init__(self, page):
         super().__init__()
@@ -46,7 +46,7 @@ def start_run(folder, **overrides):
     return folder
 
 
-def picture():
+def encode_image():
     stream = io.BytesIO()
     Image.new("RGB", (20, 20), "red").save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()
@@ -69,7 +69,7 @@ def add_scores(folder, caption, split="test"):
         "best_captions": [[caption, False, 0.125]],
         "best_pictures": [[0, True, None]],
     }
-    content = {"samples": [sample], "pictures": {"0": picture()}}
+    content = {"samples": [sample], "pictures": {"0": encode_image()}}
     (folder / "predictions.json").write_text(json.dumps({"step": 20, "splits": {split: content}}))
 
 
@@ -78,8 +78,8 @@ def test_run_that_has_just_begun_has_a_report_that_says_what_is_missing(tmp_path
     result = run_script("pretrain/report.py", str(folder))
     assert result.stdout.startswith(str(folder / "report.html"))
     shown = Tags((folder / "report.html").read_text()).text
-    assert "Not evaluated yet" in shown and "No metrics were written yet" in shown and "not on this machine" in shown
-    assert "0 of 720 steps" in shown
+    for text in ("Not evaluated yet", "No metrics have been written yet", "not on this machine", "0 of 720 steps"):
+        assert text in shown
 
 
 def test_report_can_be_written_elsewhere_without_touching_the_run(tmp_path):
@@ -89,15 +89,15 @@ def test_report_can_be_written_elsewhere_without_touching_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["nowhere"], "There is no nowhere/run.json"),
         (["nowhere", "--oout=x"], "Unknown flag --oout. Did you mean --out?"),
     ],
 )
-def test_wrong_command_exits_2(words, said):
+def test_wrong_command_exits_2(words, expected):
     result = run_script("pretrain/report.py", *words, code=2)
-    assert result.stderr.startswith("error: ") and said in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and expected in result.stderr and "Traceback" not in result.stderr
 
 
 def test_captions_and_words_with_html_in_them_are_shown_as_they_are(tmp_path):
@@ -106,7 +106,7 @@ def test_captions_and_words_with_html_in_them_are_shown_as_they_are(tmp_path):
         add_scores(start_run(tmp_path / name), caption)
         pages[name] = Tags(render(tmp_path / name))
     assert pages["evil"].names == pages["plain"].names
-    # The caption, the masked word with what stands before and after it, the guess, the best caption, and the token.
+    # The caption, the masked word with the words before and after it, the guess, the best caption, and the token.
     assert pages["evil"].text.count(EVIL) == 7
 
 
@@ -123,13 +123,13 @@ def test_names_with_html_in_them_are_shown_as_they_are(tmp_path):
         assert f"<b>{name}" in pages["evil"].text
 
 
-def test_scores_stand_beside_what_guessing_gives(tmp_path):
+def test_scores_stand_beside_their_chance_levels(tmp_path):
     folder = start_run(tmp_path / "scored")
     add_scores(folder, "a caption")
     shown = " ".join(Tags(render(folder)).text.split())
-    assert "ITM balanced accuracy (random negatives)75.0%test split, guessing 50.0%" in shown
-    assert "text-to-image R@1, with ITM50.0% guessing 1.0%" in shown
-    assert "MLM loss (nats a token)1.500" in shown and "after step 20" in shown
+    assert "ITM balanced accuracy (random negatives)75.0%test split, chance 50.0%" in shown
+    assert "text-to-image R@1, with ITM50.0% chance 1.0%" in shown
+    assert "MLM loss (nats per token)1.500" in shown and "after step 20" in shown
 
 
 def test_curves_are_drawn_of_the_metrics_that_are_there(tmp_path):
@@ -169,16 +169,16 @@ def test_runs_are_compared_score_by_score_curve_by_curve_and_setting_by_setting(
     run_script("pretrain/report.py", *map(str, folders))
     page = (tmp_path / "report.html").read_text()
     shown = " ".join(Tags(page).text.split())
-    # A chart a metric, in which each run has its own colour.
+    # A chart per metric, in which each run has its own colour.
     assert page.count("<svg") == 3 and "Losses: mlm" in page and "Losses: itm" in page and "Learning rate" in page
     for chart in page.split("<svg")[1:]:
         assert "#2563a8" in chart and "#c8553d" in chart
-    assert "optim.base_lr0.00010.0005" in shown and "optim.total_steps" not in shown.split("How one")[0]
+    assert "optim.base_lr0.00010.0005" in shown and "optim.total_steps" not in shown.split("Settings of one")[0]
     assert "two, after step 20" in shown and "one: Not evaluated yet" in shown and "75.0%" in shown
-    assert "What two says: test" in shown
+    assert "Predictions of two: test" in shown
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_with_the_same_name_are_distinguished_by_their_folders(tmp_path):
     page = render(start_run(tmp_path / "a/same"), start_run(tmp_path / "b/same"))
     assert "a-same · b-same" in Tags(page).text
 
@@ -189,19 +189,19 @@ def test_run_that_is_given_twice_is_an_error(tmp_path):
         render(folder, tmp_path / "run")
 
 
-def test_word_glows_where_it_looks(tmp_path):
-    folder = start_run(tmp_path / "looks")
+def test_attention_is_coloured_where_it_is_above_uniform(tmp_path):
+    folder = start_run(tmp_path / "attention")
     add_scores(folder, "a caption")
     page = render(folder)
-    encoded = re.search(r'<div class="picture look p0"><img src="data:image/png;base64,([^"]+)"', page)
+    encoded = re.search(r'<div class="image attention p0"><img src="data:image/png;base64,([^"]+)"', page)
     assert encoded is not None
     opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))))[..., 3]
-    # Shares of 0, 0.35, 0.5 and 0.1, where an even one is 0.25: only what is above it glows.
+    # Attention of 0, 0.35, 0.5 and 0.1, where uniform is 0.25: only patches above uniform are coloured.
     assert opacity.tolist() == [[0, 90], [225, 0]] and "2.0×" in page
 
 
-def test_picture_that_is_shown_often_is_there_once(tmp_path):
+def test_image_that_is_shown_often_is_in_the_page_once(tmp_path):
     folder = start_run(tmp_path / "once")
     add_scores(folder, "a caption")
     page = render(folder)
-    assert page.count("picture p0") == 2 and page.count("background-image: url(") == 1
+    assert page.count("image p0") == 2 and page.count("background-image: url(") == 1

@@ -1,4 +1,4 @@
-"""The command line of training, as a user types it: what is wrong stops it at once, with the cure and nothing left."""
+"""The command line of train.py: a mistake stops it before anything is written, and the error says what to do."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_help_alone_lists_the_presets():
     assert "Usage: python pretrain/train.py PRESET" in printed and all(f"\n  {name} " in printed for name in PRESETS)
 
 
-# What is wrong, as typed (SHARDS stands for a corpus that is there), what the error must say, and what it must say to
-# do. Those of the second list are found after libraries are imported, which takes seconds.
+# The words of a command line (SHARDS stands for a corpus that exists), and what the error must say: what is wrong and
+# what to do. The mistakes of the second list are found after libraries are imported, which takes seconds.
 AT_ONCE = {
     "misspelt flag": (
         ["tiny", "--optim.base_lrr=1"],
@@ -66,26 +66,26 @@ BEFORE_STARTING = {
 }
 
 
-def refused(tmp_path, words, wrong, cure):
+def refused(tmp_path, words, wrong, suggestion):
     result = run_script("pretrain/train.py", *words, *([f"--run_root={tmp_path / 'runs'}"] if words else []), code=2)
-    assert result.stderr.startswith("error: ") and wrong in result.stderr and cure in result.stderr
+    assert result.stderr.startswith("error: ") and wrong in result.stderr and suggestion in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
-def test_wrong_command_exits_2_with_the_cure(tmp_path, case):
+def test_wrong_command_exits_2_with_a_suggestion(tmp_path, case):
     refused(tmp_path, *AT_ONCE[case])
 
 
 @pytest.mark.parametrize("case", BEFORE_STARTING)
 def test_wrong_setting_exits_2_before_anything_is_started(tmp_path, emoji_shards, case):
-    words, wrong, cure = BEFORE_STARTING[case]
-    refused(tmp_path, [word.replace("SHARDS", str(emoji_shards / "concept")) for word in words], wrong, cure)
+    words, wrong, suggestion = BEFORE_STARTING[case]
+    refused(tmp_path, [word.replace("SHARDS", str(emoji_shards / "concept")) for word in words], wrong, suggestion)
 
 
-def overwrite_a_picture_that_only_the_second_rank_reads(folder, config):
-    """Of the first step of two ranks, keeping every size, so that nothing is noticed before it is decoded."""
+def overwrite_an_image_that_only_the_second_rank_reads(folder, config):
+    """Damage an image of the first step of two ranks; all sizes stay, so that only decoding it fails."""
     corpora = Corpora([folder])
     order = Order(corpora.pairs_per_shard, corpora.corpus_of_shard, seed=config.seed, shards_per_window=64)
     size = config.data.micro_batch_size
@@ -95,20 +95,20 @@ def overwrite_a_picture_that_only_the_second_rank_reads(folder, config):
     unread = sorted(samples[1] - samples[0])
     path = corpora.shard_paths[0]
     with tarfile.open(path) as tar:
-        pictures = [member for member in tar.getmembers() if not member.name.endswith((".txt", ".json"))]
-    picture = pictures[unread[0]]
+        images = [member for member in tar.getmembers() if not member.name.endswith((".txt", ".json"))]
+    image = images[unread[0]]
     with path.open("r+b") as file:
-        file.seek(picture.offset_data)
-        file.write(b"x" * picture.size)
+        file.seek(image.offset_data)
+        file.write(b"x" * image.size)
 
 
-def test_error_that_one_rank_alone_meets_is_printed_by_it(tmp_path, emoji_shards):
+def test_error_on_one_rank_alone_is_printed_by_that_rank(tmp_path, emoji_shards):
     damaged = tmp_path / "damaged"
     shutil.copytree(emoji_shards / "concept", damaged)
-    overwrite_a_picture_that_only_the_second_rank_reads(damaged, tiny())
+    overwrite_an_image_that_only_the_second_rank_reads(damaged, tiny())
     words = ["tiny", f"--data.train_shards={damaged}", "--data.eval_shards=", f"--run_root={tmp_path}", *SMALL_MODEL]
     command = command_line("pretrain/train.py", words, ranks=2)
     result = subprocess.run(command, env=script_environment({}), capture_output=True, text=True, timeout=300)
-    # 2, or 1 where the first rank lost its neighbour before the launcher saw why.
+    # 2; or 1, if the first rank lost its neighbour before the launcher saw the error.
     assert result.returncode in (1, 2)
     assert f"[rank 1] error: The image of {damaged}/00000.tar, sample" in result.stderr

@@ -1,4 +1,4 @@
-"""Stands in for W&B's server on loopback: keeps what it is sent, and remembers workspaces."""
+"""A stand-in for W&B's server on loopback: it records requests and stores workspaces."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _VIEWER = {"id": "VXNlcjox", "entity": "me", "username": "me", "email": "", "fla
 
 @dataclass
 class WandbServer:
-    """What it was sent, and how it answers."""
+    """The requests that the server received, and how it answers."""
 
     url: str = ""
     projects: tuple[str, ...] = ("team/bridgetower",)
     may_write: bool = True
     mutations: list[dict[str, Any]] = field(default_factory=list)
-    """The variables of each upsertView that it took."""
+    """Variables of each upsertView that was accepted."""
     authorizations: set[str] = field(default_factory=set)
     views: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name."""
+    """Stored workspaces by name."""
 
     @property
     def env(self) -> dict[str, str]:
-        """For a command that is to talk to it."""
+        """Environment of a command that is to use this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The reply to one GraphQL request."""
+        """Return the reply to one GraphQL request."""
         if "upsertView" in query:
             if not self.may_write:
                 return {"errors": [{"message": "permission denied"}], "data": {"upsertView": None}}
@@ -54,7 +54,7 @@ class WandbServer:
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[WandbServer]:
-    """Answer on a port of loopback."""
+    """Serve on a port of loopback while the context is open."""
     state = WandbServer(**settings)
 
     class Handler(BaseHTTPRequestHandler):

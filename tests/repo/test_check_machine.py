@@ -1,4 +1,4 @@
-"""What `make demo` says on a machine that lacks something, before anything is installed."""
+"""`make demo` on a machine that lacks something: the error comes before anything is installed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from tests.conftest import REPO
 
 THIS_PYTHON = f'exec "{sys.executable}" "$@"'
-# Says that it is old, as its version and as its exit code.
+# Fails every check of its version, as a Python that is too old does.
 OLD_PYTHON = '[ "$1" = --version ] && echo Python 3.9.2 && exit 0; exit 1'
-# Debian's before python3-venv is installed.
+# Has no ensurepip, as on Debian without python3-venv.
 BARE_PYTHON = f'case "$2" in *ensurepip*) exit 1;; esac; {THIS_PYTHON}'
 
 
-def check(folder: Path, commands: dict[str, str], **env: str) -> subprocess.CompletedProcess[str]:
-    """Run it where these commands are the only ones, beside the shell's own."""
+def run_check(folder: Path, commands: dict[str, str], **env: str) -> subprocess.CompletedProcess[str]:
+    """Run .ci/check_machine.sh with these commands alone on the PATH."""
     for name, script in commands.items():
         (folder / name).write_text(f"#!{shutil.which('sh')}\n{script}\n")
         (folder / name).chmod(0o755)
@@ -42,33 +42,33 @@ def check(folder: Path, commands: dict[str, str], **env: str) -> subprocess.Comp
         ({"python3": THIS_PYTHON, "ccache": ""}, {"CXX": "ccache g++-12"}, "python3"),
     ],
 )
-def test_the_first_python_that_will_do_is_printed(tmp_path, commands, env, chosen):
-    done = check(tmp_path, commands, **env)
+def test_the_first_suitable_python_is_printed(tmp_path, commands, env, chosen):
+    done = run_check(tmp_path, commands, **env)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{chosen}\n", "")
 
 
 @pytest.mark.parametrize(
-    ("commands", "env", "wrong", "cure"),
+    ("commands", "env", "fault", "suggestion"),
     [
         ({"c++": ""}, {}, "no Python 3.10 or newer was found", "apt-get install python3 python3-venv"),
         ({"python3": OLD_PYTHON}, {}, "python3 is: Python 3.9.2", "make demo PYTHON=/path/to/python3.12"),
         ({"python3": THIS_PYTHON}, {"PYTHON": "none"}, "looked for: none", "PYTHON=/path/to/python3.12"),
         ({"python3": BARE_PYTHON, "c++": ""}, {}, "cannot make virtual environments", "apt-get install python3-venv"),
         ({"python3": THIS_PYTHON}, {}, "there is no command c++", "apt-get install g++"),
-        # The builds take the compiler that CXX names, and no other.
+        # Builds of extensions take the compiler in CXX, and no other.
         ({"python3": THIS_PYTHON, "c++": ""}, {"CXX": "icpx -O2"}, "no command icpx, which CXX names", "unset CXX"),
-        # They do not look for clang++.
+        # Builds do not search for clang++.
         ({"python3": THIS_PYTHON, "clang++": ""}, {}, "there is no command c++", "apt-get install g++"),
     ],
 )
-def test_what_is_missing_is_said_with_the_cure(tmp_path, commands, env, wrong, cure):
-    done = check(tmp_path, commands, **env)
+def test_what_is_missing_is_reported_with_what_to_do(tmp_path, commands, env, fault, suggestion):
+    done = run_check(tmp_path, commands, **env)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and wrong in done.stderr and cure in done.stderr
-    assert "not found\n" not in done.stderr  # the shell's own words
+    assert done.stderr.startswith("error: ") and fault in done.stderr and suggestion in done.stderr
+    assert "not found\n" not in done.stderr  # the shell's own error
 
 
-def test_make_stops_at_it_and_leaves_nothing_behind(tmp_path):
+def test_make_stops_at_the_error_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "bin").mkdir()
     for name in ("sh", "make"):
         (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))

@@ -1,6 +1,6 @@
-"""Imports point down, and each dependency has one owner. A new arrow is a change of the tables here.
+"""Imports point down, and each dependency has one owner. A new import between rooms is a change to the tables here.
 
-All files are read, none is imported: also an import inside a function counts.
+The files are parsed and not imported, so that imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ HALL = {"bridgetower.errors", "bridgetower.dist", "bridgetower.batch", "bridgeto
 
 
 def rooms(names: str) -> set[str]:
+    """Return the hall and the named rooms, as full module names."""
     return HALL | {f"bridgetower.{name}" for name in names.split()}
 
 
-# Each room of the code, and the rooms that it may import beside itself.
+# Each room of the code, and the rooms that it may import besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "bridgetower": set(),
     "bridgetower.errors": set(),
@@ -39,10 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bridgetower.objectives": rooms("config model"),
     "bridgetower.step": rooms("config kernels model objectives"),
     "bridgetower.cost": rooms("config kernels model objectives step"),
-    # Is given models and data, and imports neither.
+    # The engine is given models and data, and imports neither.
     "bridgetower.engine": rooms("io config"),
     "bridgetower.interop": rooms("io config model"),
-    "bridgetower.interop.open": rooms("io config model interop engine"),  # a run's weights are the engine's files
+    "bridgetower.interop.open": rooms("io config model interop engine"),  # a run's weights are files of the engine
     "bridgetower.tasks": rooms("config kernels model objectives step cost"),
     "bridgetower.evaluation": rooms("io config engine tasks"),
     "bridgetower.run": rooms(
@@ -55,7 +56,7 @@ ENTRY_FOLDERS = ("pretrain", "finetune", "data_prep", "benchmarks")
 for top in ("pretrain", "finetune", "benchmarks"):
     MAY_IMPORT[top] = {part for part in MAY_IMPORT if part.startswith("bridgetower")}
 
-# Who may import a library. "script" is a file that a user starts.
+# Modules that may import a library. "script" stands for any file that a user starts.
 OWNERS = {
     "deepspeed": ("bridgetower.engine",),
     "apex": ("bridgetower.engine",),
@@ -65,82 +66,81 @@ OWNERS = {
     "triton": ("bridgetower.kernels",),
     "fire": ("script",),
 }
-# transformers imports these where they are installed, as other tools do.
-OFTEN_THERE = {"datasets", "evaluate"}
-
+# Libraries that are not required here, but that transformers and other tools import where they are installed.
+OPTIONAL_LIBRARIES = {"datasets", "evaluate"}
 
 COMPUTED = "(computed)"
-"""In place of a module that importlib is given by a variable."""
-# Sources of corpora are found by their file names, and public names of the package by a table.
+"""Stands for a module whose name is computed before it is given to importlib."""
+# build_shards finds the sources of corpora by file name; the package finds its public names in a table.
 COMPUTES_NAMES = {"bridgetower", "data_prep.build_shards"}
 
 
-def is_within(module: str, part: str) -> bool:
-    return module == part or module.startswith(f"{part}.")
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def imported_modules(source: str) -> Iterator[str]:
-    """Full names, so that ``from bridgetower import dist`` is bridgetower.dist."""
+    """Yield full names of everything that a file imports: ``from bridgetower import dist`` gives bridgetower.dist."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             prefix = "." * node.level + (node.module or "")
             yield from (f"{prefix}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and _called(node.func) in ("import_module", "__import__"):
-            given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
-            name = given[0].value if given and isinstance(given[0], ast.Constant) else COMPUTED
+        elif isinstance(node, ast.Call) and _function_name(node.func) in ("import_module", "__import__"):
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
+            name = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else COMPUTED
             yield str(name)
 
 
-def _called(function: ast.expr) -> str:
+def _function_name(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def part_of(name: str) -> str | None:
-    """The part of MAY_IMPORT that a module, or something in one, belongs to."""
-    parts = [part for part in MAY_IMPORT if is_within(name, part)]
-    return max(parts, key=len) if parts else None
+def find_room(name: str) -> str | None:
+    """Return the room in MAY_IMPORT of a module, or of a name in a module; None if it is in none."""
+    matches = [room for room in MAY_IMPORT if is_within(name, room)]
+    return max(matches, key=len) if matches else None
 
 
-def violations(module: str, source: str) -> list[str]:
-    """The rules that a module breaks, a sentence each."""
-    own, found = part_of(module), []
-    if own is None or (own == "bridgetower" and module != "bridgetower"):
-        return [f"{module} is in no part of the table"]
+def find_violations(module: str, source: str) -> list[str]:
+    """List the rules that a module breaks, one sentence per import."""
+    room, broken = find_room(module), []
+    if room is None or (room == "bridgetower" and module != "bridgetower"):
+        return [f"{module} is in no room of the table"]
     is_script = module.split(".")[0] in ENTRY_FOLDERS and '__name__ == "__main__"' in source
     for name in imported_modules(source):
         if name.startswith("."):
-            found.append(f"{module} imports {name} by a relative name")
+            broken.append(f"{module} imports {name} by a relative name")
             continue
         if name == COMPUTED:
             if module not in COMPUTES_NAMES:
-                found.append(f"{module} imports a module whose name is computed")
+                broken.append(f"{module} imports a module whose name is computed")
             continue
-        other = part_of(name)
-        if other is not None and other != own and other not in MAY_IMPORT[own]:
-            found.append(f"{module} imports {name}, but {own} may not import {other}")
+        imported_room = find_room(name)
+        if imported_room is not None and imported_room != room and imported_room not in MAY_IMPORT[room]:
+            broken.append(f"{module} imports {name}, but {room} may not import {imported_room}")
         owners = OWNERS.get(name.split(".")[0])
-        is_owner = owners is None or any(is_script if o == "script" else is_within(module, o) for o in owners)
+        is_owner = owners is None or any(is_script if one == "script" else is_within(module, one) for one in owners)
         if not is_owner:
-            found.append(f"{module} imports {name}, which belongs to {' and '.join(owners or ())}")
-    return found
+            broken.append(f"{module} imports {name}, which belongs to {' and '.join(owners or ())}")
+    return broken
 
 
 @lru_cache
 def modules() -> dict[str, Path]:
-    """Every module of the repository but the tests."""
+    """Return the path of every module of the repository except the tests."""
     paths = [path for top in ("bridgetower", *ENTRY_FOLDERS) for path in sorted((REPO / top).rglob("*.py"))]
     names = {path: ".".join(path.relative_to(REPO).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
-def test_all_files_keep_the_rules():
-    assert [broken for name, path in modules().items() for broken in violations(name, path.read_text())] == []
+def test_every_module_follows_the_rules():
+    assert [broken for name, path in modules().items() for broken in find_violations(name, path.read_text())] == []
 
 
-def test_each_part_of_the_table_exists():
-    assert [part for part in MAY_IMPORT if part not in modules()] == []
+def test_every_room_of_the_table_exists():
+    assert [room for room in MAY_IMPORT if room not in modules()] == []
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ def test_each_part_of_the_table_exists():
         ("bridgetower.model.heads", '__import__("wandb")', "belongs to bridgetower.engine.wandb_mirror and"),
         ("bridgetower.model.heads", "importlib.import_module(name)", "imports a module whose name is computed"),
         ("bridgetower.data.order", "from . import index", "by a relative name"),
-        ("bridgetower.new.thing", "", "is in no part of the table"),
+        ("bridgetower.new.thing", "", "is in no room of the table"),
     ],
 )
-def test_broken_rule_is_noticed(module, source, broken):
-    (found,) = violations(module, source)
-    assert broken in found
+def test_a_broken_rule_is_reported(module, source, broken):
+    (report,) = find_violations(module, source)
+    assert broken in report
 
 
 @pytest.mark.parametrize(
@@ -198,34 +198,37 @@ def test_broken_rule_is_noticed(module, source, broken):
         ("data_prep.shard_writer", "import webdataset"),
     ],
 )
-def test_kept_rule_is_not_complained_of(module, source):
-    assert violations(module, source) == []
+def test_an_allowed_import_is_not_reported(module, source):
+    assert find_violations(module, source) == []
 
 
-def ways_to_torch(sources: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """The modules from each one to torch, over imports of modules that are given; none: it does not get there."""
+def find_paths_to_torch(sources: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return a chain of imports from each module to torch, through the given modules.
+
+    A module that does not import torch, directly or through others, has no entry.
+    """
     imported = {name: sorted(set(imported_modules(source))) for name, source in sources.items()}
-    ways: dict[str, tuple[str, ...]] = {
-        name: (name, found)
+    paths: dict[str, tuple[str, ...]] = {
+        name: (name, other)
         for name, names in imported.items()
-        for found in names
-        if found.split(".")[0] in ("torch", "torchvision")
+        for other in names
+        if other.split(".")[0] in ("torch", "torchvision")
     }
     is_growing = True
     while is_growing:
         is_growing = False
-        for name in imported.keys() - ways.keys():
-            # A name is a module, or something in one.
-            targets = {target for found in imported[name] for target in (found, found.rpartition(".")[0])}
-            step = min(targets & ways.keys(), default=None)
+        for name in imported.keys() - paths.keys():
+            # An imported name is a module or something in a module.
+            targets = {target for other in imported[name] for target in (other, other.rpartition(".")[0])}
+            step = min(targets & paths.keys(), default=None)
             if step is not None:
-                ways[name] = (name, *ways[step])
+                paths[name] = (name, *paths[step])
                 is_growing = True
-    return ways
+    return paths
 
 
-def cycles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, directly or through others, a list each."""
+def find_cycles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """List the groups of modules that import each other, directly or through others."""
     reached: dict[str, set[str]] = {}
     for name in imports:
         seen: set[str] = set()
@@ -235,8 +238,8 @@ def cycles(imports: dict[str, set[str]]) -> list[list[str]]:
                 seen.add(other)
                 waiting.append(other)
         reached[name] = seen
-    circles = {name: sorted(other for other in seen if name in reached[other]) for name, seen in reached.items()}
-    return [circle for name, circle in circles.items() if circle and circle[0] == name]
+    cycles = {name: sorted(other for other in seen if name in reached[other]) for name, seen in reached.items()}
+    return [cycle for name, cycle in cycles.items() if cycle and cycle[0] == name]  # each group once
 
 
 def test_no_modules_import_each_other():
@@ -250,47 +253,47 @@ def test_no_modules_import_each_other():
         }
         for name, path in known.items()
     }
-    assert cycles(imports) == []
-    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+    assert find_cycles(imports) == []
+    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
 
 
 def test_data_prep_never_imports_torch_not_even_through_others():
-    sources = {name: path.read_text() for name, path in modules().items()}
-    assert {name: way for name, way in ways_to_torch(sources).items() if is_within(name, "data_prep")} == {}
-    assert "pretrain.train" in ways_to_torch(sources)
+    paths = find_paths_to_torch({name: path.read_text() for name, path in modules().items()})
+    assert {name: path for name, path in paths.items() if is_within(name, "data_prep")} == {}
+    assert "pretrain.train" in paths
 
 
-def test_way_to_torch_is_found_through_others():
+def test_a_path_to_torch_is_found_through_other_modules():
     sources = {
         "a": "from b import c\nimport numpy",
         "b.c": "def f():\n    from d import thing",
         "d": "import a\nimport torch.nn",
         "e": "import numpy\nimport e",
     }
-    ways = ways_to_torch(sources)
-    assert ways["a"] == ("a", "b.c", "d", "torch.nn") and "e" not in ways
+    paths = find_paths_to_torch(sources)
+    assert paths["a"] == ("a", "b.c", "d", "torch.nn") and "e" not in paths
 
 
-def test_no_entry_file_carries_the_name_of_another_module():
-    # The folder of a script is first on sys.path: `import report` elsewhere would find pretrain/report.py.
-    taken = sys.stdlib_module_names | set(packages_distributions()) | OFTEN_THERE
+def test_no_script_has_the_name_of_a_module_of_python_or_of_a_library():
+    # A script's folder is first on sys.path: `import report` in a library would import pretrain/report.py.
+    taken = sys.stdlib_module_names | set(packages_distributions()) | OPTIONAL_LIBRARIES
     files = [path for top in ENTRY_FOLDERS for path in (REPO / top).glob("*.py") if path.stem != "__init__"]
-    # Python's own trace is imported by no library that a script here loads.
+    # No library that a script of these folders loads imports Python's trace or a data_prep.
     assert {path for path in files if path.stem in taken} == {
         REPO / "benchmarks/data_prep.py",
         REPO / "pretrain/trace.py",
     }
-    # Beside these, nobody may want the others.
+    # No other file in the same folder may import the hidden modules.
     for folder, name in (("benchmarks", "data_prep"), ("pretrain", "trace")):
         imported = {one for path in (REPO / folder).glob("*.py") for one in imported_modules(path.read_text())}
         assert not any(is_within(one, name) for one in imported)
-    assert {"train", "presets", "build_shards"} <= {path.stem for path in files}, "the files were not found"
+    assert {"train", "presets", "build_shards"} <= {path.stem for path in files}, "the scripts were not found"
 
 
-def test_init_files_import_nothing_so_that_a_name_costs_what_it_needs():
+def test_init_files_import_nothing_so_that_a_module_costs_only_what_it_needs():
     files = [path for name, path in modules().items() if path.name == "__init__.py"]
     assert len(files) > 8
-    found = {path: set(imported_modules(path.read_text())) for path in files}
-    # The package's own looks its public names up when they are used.
-    assert found.pop(REPO / "bridgetower/__init__.py") == {"importlib", "typing.Any", COMPUTED}
-    assert found == {path: set() for path in found}
+    imported = {path: set(imported_modules(path.read_text())) for path in files}
+    # The package loads a public name when it is first used.
+    assert imported.pop(REPO / "bridgetower/__init__.py") == {"importlib", "typing.Any", COMPUTED}
+    assert imported == {path: set() for path in imported}

@@ -1,4 +1,4 @@
-"""What the job scripts say and refuse without Slurm; tests/slurm runs them on one."""
+"""The job scripts without Slurm: what they print and refuse. tests/slurm runs them on a real Slurm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPTS = sorted((REPO / "slurm").glob("*.sh"))
 
 @pytest.fixture
 def site(tmp_path) -> Path:
-    """A repository with the scripts and nothing else; slurm/site.env is for a test to write."""
+    """Return a repository with the scripts alone. A test may write its slurm/site.env."""
     shutil.copytree(REPO / "slurm", tmp_path / "slurm")
     for program in ("pretrain/train.py", "finetune/train.py", "data_prep/build_shards.py"):
         (tmp_path / program).parent.mkdir()
@@ -36,7 +36,7 @@ def run(folder: Path, *words: str, code: int = 0, **env: str) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_reads_it(script):
+def test_bash_parses_every_script(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
@@ -73,7 +73,7 @@ def test_a_dry_run_of_submit_shows_both_commands(site):
     assert lines[3].rstrip().endswith(r"bash slurm/_task.sh 8 /envs/my\ own/bin/python -- pretrain/train.py large_288")
 
 
-def test_submit_hands_the_settings_of_the_site_to_sbatch(site):
+def test_submit_passes_the_settings_of_the_site_file_to_sbatch(site):
     (site / "slurm/site.env").write_text("SBATCH_ACCOUNT=vision\nSBATCH_PARTITION=gpu\n")
     fake = site / "bin/sbatch"
     fake.parent.mkdir()
@@ -81,33 +81,33 @@ def test_submit_hands_the_settings_of_the_site_to_sbatch(site):
     fake.chmod(0o755)
     path = f"{fake.parent}:{os.environ['PATH']}"
     script = str(site / "slurm/submit.sh")
-    found = run(
+    output = run(
         Path("/"), script, "--nodes=2", "slurm/pretrain_base.sh", "--seed=2", PATH=path, SBATCH_PARTITION="test"
     )
-    # What a person sets for one job wins over the site's file.
-    assert found == f"vision test {site} --nodes=2 slurm/pretrain_base.sh --seed=2\n"
+    # The environment of one job overrides the site's file.
+    assert output == f"vision test {site} --nodes=2 slurm/pretrain_base.sh --seed=2\n"
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("PYTON=/x", "line 2: PYTON is unknown. slurm/site.env.example lists every name."),
         ("PYTHON = /x", "line 2: 'PYTHON = /x' is not NAME=value"),
         ("export PYTHON=/x", "is not NAME=value"),
     ],
 )
-def test_a_wrong_line_of_the_site_is_refused(site, line, said):
+def test_a_wrong_line_in_the_site_file_is_refused(site, line, message):
     (site / "slurm/site.env").write_text(f"NCCL_DEBUG=INFO\n{line}\n")
-    assert said in run(site, "slurm/pretrain_base.sh", "--dry-run", code=2)
+    assert message in run(site, "slurm/pretrain_base.sh", "--dry-run", code=2)
 
 
-def test_the_file_of_the_site_is_not_run(site):
+def test_the_site_file_is_not_executed(site):
     (site / "slurm/site.env").write_text("SCRATCH=$(touch hacked)\nPYTHON=`touch hacked`\n")
     run(site, "slurm/pretrain_base.sh", "--dry-run")
     assert not (site / "hacked").exists()
 
 
-def test_the_example_is_read_with_every_line_in_use(site):
+def test_the_example_is_accepted_with_every_setting_in_use(site):
     lines = (REPO / "slurm/site.env.example").read_text().splitlines()
     used = [line[1:] for line in lines if line.startswith("#") and "=" in line.split(" ")[0]]
     assert len(used) > 10
@@ -117,7 +117,7 @@ def test_the_example_is_read_with_every_line_in_use(site):
     )
 
 
-def test_an_image_is_run_by_apptainer(site):
+def test_a_container_image_is_run_by_apptainer(site):
     fake = site / "bin/apptainer"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\n")
@@ -129,26 +129,26 @@ def test_an_image_is_run_by_apptainer(site):
     assert wrapped in command.replace("\\", "")
 
 
-def test_an_image_without_anything_that_runs_it_is_an_error(site):
+def test_a_container_image_without_a_runtime_is_an_error(site):
     (site / "slurm/site.env").write_text("CONTAINER=/images/bt.sif\n")
     assert "neither pyxis" in run(site, "slurm/pretrain_base.sh", "--dry-run", code=2, PATH="/usr/bin:/bin")
 
 
 @pytest.mark.parametrize(
-    ("folder", "words", "env", "said"),
+    ("folder", "words", "env", "message"),
     [
-        (".", ["slurm/pretrain_base.sh"], {}, "this runs inside a job: `slurm/submit.sh"),
+        (".", ["slurm/pretrain_base.sh"], {}, "this runs inside a job: submit it with `slurm/submit.sh"),
         ("slurm", ["pretrain_base.sh"], {"SLURM_JOB_ID": "1"}, "submit from the root of the repository"),
         (".", ["slurm/pretrain_base.sh"], {"SLURM_JOB_ID": "1"}, "cannot import bridgetower"),
         (".", ["slurm/pretrain_base.sh"], {"SLURM_JOB_ID": "1", "MODULES": "cuda"}, "no command 'module'"),
-        (".", ["slurm/pretrain_base.sh", "--dry-run"], {"SITE_ENV": "none.env"}, "SITE_ENV=none.env is no file"),
+        (".", ["slurm/pretrain_base.sh", "--dry-run"], {"SITE_ENV": "none.env"}, "SITE_ENV=none.env is not a file"),
         (".", ["slurm/pretrain_base.sh", "--dry-run"], {"RANKS_PER_NODE": "4"}, "but the job has 64 tasks on 8 nodes"),
         (".", ["slurm/build_shards.sh", "cc3m"], {"SLURM_JOB_ID": "1"}, "runs as a job array: sbatch --array"),
         (".", ["slurm/submit.sh", "--nodes=3"], {}, "which script?"),
         (".", ["slurm/submit.sh", "slurm/pretrain_base.sh"], {"PATH": "tools"}, "no sbatch"),
     ],
 )
-def test_wrong_use_says_what_to_do(site, folder, words, env, said):
-    (site / "tools").mkdir()  # all that submit.sh needs on the way to sbatch
+def test_wrong_use_is_refused_with_what_to_do(site, folder, words, env, message):
+    (site / "tools").mkdir()  # the commands that submit.sh needs before it calls sbatch
     (site / "tools/dirname").symlink_to(str(shutil.which("dirname")))
-    assert said in run(site / folder, *words, code=2, **env)
+    assert message in run(site / folder, *words, code=2, **env)

@@ -1,4 +1,4 @@
-"""A web server on loopback that serves a folder, or passes on to another server, and misbehaves when told to."""
+"""A web server on loopback that serves a folder, or forwards to another server, and misbehaves on request."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Fault:
-    """What happens to the next requests of some paths."""
+    """What goes wrong with the next requests of some paths."""
 
     kind: str
-    """delay, hang, stall (in the middle), drop (in the middle), truncate (a whole answer, but too short), flip (wrong
-    bytes), or a status: 503."""
+    """delay, hang (no answer), stall (half an answer, then silence), drop (half an answer, then the connection closes),
+    truncate (a complete answer, but too short), flip (a wrong byte), or an HTTP status: 503."""
     of: str = r"\.tar$"
+    """Pattern of the paths."""
     times: int = 1
+    """Number of requests that fail."""
     after_bytes: int | None = None
-    """What stall and drop send before; by default a half."""
+    """Bytes that stall and drop send first; by default half of them."""
 
 
 @dataclass
 class FaultyServer:
-    """The server's address and what it does wrong."""
+    """State of a running server: its address, its faults, and the paths requested so far."""
 
     url: str = ""
     faults: list[Fault] = field(default_factory=list)
@@ -39,7 +41,7 @@ class FaultyServer:
     delay_seconds: float = 1.0
 
     def next_fault(self, path: str) -> Fault:
-        """What to do wrong with a request."""
+        """Record a request, and return the fault that it meets."""
         self.requests.append(path)
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.of, path):
@@ -50,7 +52,7 @@ class FaultyServer:
 
 @contextmanager
 def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultyServer]:
-    """Serve the files of a folder, or what another server answers."""
+    """Serve the files of a folder, or forward requests to ``upstream``."""
     state = FaultyServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -102,10 +104,10 @@ def serving(folder: Path | None = None, upstream: str = "") -> Iterator[FaultySe
             if not file.is_file():
                 return 404, {}, b""
             content = file.read_bytes()
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-            if asked is None or not state.knows_ranges:
+            range_match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if range_match is None or not state.knows_ranges:
                 return 200, {}, content
-            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            first, last = int(range_match[1]), min(int(range_match[2]), len(content) - 1)
             return 206, {"Content-Range": f"bytes {first}-{last}/{len(content)}"}, content[first : last + 1]
 
         def reply(self, status: int, headers: dict[str, str], content: bytes, sent: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Remote shards: fetched once, checked, bounded, and read in the same order as local ones whatever the store does."""
+"""Remote shards are fetched once, checked, bounded in size, and read in the order of local ones, whatever fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ import pytest
 from gcp_storage_emulator.server import create_server
 
 import bridgetower.io.storage as storage_module
-import bridgetower.shards.cache as shard_cache_module
+import bridgetower.shards.download as download_module
+import bridgetower.shards.prefetch as prefetch_module
 from bridgetower.config.data import DataConfig
 from bridgetower.data.corpora import Corpora, open_corpora
 from bridgetower.data.loader import micro_batches
@@ -31,16 +32,18 @@ from bridgetower.data.order import Cut, Order
 from bridgetower.data.stream import PretrainStream
 from bridgetower.data.text import Tokenizer
 from bridgetower.errors import ConfigError, DataError
-from bridgetower.io.storage import place, read_remote
-from bridgetower.shards.cache import Prefetcher, RemoteShard, ShardCache
+from bridgetower.io.storage import read_remote, to_path
+from bridgetower.shards.cache import ShardCache
+from bridgetower.shards.download import RemoteShard
 from bridgetower.shards.index import index_path, load_index
 from bridgetower.shards.manifest import load_manifest
+from bridgetower.shards.prefetch import Prefetcher
 from tests.conftest import REPO
 from tests.object_store import object_store
 from tests.shards.faulty_server import Fault, FaultyServer, serving
 from tests.small_corpora import write_corpus
 
-# Without torch, so that a process is there at once.
+# A program without torch, so that it starts at once.
 HOLD = """
 import pickle, sys, time
 from bridgetower.errors import DataError
@@ -56,7 +59,7 @@ held.release()
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """24 pairs in eight shards of some 10 kB."""
+    """24 pairs in eight shards of about 10 kB."""
     return write_corpus(tmp_path_factory.mktemp("corpora"), [1] * 24, samples_per_shard=3)
 
 
@@ -67,7 +70,7 @@ def server(corpus) -> Iterator[FaultyServer]:
 
 
 def shards_at(url: str) -> list[RemoteShard]:
-    folder = place(f"{url}/corpus")
+    folder = to_path(f"{url}/corpus")
     return [RemoteShard(url=folder / entry.name, entry=entry) for entry in load_manifest(folder).shards]
 
 
@@ -81,7 +84,7 @@ def content_of(corpus: Path, shard: RemoteShard) -> tuple[bytes, bytes]:
 
 
 def holding(cache: ShardCache, shard: RemoteShard, seconds: float = 0.0, *before: str) -> subprocess.Popen[str]:
-    """Another process that holds a shard."""
+    """Start another process that holds a shard for some seconds."""
     arguments = pickle.dumps((cache, shard, seconds)).hex()
     return subprocess.Popen(
         [*before, sys.executable, "-c", HOLD, arguments], cwd=REPO, stderr=subprocess.PIPE, text=True
@@ -90,7 +93,7 @@ def holding(cache: ShardCache, shard: RemoteShard, seconds: float = 0.0, *before
 
 @pytest.fixture
 def impatient(server, monkeypatch) -> None:
-    """A third of a second for answers that the server does not give; for others what a slow machine may take."""
+    """Wait 0.3 s for answers that the server withholds, and as long as a slow machine may take for all others."""
     left: dict[int, int] = {}
 
     def read(path: Path, timeout_seconds: float, *part: int) -> bytes:
@@ -100,11 +103,11 @@ def impatient(server, monkeypatch) -> None:
             return read_remote(path, 0.3, *part)
         return read_remote(path, 60.0, *part)
 
-    monkeypatch.setattr(shard_cache_module, "read_remote", read)
+    monkeypatch.setattr(download_module, "read_remote", read)
     monkeypatch.setattr(storage_module, "read_remote", read)
 
 
-def tars_asked_for(server: FaultyServer) -> int:
+def count_tar_requests(server: FaultyServer) -> int:
     return len([path for path in server.requests if path.endswith(".tar")])
 
 
@@ -123,12 +126,12 @@ def test_a_shard_is_fetched_once_with_its_index(corpus, server, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "of"),
     [(kind, of) for kind in ("drop", "hang", "stall", "truncate", "500", "503") for of in (r"\.tar$", r"\.npy$")]
-    # A byte of an index that is wrong and counts as much as the right one cannot be told: it has no checksum.
+    # An index has no checksum: a wrong byte that leaves its counts right cannot be detected.
     + [("flip", r"\.tar$")],
 )
 @pytest.mark.usefixtures("impatient")
 def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind, of, caplog, monkeypatch):
-    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 4_000)
+    monkeypatch.setattr(download_module, "_BLOCK_BYTES", 4_000)
     logging.getLogger("bridgetower").propagate = True
     shard = shards_at(server.url)[0]
     server.faults = [Fault(kind, of, times=2)]
@@ -136,7 +139,7 @@ def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind,
         held = small_cache(tmp_path).hold(shard)
     assert cached(held.path) == content_of(corpus, shard)
     said = [record.getMessage()[:14] for record in caplog.records]
-    # Two blocks with wrong bytes are found together, at the end.
+    # Two blocks with wrong bytes cost one attempt: the checksum is compared at the end.
     assert said == ["attempt 1 of 5", "attempt 2 of 5"][: 1 if kind == "flip" else 2]
 
 
@@ -146,7 +149,7 @@ def test_a_store_that_fails_twice_is_asked_again(corpus, server, tmp_path, kind,
         ("drop", "3 attempts failed"),
         ("hang", "3 attempts failed, the last with: FSTimeoutError"),
         ("stall", "3 attempts failed, the last with: FSTimeoutError"),
-        ("truncate", r"were asked for, .* came"),
+        ("truncate", r"were requested, .* came"),
         ("flip", r"its SHA-256 is \w+, its manifest says \w+.* copy the shard there again"),
         ("503", "3 attempts failed.*503"),
     ],
@@ -162,32 +165,32 @@ def test_a_store_that_always_fails_is_an_error_that_says_how(server, tmp_path, k
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404", "410"])
-def test_what_is_not_there_or_forbidden_is_not_asked_for_again_and_again(server, tmp_path, status):
+def test_a_shard_that_is_missing_or_forbidden_is_requested_once(server, tmp_path, status):
     shard = shards_at(server.url)[0]
     server.faults = [Fault(status, times=99)]
     with pytest.raises(DataError, match=r"00000\.tar cannot be fetched"):
         small_cache(tmp_path, attempts=5).hold(shard)
-    assert tars_asked_for(server) == 1
+    assert count_tar_requests(server) == 1
 
 
-def test_a_connection_that_breaks_goes_on_from_where_it_came_to(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 1_024)
+def test_a_download_continues_after_the_last_byte_before_its_connection_broke(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "_BLOCK_BYTES", 1_024)
     shard = shards_at(server.url)[0]
     blocks = -(-shard.entry.bytes // 1_024)
     small_cache(tmp_path / "whole").hold(shard)
-    assert tars_asked_for(server) == blocks
+    assert count_tar_requests(server) == blocks
     server.requests.clear()
     server.faults = [Fault("drop", times=3, after_bytes=700)]
     small_cache(tmp_path / "broken").hold(shard)
-    assert tars_asked_for(server) == blocks + 3
+    assert count_tar_requests(server) == blocks + 3
 
 
-def test_a_server_that_does_not_know_ranges_will_do(corpus, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache_module, "_BLOCK_BYTES", 5_000)
+def test_a_server_that_ignores_ranges_is_asked_once(corpus, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "_BLOCK_BYTES", 5_000)
     server.knows_ranges = False
     shard = shards_at(server.url)[1]
     assert cached(small_cache(tmp_path).hold(shard).path) == content_of(corpus, shard)
-    assert tars_asked_for(server) == 1  # what came is used, instead of all of it again for each block
+    assert count_tar_requests(server) == 1  # the whole answer is used, not one block of it
 
 
 def test_the_index_of_another_shard_is_not_taken(corpus, server, tmp_path):
@@ -198,8 +201,8 @@ def test_the_index_of_another_shard_is_not_taken(corpus, server, tmp_path):
     assert not list(tmp_path.glob("*.t*")) and not list(tmp_path.glob("*.npy"))
 
 
-def test_shards_of_a_store_without_a_connection_are_cached_too(corpus, tmp_path):
-    folder = place("memory://cached/corpus")
+def test_shards_of_a_store_in_memory_are_cached_too(corpus, tmp_path):
+    folder = to_path("memory://cached/corpus")
     for file in corpus.glob("0*"):
         (folder / file.name).write_bytes(file.read_bytes())
     entry = load_manifest(corpus).shards[2]
@@ -207,7 +210,7 @@ def test_shards_of_a_store_without_a_connection_are_cached_too(corpus, tmp_path)
     assert cached(small_cache(tmp_path).hold(shard).path) == content_of(corpus, shard)
 
 
-def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, tmp_path, caplog):
+def test_the_least_recently_used_shard_is_removed_and_a_held_one_is_not(server, tmp_path, caplog):
     logging.getLogger("bridgetower").propagate = True
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
@@ -216,7 +219,7 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, 
     for shard in shards[1:3]:
         cache.hold(shard).release()
         time.sleep(0.02)
-    cache.hold(shards[1]).release()  # used again: not the oldest any more
+    cache.hold(shards[1]).release()  # used again, so no longer the oldest
     cache.hold(shards[3]).release()
     there = {path.stem for path in tmp_path.glob("*.tar")}
     assert there == {shards[number].entry.sha256 for number in (0, 1, 3)}
@@ -227,22 +230,22 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_does_not(server, 
         pytest.raises(DataError, match=r"full of shards that are being read\. Raise data\.cache_gb="),
     ):
         cache.hold(shards[6])
-    assert [record.getMessage()[:16] for record in caplog.records] == ["waiting for room"]
+    assert [record.getMessage()[:16] for record in caplog.records] == ["waiting for spac"]
     first.release()
     assert cache.hold(shards[6]).path.exists() and not first.path.exists() and others[0].path.exists()
 
 
-def test_a_shard_that_gets_its_name_while_the_cache_is_measured_is_counted(tmp_path, monkeypatch):
+def test_a_shard_that_is_renamed_while_the_cache_is_measured_is_counted(tmp_path, monkeypatch):
     cache, temporary, glob = small_cache(tmp_path), tmp_path / "shard.tmp", Path.glob
     temporary.write_bytes(bytes(1_000))
 
-    def then_it_has_its_name(folder: Path, pattern: str) -> list[Path]:
-        found = list(glob(folder, pattern))
+    def rename_after_the_first_glob(folder: Path, pattern: str) -> list[Path]:
+        paths = list(glob(folder, pattern))
         if temporary.exists():
             temporary.rename(tmp_path / "shard.tar")
-        return found
+        return paths
 
-    monkeypatch.setattr(Path, "glob", then_it_has_its_name)
+    monkeypatch.setattr(Path, "glob", rename_after_the_first_glob)
     assert cache._used_bytes() == 1_000
 
 
@@ -270,21 +273,21 @@ def test_a_damaged_file_is_removed_only_by_the_process_that_fetches_it_anew(corp
     path = cache.hold(shard).path
     os.truncate(path, 100)
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # this one fetches it
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as if this process fetched it
     process = holding(cache, shard)
     try:
         time.sleep(2)
         assert path.exists()
         shutil.copy(corpus / shard.entry.name, tmp_path / "new")
         (tmp_path / "new").rename(path)
-        before = tars_asked_for(server), path.stat().st_ino
+        before = count_tar_requests(server), path.stat().st_ino
     finally:
         os.close(lock)
         assert process.wait(30) == 0
-    assert (tars_asked_for(server), path.stat().st_ino) == before
+    assert (count_tar_requests(server), path.stat().st_ino) == before
 
 
-def test_a_disk_that_is_full_is_said_and_leaves_nothing(server, tmp_path):
+def test_a_disk_without_space_is_an_error_before_anything_is_fetched(server, tmp_path):
     inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4k none "$0" && "$@"; code=$?; ls "$0"; exit $code']
     if not shutil.which("unshare") or subprocess.run([*inside, str(tmp_path), "true"]).returncode:
         pytest.skip("no small disk can be mounted here")
@@ -292,12 +295,12 @@ def test_a_disk_that_is_full_is_said_and_leaves_nothing(server, tmp_path):
     process = holding(small_cache(tmp_path), shard, 0.0, *inside, str(tmp_path))
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 1 and "DataError: The disk of data.cache_dir=" in error and "is full" in error
-    assert tars_asked_for(server) == 0
+    assert count_tar_requests(server) == 0
 
 
-# Not every file system takes the room beforehand; there it is the writing that fails.
+# Some file systems do not allocate in advance: there a later write fails.
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
-def test_a_full_disk_is_said_and_leaves_nothing(server, tmp_path, monkeypatch, call):
+def test_a_full_disk_is_an_error_that_leaves_no_file(server, tmp_path, monkeypatch, call):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -309,32 +312,32 @@ def test_a_full_disk_is_said_and_leaves_nothing(server, tmp_path, monkeypatch, c
 
 def test_processes_share_one_copy_that_one_of_them_fetches(corpus, server, tmp_path):
     shard = shards_at(server.url)[0]
-    server.faults, server.delay_seconds = [Fault("delay")], 2.0  # long enough for all to want it meanwhile
+    server.faults, server.delay_seconds = [Fault("delay")], 2.0  # long enough for all three to wait for it
     processes = [holding(small_cache(tmp_path, timeout_seconds=20), shard) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
-    assert tars_asked_for(server) == 1
+    assert count_tar_requests(server) == 1
 
 
-def test_what_was_just_fetched_is_held_before_others_see_it(server, tmp_path, monkeypatch):
+def test_a_shard_is_held_before_other_processes_see_it(server, tmp_path, monkeypatch):
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
-    others, replace = small_cache(tmp_path, size, timeout_seconds=0.2), os.replace  # there is room for one
+    others, replace = small_cache(tmp_path, size, timeout_seconds=0.2), os.replace  # for one shard
 
-    def then_another_looks_for_room(old: str, new: Path) -> None:
+    def replace_and_let_another_process_need_space(old: str, new: Path) -> None:
         replace(old, new)
         if new.suffix == ".tar":
             monkeypatch.setattr(os, "replace", replace)
             with pytest.raises(DataError, match="full of shards that are being read"):
                 others.hold(shards[1])
 
-    monkeypatch.setattr(os, "replace", then_another_looks_for_room)
+    monkeypatch.setattr(os, "replace", replace_and_let_another_process_need_space)
     held = small_cache(tmp_path, size).hold(shards[0])
     assert os.replace is replace and held.path.exists()
     held.release()
     assert others.hold(shards[1]).path.exists()
 
 
-def test_what_another_process_holds_is_not_removed(server, tmp_path):
+def test_a_shard_that_another_process_holds_is_not_removed(server, tmp_path):
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
     process = holding(small_cache(tmp_path), shards[0], 60.0)
@@ -350,29 +353,29 @@ def test_what_another_process_holds_is_not_removed(server, tmp_path):
         process.wait()
     for shard in shards[1:3]:
         cache.hold(shard).release()
-    assert not path.exists()  # its holder is gone
+    assert not path.exists()  # the process that held it has ended
 
 
-def test_what_a_killed_process_left_is_fetched_anew(corpus, server, tmp_path):
+def test_what_a_killed_process_left_is_removed_and_fetched_anew(corpus, server, tmp_path):
     shards = shards_at(server.url)
     server.faults, server.hang_seconds = [Fault("stall", times=99)], 60.0
     process = holding(small_cache(tmp_path, timeout_seconds=60), shards[0])
     try:
-        wait_until(lambda: tars_asked_for(server) == 1)
+        wait_until(lambda: count_tar_requests(server) == 1)
     finally:
         process.kill()  # SIGKILL
         process.wait()
     assert list(tmp_path.glob("*.tmp"))
-    (tmp_path / f".{shards[2].entry.sha256}.index.npy.1.tmp").write_bytes(bytes(5_000))  # of another one
-    lives = tmp_path / f".{shards[3].entry.sha256}.index.npy.2.tmp"  # of one that is at work
-    lives.write_bytes(bytes(50))
+    (tmp_path / f".{shards[2].entry.sha256}.index.npy.1.tmp").write_bytes(bytes(5_000))  # of another killed process
+    in_use = tmp_path / f".{shards[3].entry.sha256}.index.npy.2.tmp"  # of a process that is at work
+    in_use.write_bytes(bytes(50))
     lock = os.open(tmp_path / f"{shards[3].entry.sha256}.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     server.faults = []
-    # Another shard takes their room, and the same one its place.
+    # Another shard needs the space of what was left; then the same shard is fetched again.
     tight = small_cache(tmp_path, shards[1].entry.bytes + 100)
     tight.hold(shards[1]).release()
-    assert list(tmp_path.glob("*.tmp")) == [lives]
+    assert list(tmp_path.glob("*.tmp")) == [in_use]
     os.close(lock)
     assert cached(small_cache(tmp_path).hold(shards[0]).path) == content_of(corpus, shards[0])
 
@@ -384,14 +387,14 @@ def wait_until(is_true: Any) -> None:
         time.sleep(0.02)
 
 
-def test_shards_are_fetched_ahead_and_let_go(server, tmp_path):
+def test_shards_are_fetched_ahead_and_released(server, tmp_path):
     shards = shards_at(server.url)
     size = max(shard.entry.bytes for shard in shards)
     prefetcher = Prefetcher(small_cache(tmp_path, 4 * size), [None, *shards])
     try:
-        for wanted in ([1, 2, 3], [3, 4, 5, 0], [6, 7]):
-            prefetcher.advance(wanted, keep=wanted[:1])
-            names = [f"{shards[number - 1].entry.sha256}.tar" for number in wanted if number]
+        for upcoming in ([1, 2, 3], [3, 4, 5, 0], [6, 7]):
+            prefetcher.advance(upcoming, keep=upcoming[:1])
+            names = [f"{shards[number - 1].entry.sha256}.tar" for number in upcoming if number]
             wait_until(lambda names=names: all((tmp_path / name).exists() for name in names))
     finally:
         prefetcher.close()
@@ -401,7 +404,7 @@ def test_fetching_ahead_ends_at_once_and_its_errors_are_left_to_the_reader(serve
     server.faults = [Fault("404", times=99)]
     prefetcher = Prefetcher(small_cache(tmp_path), shards_at(server.url))
     prefetcher.advance([0, 1])
-    wait_until(lambda: tars_asked_for(server) == 2)
+    wait_until(lambda: count_tar_requests(server) == 2)
     server.faults = [Fault("503", times=99)]
     prefetcher.advance([2])
     start = time.monotonic()
@@ -422,17 +425,17 @@ def test_fetching_ahead_ends_at_once_while_another_process_fetches_the_same(serv
     assert time.monotonic() - start < 1 and not list(tmp_path.glob("*.tar"))
 
 
-def test_what_comes_after_the_end_of_fetching_ahead_is_let_go(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_cache_module, "_MAX_CLOSE_SECONDS", 0.1)
+def test_a_shard_that_comes_after_the_prefetcher_is_closed_is_released(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch_module, "_MAX_CLOSE_SECONDS", 0.1)
     shards = shards_at(server.url)
     cache = small_cache(tmp_path, max(shard.entry.bytes for shard in shards), timeout_seconds=5)
     server.faults = [Fault("delay", r"\.npy$")]
     prefetcher = Prefetcher(cache, shards)
     prefetcher.advance([0])
     wait_until(lambda: any(path.endswith(".npy") for path in server.requests))
-    prefetcher.close()  # the store answers later
+    prefetcher.close()  # before the store answers
     wait_until((tmp_path / f"{shards[0].entry.sha256}.tar").exists)
-    assert cache.hold(shards[1]).path.exists()  # there is room for one
+    assert cache.hold(shards[1]).path.exists()  # the cache has space for one shard
 
 
 def stream_of(folder: str, data: DataConfig) -> PretrainStream:
@@ -476,7 +479,7 @@ def test_a_stream_over_a_web_server_that_fails_now_and_then_is_that_of_the_folde
     local = given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
     server.faults = [Fault("503"), Fault("drop"), Fault("truncate"), Fault("flip")]
     url = f"{server.url}/corpus"
-    # Three windows of two shards, and the one shard outside of them that may be open.
+    # Space for three windows of two shards, and for the one other shard that may be open.
     assert given(stream_of(url, settings(url, tmp_path / "cache", 7 * size, workers))) == local
     assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 7 * size
 
@@ -484,7 +487,7 @@ def test_a_stream_over_a_web_server_that_fails_now_and_then_is_that_of_the_folde
 def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, tmp_path):
     with object_store() as address, serving(upstream=address) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        bucket = place("s3://cached-corpora")
+        bucket = to_path("s3://cached-corpora")
         bucket.mkdir()
         for file in sorted(corpus.iterdir()):
             if file.is_file():
@@ -503,7 +506,7 @@ def test_a_stream_over_s3_that_fails_now_and_then_is_that_of_the_folder(corpus, 
 
 
 def test_a_stream_over_google_cloud_storage_is_that_of_the_folder(corpus, tmp_path, monkeypatch):
-    """Google's client, against an emulator of the service."""
+    """Google's client works against an emulator of the service."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -514,7 +517,7 @@ def test_a_stream_over_google_cloud_storage_is_that_of_the_folder(corpus, tmp_pa
         url = "gs://corpora/corpus"
         for file in sorted(corpus.iterdir()):
             if file.is_file():
-                (place(url) / file.name).write_bytes(file.read_bytes())
+                (to_path(url) / file.name).write_bytes(file.read_bytes())
         size = max(entry.bytes for entry in load_manifest(url).shards)
         remote = given(stream_of(url, settings(url, tmp_path / "cache", 7 * size)))
         with pytest.raises(DataError, match=r"gs://corpora/nowhere does not exist"):
@@ -522,18 +525,18 @@ def test_a_stream_over_google_cloud_storage_is_that_of_the_folder(corpus, tmp_pa
     assert remote == given(stream_of(str(corpus), settings(str(corpus), tmp_path / "unused", size)))
 
 
-def test_a_shard_that_cannot_be_had_is_asked_for_once_and_not_with_each_of_its_pairs(server, tmp_path):
+def test_a_shard_that_cannot_be_fetched_is_requested_once_and_not_for_each_of_its_pairs(server, tmp_path):
     corpora = Corpora([f"{server.url}/corpus"], small_cache(tmp_path, attempts=2))
-    corpora.need([0, 1])
+    corpora.keep_open([0, 1])
     server.faults = [Fault("flip", r"00001\.tar$", times=99)]
     for number in range(3):
         with pytest.raises(DataError, match=r"00001\.tar cannot be fetched; 2 attempts failed, .*SHA-256"):
             corpora.read(1, number)
-    assert tars_asked_for(server) == 2
-    # The next time that its window comes up the store may be well again.
+    assert count_tar_requests(server) == 2
+    # When the window comes up again, the shard is requested again: the store may have recovered.
     server.faults = []
-    corpora.need([2, 3])
-    corpora.need([0, 1])
+    corpora.keep_open([2, 3])
+    corpora.keep_open([0, 1])
     assert corpora.read(1, 0).caption
 
 
@@ -542,7 +545,7 @@ def test_a_shard_that_cannot_be_had_is_asked_for_once_and_not_with_each_of_its_p
     [(kind, "00005.tar") for kind in ("flip", "404", "503", "truncate", "drop", "hang")] + [("404", "00005.index.npy")],
 )
 @pytest.mark.usefixtures("impatient")
-def test_pairs_of_a_shard_that_a_store_does_not_give_are_replaced_and_named(server, tmp_path, kind, file):
+def test_pairs_of_a_shard_that_a_store_does_not_deliver_are_replaced_and_named(server, tmp_path, kind, file):
     url = f"{server.url}/corpus"
     options = dataclasses.replace(
         settings(url, tmp_path, 10**9), on_bad_sample="replace", max_bad_fraction=0.01, workers=0
@@ -550,7 +553,7 @@ def test_pairs_of_a_shard_that_a_store_does_not_give_are_replaced_and_named(serv
     stream = stream_of(url, options)
     stream.corpora.cache = small_cache(tmp_path, attempts=2)
     server.faults = [Fault(kind, file, times=999)]
-    batches = list(micro_batches(stream, 0, 6))  # every other four positions of two epochs
+    batches = list(micro_batches(stream, 0, 6))  # half of the positions of two epochs
     lines = [json.loads(line) for batch in batches for line in batch.lines]
     replaced = [line["replaced"] for line in lines if "replaced" in line]
     assert replaced and all(f"{file} cannot be fetched" in why for why in replaced)
@@ -564,24 +567,24 @@ def test_remote_shards_without_a_cache_are_refused_with_the_setting(server):
         Corpora([f"{server.url}/corpus"])
 
 
-def test_negatives_from_all_over_a_remote_corpus_are_refused(server, tmp_path):
+def test_negatives_from_a_whole_remote_corpus_are_refused(server, tmp_path):
     url = f"{server.url}/corpus"
-    with pytest.raises(ConfigError, match=r"data\.itm_negatives=corpus reads images from all over"):
+    with pytest.raises(ConfigError, match=r"data\.itm_negatives=corpus reads images from a whole corpus"):
         open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path), itm_negatives="corpus"))
 
 
-def test_a_remote_folder_that_is_not_there_is_named(server, tmp_path):
+def test_a_missing_remote_folder_is_named(server, tmp_path):
     url = f"{server.url}/none"
     with pytest.raises(DataError, match=r"http.*none"):
         open_corpora([url], DataConfig(train_shards=(url,), cache_dir=str(tmp_path)))
 
 
-def test_a_web_server_is_asked_for_the_manifest_alone(server):
+def test_only_the_manifest_is_requested_from_a_web_server_at_first(server):
     assert len(shards_at(server.url)) == 8 and server.requests == ["/corpus/shards.json"]
 
 
 @pytest.mark.parametrize("kind", ["403", "503", "drop"])
-def test_a_manifest_that_a_web_server_does_not_give_is_an_error_with_its_reason(server, kind, monkeypatch):
+def test_a_manifest_that_a_web_server_does_not_deliver_is_an_error_with_its_reason(server, kind, monkeypatch):
     monkeypatch.setattr(storage_module, "_BACKOFF_SECONDS", 0.01)
     server.faults = [Fault(kind, "json", times=99)]
     with pytest.raises(DataError, match=r"shards\.json cannot be read .*Is the store reachable"):
@@ -594,5 +597,5 @@ def test_a_store_that_fails_when_a_run_starts_is_asked_again(corpus, server, mon
     monkeypatch.setattr(storage_module, "_BACKOFF_SECONDS", 0.01)
     server.faults = [Fault(kind, r"\.json$", times=2), Fault(kind, r"\.npy$", times=2)]
     assert load_manifest(f"{server.url}/corpus") == load_manifest(corpus)
-    assert load_index(place(f"{server.url}/corpus/00000.tar")).tobytes() == load_index(corpus / "00000.tar").tobytes()
+    assert load_index(to_path(f"{server.url}/corpus/00000.tar")).tobytes() == load_index(corpus / "00000.tar").tobytes()
     assert all(fault.times == 0 for fault in server.faults)

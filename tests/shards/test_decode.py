@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes upright, opaque RGB, or an error that names it."""
+"""Every kind of image file becomes upright, opaque RGB, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from bridgetower.errors import DataError
-from bridgetower.shards.decode import MAX_IMAGE_PIXELS, PictureTooLarge, open_picture
+from bridgetower.shards.decode import MAX_IMAGE_PIXELS, ImageTooLarge, decode_image
 from tests.small_corpora import draw, file_of, png_that_claims
 
 ORIENTATION = 0x0112
 
 
 def pixels(raw: bytes) -> np.ndarray:
-    return np.asarray(open_picture(raw, "the picture")).astype(int)
+    return np.asarray(decode_image(raw, "the image")).astype(int)
 
 
 def with_orientation(image: Image.Image, orientation: int, format_name: str) -> bytes:
@@ -26,7 +26,7 @@ def with_orientation(image: Image.Image, orientation: int, format_name: str) -> 
     return file_of(image, format_name, exif=exif, **options)
 
 
-def test_a_transparent_picture_lies_on_white():
+def test_a_transparent_image_is_shown_on_white():
     image = np.zeros((1, 3, 4), np.uint8)
     image[0] = [(200, 100, 0, 255), (200, 100, 0, 128), (200, 100, 0, 0)]
     found = pixels(file_of(Image.fromarray(image)))
@@ -50,12 +50,12 @@ def test_a_palette_without_transparency_keeps_its_colours():
     assert pixels(file_of(image)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
 
 
-def test_gray_with_transparency_lies_on_white():
+def test_transparent_gray_is_shown_on_white():
     image = np.array([[[90, 255], [90, 0]]], np.uint8)
     assert pixels(file_of(Image.fromarray(image, "LA"))).tolist() == [[[90] * 3, [255] * 3]]
 
 
-def test_black_and_white_pictures_are_black_and_white():
+def test_black_and_white_images_are_black_and_white():
     assert pixels(file_of(Image.new("1", (1, 1), 0)))[0, 0].tolist() == [0, 0, 0]
     assert pixels(file_of(Image.new("1", (1, 1), 1)))[0, 0].tolist() == [255, 255, 255]
 
@@ -74,7 +74,7 @@ def test_a_cmyk_jpeg_has_the_colours_of_its_rgb_original():
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright(orientation, format_name):
+def test_an_image_is_turned_upright(orientation, format_name):
     stored = draw(3, 30, 20)
     raw = with_orientation(stored, orientation, format_name)
     tagged = stored.copy()
@@ -82,53 +82,53 @@ def test_a_picture_is_turned_upright(orientation, format_name):
     upright = np.asarray(ImageOps.exif_transpose(tagged)).astype(int)
     found = pixels(raw)
     assert found.shape == upright.shape
-    # The picture is a ramp to the right and downwards: turned wrongly, its mean differs by tens of levels.
+    # The image is a ramp to the right and downwards: turned wrongly, it differs by tens of levels on average.
     assert abs(found - upright).mean() < 6
 
 
-def test_a_picture_with_damaged_exif_data_is_kept_as_it_lies():
+def test_an_image_with_damaged_exif_data_is_kept_and_not_turned():
     raw = with_orientation(draw(3, 30, 20), 6, "JPEG")
     start = raw.index(b"Exif\0\0")
     damaged = raw[: start + 6] + b"\xff" * 12 + raw[start + 18 :]
     assert pixels(damaged).shape == (20, 30, 3)
 
 
-def test_a_picture_whose_exif_data_contradict_themselves_is_turned_all_the_same():
+def test_an_image_whose_exif_data_contradict_themselves_is_turned_nevertheless():
     exif = Image.Exif()
     exif[ORIENTATION], exif[0x010E] = 6, "a description"
     raw = file_of(draw(3, 30, 20), "JPEG", exif=exif)
     start = raw.index(b"Exif\0\0")
-    # The description becomes the image's width, a number: Pillow reads it, but raises struct.error when it writes it.
+    # The tag of the description becomes that of the width, a number: Pillow reads it, but cannot write it back.
     contradictory = raw[:start] + raw[start:].replace(b"\x01\x0e", b"\x01\x00", 1)
     assert contradictory != raw
     assert pixels(contradictory).shape == (30, 20, 3)
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_a_truncated_picture_is_an_error_that_names_it(format_name):
+def test_a_truncated_image_is_an_error_that_names_it(format_name):
     raw = file_of(draw(1, 64, 64), format_name)
     with pytest.raises(DataError, match="The image of shard 7, sample 3 cannot be decoded"):
-        open_picture(raw[: len(raw) // 2], "shard 7, sample 3")
+        decode_image(raw[: len(raw) // 2], "shard 7, sample 3")
 
 
 @pytest.mark.parametrize("raw", [b"", b"<html>404</html>", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_not_a_picture_is_an_error(raw):
+def test_what_is_not_an_image_is_an_error(raw):
     with pytest.raises(DataError, match="cannot be decoded"):
-        open_picture(raw, "x")
+        decode_image(raw, "x")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width", [10_001, 60_000])
-def test_a_picture_that_claims_to_be_huge_is_refused_before_it_is_decoded(width):
+def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(width):
     # Pillow itself refuses above twice this limit, and only warns below.
     raw = png_that_claims(width, 9_000)
     assert len(raw) < 200 and width * 9_000 > MAX_IMAGE_PIXELS
-    with pytest.raises(PictureTooLarge, match="89,478,485"):
-        open_picture(raw, "x")
+    with pytest.raises(ImageTooLarge, match="89,478,485"):
+        decode_image(raw, "x")
 
 
 def damaged_files() -> st.SearchStrategy[bytes]:
-    """Pictures of many formats with some bytes changed and their end cut off."""
+    """Images of many formats with some bytes changed and their end cut off."""
     image, exif = draw(5, 24, 20), Image.Exif()
     exif[ORIENTATION], exif[0x010E] = 6, "a description"
     files = [file_of(image, name, exif=exif) for name in ("JPEG", "PNG", "WEBP", "TIFF")]
@@ -136,21 +136,21 @@ def damaged_files() -> st.SearchStrategy[bytes]:
 
     def damage(case: tuple[bytes, list[tuple[int, int]], int]) -> bytes:
         raw, changes, cut = bytearray(case[0]), case[1], case[2]
-        for place, value in changes:
-            raw[place % len(raw)] = value
+        for offset, value in changes:
+            raw[offset % len(raw)] = value
         return bytes(raw[: len(raw) - cut])
 
     changes = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=6)
     return st.tuples(st.sampled_from(files), changes, st.sampled_from([0, 0, 0, 10])).map(damage)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it found
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged metadata
 @settings(derandomize=True, deadline=None, max_examples=400)
 @given(damaged_files())
-def test_a_damaged_file_is_a_picture_or_an_error_made_for_people(raw):
+def test_a_damaged_file_is_an_image_or_an_error_made_for_people(raw):
     try:
-        image = open_picture(raw, "the picture")
+        image = decode_image(raw, "the image")
     except DataError as error:
-        assert "the picture" in str(error)
+        assert "the image" in str(error)
     else:
         assert image.mode == "RGB"

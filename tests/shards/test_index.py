@@ -17,7 +17,7 @@ from bridgetower.rng import hash64
 from bridgetower.shards.index import INDEX_DTYPE, ShardReader, index_path, scan_tar
 from tests.small_corpora import draw, file_of, write_corpus
 
-PICTURE = file_of(draw(0))
+IMAGE = file_of(draw(0))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_indexed_reads_equal_a_plain_read_of_the_tar(emoji_shards, split):
     shard = emoji_shards / split / "00000.tar"
     reader, plain = ShardReader(shard), plain_samples(shard)
     assert len(reader) == len(plain) > 100
-    for number in reversed(range(len(reader))):  # not in the order of the file
+    for number in reversed(range(len(reader))):  # the order does not matter
         sample = reader.read(number)
         assert (sample.image, sample.record) == plain[number]
         assert sample.image_id == hash64(sample.record["image_id"])
@@ -67,7 +67,7 @@ def test_a_pair_is_a_caption_of_a_sample_in_the_order_of_the_shard(shard):
     reader = ShardReader(shard)
     counts = [len(content["captions"]) for _, content in plain_samples(shard)]
     assert sorted(counts) == [1, 2, 3]
-    assert reader.captions_per_sample().tolist() == counts
+    assert [len(reader.read(sample).record["captions"]) for sample in range(len(reader))] == counts
     assert reader.num_pairs == 6
     expected = [(sample, caption) for sample, count in enumerate(counts) for caption in range(count)]
     assert [reader.locate(pair) for pair in range(6)] == expected
@@ -77,12 +77,12 @@ def test_shards_of_other_tools_are_indexed_with_their_members_in_any_order(tmp_p
     shard = write_tar(
         tmp_path / "other.tar",
         [
-            ("README", b"no sample: a name without a dot"),
-            ("part/.hidden", b"no sample: a name without a key"),
+            ("README", b"not a member of a sample: no dot in its name"),
+            ("part/.hidden", b"not a member of a sample: no key in its name"),
             ("part/a.json", record("one", "a caption")),
-            ("part/a.JPG", PICTURE),
+            ("part/a.JPG", IMAGE),
             ("part/a.txt", b"a caption"),
-            ("part/b.png", PICTURE + b"more"),
+            ("part/b.png", IMAGE + b"more"),
             ("part/b.cls.txt", b"5"),
             ("part/b.json", record("two", "x", "y")),
         ],
@@ -90,10 +90,10 @@ def test_shards_of_other_tools_are_indexed_with_their_members_in_any_order(tmp_p
     np.save(index_path(shard), scan_tar(shard))
     reader = ShardReader(shard)
     assert [reader.read(number).record["captions"] for number in range(len(reader))] == [["a caption"], ["x", "y"]]
-    assert [reader.read(number).image for number in range(len(reader))] == [PICTURE, PICTURE + b"more"]
+    assert [reader.read(number).image for number in range(len(reader))] == [IMAGE, IMAGE + b"more"]
 
 
-def test_the_readers_file_may_be_closed_and_opened_again(shard):
+def test_a_closed_reader_fails_and_a_new_one_reads_on(shard):
     reader = ShardReader(shard)
     first = reader.read(0)
     reader.close()
@@ -102,7 +102,7 @@ def test_the_readers_file_may_be_closed_and_opened_again(shard):
     assert ShardReader(shard).read(0) == first
 
 
-# What may happen to an index, and what the error then says.
+# Ways in which the file of an index can be damaged.
 
 
 def delete(sidecar: Path) -> None:
@@ -132,7 +132,7 @@ def pickle_objects(sidecar: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [delete, empty, cut_short, overwrite, make_zip, pickle_objects])
-def test_an_index_that_cannot_be_read_is_an_error_with_its_cure(shard, damage):
+def test_an_index_that_cannot_be_read_is_an_error_that_says_what_to_do(shard, damage):
     damage(index_path(shard))
     with pytest.raises(DataError, match=r"00000\.index\.npy cannot be read .* Run the command that built the shards"):
         ShardReader(shard)
@@ -148,14 +148,14 @@ def test_an_index_of_another_version_is_an_error_that_names_its_fields(shard):
 @pytest.mark.parametrize(
     "other",
     [
-        ([("a.json", record("one", "x,y")), ("a.png", PICTURE)], "captions"),
-        ([("a.json", record("two", "x", "y")), ("a.png", PICTURE)], "another image"),
+        ([("a.json", record("one", "x,y")), ("a.png", IMAGE)], "captions"),
+        ([("a.json", record("two", "x", "y")), ("a.png", IMAGE)], "another image"),
     ],
     ids=lambda case: case[1],
 )
 def test_an_index_of_another_build_is_an_error(tmp_path, other):
-    # Tars are padded to 10,240 bytes, so neither the file's size nor the members' places need to differ.
-    shard = write_tar(tmp_path / "00000.tar", [("a.json", record("one", "x", "y")), ("a.png", PICTURE)])
+    # Tars are padded to 10,240 bytes, so neither the file's size nor the members' offsets differ.
+    shard = write_tar(tmp_path / "00000.tar", [("a.json", record("one", "x", "y")), ("a.png", IMAGE)])
     np.save(index_path(shard), scan_tar(shard))
     before = shard.stat().st_size
     write_tar(shard, [(name, content.ljust(43) if name == "a.json" else content) for name, content in other[0]])
@@ -163,7 +163,7 @@ def test_an_index_of_another_build_is_an_error(tmp_path, other):
     index["record_bytes"] = 43
     np.save(index_path(shard), index)
     assert shard.stat().st_size == before
-    with pytest.raises(DataError, match="shard and index are of different builds"):
+    with pytest.raises(DataError, match="shard and index come from different builds"):
         ShardReader(shard).read(0)
 
 
@@ -175,7 +175,7 @@ def test_an_index_whose_offsets_lead_elsewhere_is_an_error(shard):
         ShardReader(shard).read(0)
 
 
-def test_a_missing_shard_is_an_error_with_its_cure(shard):
+def test_a_missing_shard_is_an_error_that_says_what_to_do(shard):
     shard.unlink()
     with pytest.raises(DataError, match=r"00000\.tar cannot be read \(No such file or directory\)\. Copy or build"):
         ShardReader(shard)
@@ -188,7 +188,7 @@ def test_a_shard_that_was_cut_short_is_an_error_with_the_byte(shard):
         reader.read(2)
 
 
-SAMPLE = [("a.json", record("a", "x")), ("a.png", PICTURE)]
+SAMPLE = [("a.json", record("a", "x")), ("a.png", IMAGE)]
 
 
 @pytest.mark.parametrize(
@@ -196,18 +196,18 @@ SAMPLE = [("a.json", record("a", "x")), ("a.png", PICTURE)]
     [
         ([SAMPLE[0]], r"bad\.tar:a has the members \['json'\]"),
         ([SAMPLE[1]], r"bad\.tar:a has the members \['png'\]"),
-        ([*SAMPLE, ("a.jpg", PICTURE)], r"it needs one image"),
+        ([*SAMPLE, ("a.jpg", IMAGE)], r"it needs one image"),
         ([("a.json", b"{"), SAMPLE[1]], r"bad\.tar:a\.json is not JSON"),
         ([("a.json", b"[]"), SAMPLE[1]], r"a\.json holds a list"),
         ([("a.json", b'{"image_id": "a"}'), SAMPLE[1]], r"captions=None; it needs a list"),
         ([("a.json", record("a")), SAMPLE[1]], r"captions=\[\]; it needs a list"),
         ([("a.json", record("a", "x", "")), SAMPLE[1]], r"it needs a list"),
         ([("a.json", b'{"image_id": 7, "captions": ["x"]}'), SAMPLE[1]], r"image_id=7; it needs a text"),
-        ([*SAMPLE, ("b.json", record("b", "x")), ("b.png", PICTURE), *SAMPLE], r"holds the key 'a' twice"),
-        ([*SAMPLE, ("a.PNG", PICTURE)], r"holds a\.png twice"),
+        ([*SAMPLE, ("b.json", record("b", "x")), ("b.png", IMAGE), *SAMPLE], r"holds the key 'a' twice"),
+        ([*SAMPLE, ("a.PNG", IMAGE)], r"holds a\.png twice"),
     ],
 )
-def test_a_tar_that_is_no_shard_is_an_error_that_names_the_sample(tmp_path, members, problem):
+def test_a_tar_that_is_not_a_shard_is_an_error_that_names_the_sample(tmp_path, members, problem):
     with pytest.raises(DataError, match=problem):
         scan_tar(write_tar(tmp_path / "bad.tar", members))
 
@@ -226,7 +226,7 @@ def test_a_tar_that_was_cut_short_is_an_error(shard, tmp_path):
 
 
 def test_a_damaged_header_in_the_middle_is_an_error_and_not_the_end(shard, tmp_path):
-    # tarfile takes it for the end of the file: the samples behind it would be lost without a word.
+    # tarfile takes the damaged header for the end of the file: all later samples would be lost silently.
     with tarfile.open(shard) as tar:
         headers = [member.offset for member in tar]
     damaged, raw = tmp_path / "damaged.tar", bytearray(shard.read_bytes())

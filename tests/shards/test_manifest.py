@@ -1,4 +1,4 @@
-"""The manifest is what lies in the folder, or an error says what is not."""
+"""A manifest describes the files of its folder, or an error says which one is wrong."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_the_digest_changes_with_the_content_of_a_shard_and_not_with_a_new_read(
     assert dataclasses.replace(manifest, shards=manifest.shards[::-1]).digest() != manifest.digest()
 
 
-def test_a_missing_folder_is_an_error_with_the_command_that_makes_it(tmp_path):
+def test_a_missing_folder_is_an_error_with_the_command_that_builds_it(tmp_path):
     with pytest.raises(DataError, match=r"nowhere does not exist\. Build it .* --out=.*nowhere"):
         load_manifest(tmp_path / "nowhere")
 
 
-def test_a_folder_without_a_manifest_is_an_error_that_says_how_to_go_on(corpus):
+def test_a_folder_without_a_manifest_is_an_error_that_says_how_to_continue(corpus):
     (corpus / "shards.json").unlink()
     with pytest.raises(DataError, match=r"has no shards\.json.*run the same build_shards\.py command again"):
         load_manifest(corpus)
@@ -94,7 +94,7 @@ def test_a_manifest_that_is_not_json_is_an_error(corpus, content):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "[1, 2]"])
-def test_json_that_is_no_object_is_an_error(corpus, content):
+def test_json_that_is_not_an_object_is_an_error(corpus, content):
     (corpus / "shards.json").write_text(content)
     with pytest.raises(DataError, match="not a manifest"):
         load_manifest(corpus)
@@ -114,7 +114,7 @@ def test_a_manifest_that_cannot_be_opened_is_an_error(corpus):
         load_manifest(corpus)
 
 
-def test_a_missing_shard_is_an_error_with_its_cure(corpus):
+def test_a_missing_shard_is_an_error_that_says_what_to_do(corpus):
     (corpus / "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001\.tar is in the manifest but not on disk\. Copy it again"):
         load_manifest(corpus)

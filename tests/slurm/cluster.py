@@ -1,7 +1,7 @@
-"""A real Slurm on this machine: Debian's slurmctld, two slurmd that are nodes of 8 pretended GPUs each, and munge.
+"""A real Slurm on this machine: Debian's slurmctld, two slurmd (nodes with 8 fake GPUs each), and munge.
 
-Needs root and, if the packages are not there, apt. Nothing outside of its own folder is changed but the installed
-packages and /etc/hosts, where the nodes' names stand while it runs.
+Needs root, and apt if the packages are missing. Outside of its own folder it changes only the installed packages and
+/etc/hosts, which has the names of the nodes while it runs.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 
 class Cluster:
-    """Two nodes; `environment` is what a person on the login node has."""
+    """A cluster of two nodes. `environment` is that of a login node."""
 
     def __init__(self) -> None:
-        """Start everything, from a machine without Slurm if need be; 15 s with the installation, 2 s without."""
+        """Start everything, after installing Slurm if it is missing: in 2 s, or 15 s with the installation."""
         if os.geteuid() != 0:
-            raise RuntimeError("Slurm's daemons are started by root. Run `make test-slurm` as root, in a container.")
+            raise RuntimeError("Only root can start Slurm's daemons. Run `make test-slurm` as root, in a container.")
         install()
-        # Not pytest's folder: a socket's path has at most 107 characters.
+        # Not in pytest's folder: the path of a socket has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -95,20 +95,20 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         for name in ("munge", "state", "spool", "dev"):
             (self.folder / name).mkdir()
-        port, *node_ports = free_ports(1 + len(NODES))
+        port, *node_ports = find_free_ports(1 + len(NODES))
         content = SLURM_CONF.format(
             host=host, folder=self.folder, port=port, first_port=node_ports[0], last_port=node_ports[-1], cpus=CPUS,
-            gpus=GPUS, memory=memory_mib(), nodes=f"n[1-{len(NODES)}]",
+            gpus=GPUS, memory=read_memory_mib(), nodes=f"n[1-{len(NODES)}]",
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(content)
-        for number in range(GPUS):
-            (self.folder / f"dev/nvidia{number}").touch()
+        for gpu in range(GPUS):
+            (self.folder / f"dev/nvidia{gpu}").touch()
         (self.folder / "gres.conf").write_text(
             f"NodeName=n[1-{len(NODES)}] Name=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n"
         )
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
-        # So that the first of `scontrol show hostnames` is an address.
-        HOSTS.write_text(without_nodes(HOSTS.read_text()) + "".join(f"127.0.0.1 {node} {MARK}\n" for node in NODES))
+        # So that the names that `scontrol show hostnames` prints can be resolved.
+        HOSTS.write_text(remove_nodes(HOSTS.read_text()) + "".join(f"127.0.0.1 {node} {MARK}\n" for node in NODES))
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"
@@ -134,29 +134,28 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def crash_node(self, node: str) -> None:
-        """Kill all that runs on a node at once, as when it loses its power."""
-        tasks = [process for process in psutil.process_iter() if _node_of(process) == node]
+        """Kill everything that runs on a node at once, like a power failure."""
+        tasks = [process for process in psutil.process_iter() if _find_node(process) == node]
         daemons = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
         for process in (psutil.Process(self._daemons.pop(node).pid), *daemons, *tasks):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def call(self, *command: str) -> str:
-        """Run a command of Slurm; its output.
+        """Run a command of Slurm. Fails with its output if the exit code is not 0.
 
-        Raises:
-            CalledProcessError: with its output.
+        Returns: its output.
         """
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=60)
         assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout.strip()
 
-    def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Restarts, NodeList, ExitCode, ..."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "show", "job", "-o", number)))
+    def show_job(self, job_id: str) -> dict[str, str]:
+        """Read what Slurm knows about a job: JobState, Restarts, NodeList, ExitCode, ..."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "show", "job", "-o", job_id)))
 
     def stop(self) -> None:
-        """End the jobs, then the daemons."""
+        """Stop the jobs, then the daemons."""
         if "slurmctld" in self._daemons:
             for state in ("PENDING", "RUNNING"):
                 subprocess.run(["scancel", f"--state={state}"], env=self.environment, timeout=30, check=False)
@@ -168,12 +167,12 @@ class Cluster:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-        HOSTS.write_text(without_nodes(HOSTS.read_text()))
+        HOSTS.write_text(remove_nodes(HOSTS.read_text()))
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def install() -> None:
-    """Install what is missing."""
+    """Install the programs that are missing."""
     packages = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program)})
     if packages:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -182,32 +181,32 @@ def install() -> None:
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def _node_of(process: psutil.Process) -> str:
-    """The node on which a process of a job runs."""
+def _find_node(process: psutil.Process) -> str:
+    """Find the node on which a process of a job runs."""
     try:
         return process.environ().get("SLURMD_NODENAME", "")
     except psutil.Error:
         return ""
 
 
-def without_nodes(hosts: str) -> str:
-    """Remove what an earlier cluster wrote."""
+def remove_nodes(hosts: str) -> str:
+    """Remove the lines of an earlier cluster."""
     return "".join(line for line in hosts.splitlines(keepends=True) if MARK not in line)
 
 
-def memory_mib() -> int:
-    """The memory of this machine, MiB."""
+def read_memory_mib() -> int:
+    """Read the memory of this machine, in MiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
-def free_ports(count: int) -> list[int]:
-    """Consecutive ports at which nobody listens."""
+def find_free_ports(count: int) -> list[int]:
+    """Find consecutive ports on which nobody listens."""
     for first in range(16_800, 20_000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
-            for number, each in enumerate(sockets):
-                each.bind(("127.0.0.1", first + number))
-            return [first + number for number in range(count)]
+            for offset, each in enumerate(sockets):
+                each.bind(("127.0.0.1", first + offset))
+            return [first + offset for offset in range(count)]
         except OSError:
             continue
         finally:
@@ -217,13 +216,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    """Ask until it is so.
+    """Wait until a condition is true.
 
     Raises:
-        TimeoutError: it is not.
+        TimeoutError: it is still false after ``seconds``.
     """
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"not so after {seconds} s")
+            raise TimeoutError(f"the condition is still false after {seconds} s")
         time.sleep(0.3)

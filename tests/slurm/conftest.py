@@ -1,4 +1,4 @@
-"""The cluster of these tests. `make test-slurm` runs them; `make test` does not, as they install packages."""
+"""The cluster of these tests. `make test-slurm` runs them; `make test` does not, because they install packages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.conftest import REPO, preloaded_words, run_script
 from tests.integration.runs import SMALL_MODEL
 from tests.slurm.cluster import Cluster, wait_for
 
-# Two ranks on two cores. The job scripts hand the environment of sbatch to the job.
-CALM = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+# One thread per rank, for two ranks on two cores. A job inherits the environment of sbatch.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes."""
+    """Start a cluster of two nodes."""
     running = Cluster()
     yield running
     running.stop()
@@ -28,38 +28,38 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory) -> Path:
-    """The demo corpus."""
+    """Build the demo corpus."""
     out = tmp_path_factory.mktemp("shards") / "emoji"
     run_script("data_prep/build_shards.py", "emoji", f"--out={out}")
     return out
 
 
 class Jobs:
-    """Submits as a person does, from the root of the repository."""
+    """Submits jobs from the root of the repository, as users do, and reads their logs."""
 
     def __init__(self, cluster: Cluster, root: Path) -> None:
-        """Logs and runs are written into `root`."""
+        """Write logs and runs into `root`."""
         self.cluster, self.root = cluster, root
         self.python = root / "python"
-        """Runs scripts by a server that has imported what they need; anything else as itself."""
+        """Runs scripts on a server that has imported what they need, and everything else with Python itself."""
         preloaded = shlex.join([sys.executable, *preloaded_words()])
         self.python.write_text(f'#!/bin/sh\ncase $1 in -*) exec {sys.executable} "$@" ;; esac\nexec {preloaded} "$@"\n')
         self.python.chmod(0o755)
 
     def submit(self, options: list[str], script: str, words: list[str], env: dict[str, str] | None = None) -> str:
-        """Submit a script. Returns: the job's number."""
+        """Submit a script. Returns: the job id."""
         name = f"job{len(list(self.root.glob('*.out')))}"
-        settings = {**CALM, "PYTHON": str(self.python), "RANK_LOGS": str(self.root / name), **(env or {})}
+        settings = {**ONE_THREAD, "PYTHON": str(self.python), "RANK_LOGS": str(self.root / name), **(env or {})}
         (self.root / f"{name}.out").touch()
         command = ["sbatch", "--parsable", f"--output={self.root / name}.out", *options, script, *words]
-        number = self.cluster.call("env", "-C", str(REPO), *(f"{k}={v}" for k, v in settings.items()), *command)
-        self.names = {**getattr(self, "names", {}), number: name}
-        return number
+        job_id = self.cluster.call("env", "-C", str(REPO), *(f"{k}={v}" for k, v in settings.items()), *command)
+        self.names = {**getattr(self, "names", {}), job_id: name}
+        return job_id
 
     def pretrain(
         self, shards: Path, run: str, steps: int, *words: str, options: tuple[str, ...] = (), **env: str
     ) -> str:
-        """Submit slurm/pretrain_base.sh with a small model, one rank on each of two nodes if nothing else is said."""
+        """Submit slurm/pretrain_base.sh with a small model, by default one rank on each of two nodes."""
         settings = [
             "tiny",
             f"--run_root={self.root}",
@@ -76,31 +76,31 @@ class Jobs:
             *SMALL_MODEL,
             *words,
         ]
-        where = ["--nodes=2", "--ntasks-per-node=1", *options]
-        return self.submit(where, "slurm/pretrain_base.sh", settings, {"RANKS_PER_NODE": "1", **env})
+        nodes = ["--nodes=2", "--ntasks-per-node=1", *options]
+        return self.submit(nodes, "slurm/pretrain_base.sh", settings, {"RANKS_PER_NODE": "1", **env})
 
-    def state(self, number: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ..."""
-        return self.cluster.job(number)["JobState"]
+    def state(self, job_id: str) -> str:
+        """Read the state: PENDING, RUNNING, COMPLETED, ..."""
+        return self.cluster.show_job(job_id)["JobState"]
 
-    def end(self, number: str, seconds: float = 240) -> str:
-        """Wait for the end. Returns: the state."""
+    def end(self, job_id: str, seconds: float = 240) -> str:
+        """Wait until a job has ended. Returns: its state."""
         try:
-            wait_for(lambda: self.state(number) in ENDED, seconds)
+            wait_for(lambda: self.state(job_id) in ENDED, seconds)
         except TimeoutError:
-            raise AssertionError(f"{self.cluster.job(number)}\n{self.log(number)}") from None
-        return self.state(number)
+            raise AssertionError(f"{self.cluster.show_job(job_id)}\n{self.log(job_id)}") from None
+        return self.state(job_id)
 
-    def log(self, number: str) -> str:
-        """The merged log."""
-        return (self.root / f"{self.names[number]}.out").read_text()
+    def log(self, job_id: str) -> str:
+        """Read the merged log."""
+        return (self.root / f"{self.names[job_id]}.out").read_text()
 
-    def rank_logs(self, number: str) -> dict[str, str]:
-        """The logs of the ranks by file name."""
-        return {path.name: path.read_text() for path in sorted((self.root / self.names[number]).glob("*.log"))}
+    def rank_logs(self, job_id: str) -> dict[str, str]:
+        """Read the logs of the ranks, by file name."""
+        return {path.name: path.read_text() for path in sorted((self.root / self.names[job_id]).glob("*.log"))}
 
 
 @pytest.fixture(scope="session")
 def jobs(cluster: Cluster, tmp_path_factory) -> Jobs:
-    """Of one folder for all tests, as runs are compared with each other."""
+    """Submit the jobs of all tests into one folder, because their runs are compared with each other."""
     return Jobs(cluster, tmp_path_factory.mktemp("jobs"))

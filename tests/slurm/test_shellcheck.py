@@ -1,4 +1,4 @@
-"""Every shell script of the repository is free of what shellcheck knows to be wrong."""
+"""shellcheck finds no fault in any shell script of the repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPTS = [*sorted((REPO / "slurm").glob("*.sh")), REPO / ".ci/run"]
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     install()
-    done = subprocess.run(
+    process = subprocess.run(
         ["shellcheck", "--external-sources", script.relative_to(REPO)], cwd=REPO, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout

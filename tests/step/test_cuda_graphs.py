@@ -1,4 +1,4 @@
-"""Recorded steps, and the empty places that let batches of other lengths share one.
+"""Steps as CUDA graphs, and the padded slots that let batches of other lengths share one.
 
 Without a GPU a step is computed each time where a recorded one would be run. Of base, that both are the same is
 measured on a GPU by benchmarks/gpu (agreement).
@@ -17,19 +17,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bridgetower.config.compute import PLAIN, ComputeConfig
+from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.run import ObjectivesConfig
-from bridgetower.kernels.dropout import draw_key
+from bridgetower.kernels.keys import draw_key
 from bridgetower.step import cuda_graphs as recorded
-from bridgetower.step.cuda_graphs import RecordedStep, Stages
-from bridgetower.step.plan import room_for
+from bridgetower.step.cuda_graphs import RecordedStep, Stages, can_be_recorded
+from bridgetower.step.plan import fit_bucket
 from tests.kernels.test_triton import DEVICE, kernel_task
+from tests.model.test_plain import with_masks
 from tests.ranks import run_on_ranks
 from tests.small_models import EVERY_OBJECTIVE, random_batch, small_task
-from tests.step.test_plan import with_masks
 
 __all__ = ["kernel_task"]
-EAGER = ComputeConfig(cuda_graphs=False)
 needs_no_gpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU records half precision alone")
 
 
@@ -212,58 +211,58 @@ def nothing_is_zero_by_chance() -> Iterator[None]:
 
 
 @needs_no_gpu
-def test_empty_places_change_no_loss_no_metric_and_no_gradient(kernel_task, nothing_is_zero_by_chance):
+def test_padded_slots_change_no_loss_no_metric_and_no_gradient(kernel_task, nothing_is_zero_by_chance, monkeypatch):
     kernel_task.corpora = ("one", "other")
     # One caption has no masked token, and the other the image of neither.
     batch = with_masks(random_batch(2), [0, 1])._replace(
         pixels_N3SS=random_batch(3).pixels_N3SS, itm_image_B=torch.tensor([2, 1]), corpus_B=torch.tensor([0, 1])
     )
-    room = room_for(batch)
-    assert room.tokens > sum(batch.num_tokens) and room.masked > sum(batch.num_masked)
-    found = []
-    for compute in (PLAIN, ComputeConfig()):
-        kernel_task.model.compute = compute
+    bucket = fit_bucket(batch)
+    assert bucket.tokens > sum(batch.num_tokens) and bucket.masked > sum(batch.num_masked)
+    results = []
+    for is_recorded in (False, True):
+        monkeypatch.setattr(kernel_task, "_may_record", is_recorded)
         kernel_task.zero_grad()
         loss, metrics = kernel_task(batch)
         loss.backward()
-        found.append({"loss": loss, **metrics, **{name: p.grad for name, p in kernel_task.named_parameters()}})
+        results.append({"loss": loss, **metrics, **{name: p.grad for name, p in kernel_task.named_parameters()}})
     assert len(kernel_task._recorded._recordings) == 1
-    (plain, recorded), scale = found, max(float(p.grad.norm()) for p in kernel_task.parameters())
-    assert "corpus/other/accuracy/mlm" in plain and plain.keys() == recorded.keys()
-    for name, value in plain.items():
+    (eager, recorded), scale = results, max(float(p.grad.norm()) for p in kernel_task.parameters())
+    assert "corpus/other/accuracy/mlm" in eager and eager.keys() == recorded.keys()
+    for name, value in eager.items():
         if not name.endswith("key.bias"):  # whose gradient is nothing but rounding
             assert (
                 float((recorded[name] - value).detach().norm()) < 1e-4 * float(value.detach().norm()) + 1e-6 * scale
             ), name
 
 
-def test_most_batches_of_a_size_share_a_room():
+def test_most_batches_of_a_size_share_a_bucket():
     lengths = [
         tuple(map(int, torch.randint(5, 20, (64,), generator=torch.Generator().manual_seed(n)))) for n in range(50)
     ]
     batches = [random_batch(2)._replace(num_tokens=found, num_masked=(1,) * 30 + (2,) * 34) for found in lengths]
-    assert len(set(lengths)) == 50 and len({room_for(batch) for batch in batches}) <= 4
+    assert len(set(lengths)) == 50 and len({fit_bucket(batch) for batch in batches}) <= 4
     for batch in batches:
-        assert sum(batch.num_tokens) <= room_for(batch).tokens < sum(batch.num_tokens) + 64
-        assert max(batch.num_tokens) <= room_for(batch).longest <= 32
+        assert sum(batch.num_tokens) <= fit_bucket(batch).tokens < sum(batch.num_tokens) + 64
+        assert max(batch.num_tokens) <= fit_bucket(batch).longest <= 32
 
 
 def test_what_is_recorded_is_a_rule_of_the_run(kernel_task, monkeypatch):
-    assert kernel_task._records(ComputeConfig()) == (DEVICE.type == "cpu")  # kernels are said to fit float32 there
-    for compute in (
-        EAGER,
-        ComputeConfig(recompute=("text",)),
-        ComputeConfig(compile=True),
-        ComputeConfig(pack_text=False),
-    ):
-        assert not kernel_task._records(compute)
+    assert kernel_task.records_steps() == (DEVICE.type == "cpu")  # the kernels are said to take float32 there
+    settings = ObjectivesConfig(), ComputeConfig()
+    assert can_be_recorded(*settings)
+    for change in ({"cuda_graphs": False}, {"recompute": ("text",)}, {"compile": True}, {"fuse_kernels": False}):
+        assert not can_be_recorded(ObjectivesConfig(), ComputeConfig(**change))
+    for objectives in (EVERY_OBJECTIVE, ObjectivesConfig(itm=False), ObjectivesConfig(mlm=False)):
+        assert not can_be_recorded(objectives, ComputeConfig())
     with torch.no_grad():
-        assert not kernel_task._records(ComputeConfig())
+        assert not kernel_task.records_steps()
     longer = dataclasses.replace(kernel_task.model.config.text, max_tokens=77, num_positions=79)
     monkeypatch.setattr(kernel_task.model, "config", dataclasses.replace(kernel_task.model.config, text=longer))
     kernel_task._agreed.clear()
-    assert not kernel_task._records(ComputeConfig())  # not even batches of short captions
-    assert not small_task(EVERY_OBJECTIVE)._records(ComputeConfig())
+    assert not kernel_task.records_steps()  # not even batches of short captions
+    assert not small_task(EVERY_OBJECTIVE).records_steps()
+    assert not small_task(ObjectivesConfig()).records_steps()  # a CPU computes on a grid
 
 
 def _ask(rank: int, folder: Path) -> None:
@@ -271,8 +270,8 @@ def _ask(rank: int, folder: Path) -> None:
     for able in ((True, True), (True, False)):
         task = small_task(ObjectivesConfig())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(task.model, "takes_rooms", lambda longest, able=able: able[rank])
-            found.append(task._records(ComputeConfig()))
+            patch.setattr(task.model, "supports_buckets", lambda longest, able=able: able[rank])
+            found.append(task.records_steps())
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 

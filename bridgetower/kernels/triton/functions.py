@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bridgetower.kernels.dropout import Key, draw_key, no_key, odds
+from bridgetower.kernels.keys import Key, draw_key, no_key, odds
 from bridgetower.kernels.triton import layer_kernels as kernels
 
 # Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors: enough to keep them busy, few

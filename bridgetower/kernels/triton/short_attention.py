@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bridgetower.kernels.dropout import draw_key, no_key, odds
-from bridgetower.kernels.spans import Spans, tile
+from bridgetower.kernels.keys import draw_key, no_key, odds
+from bridgetower.kernels.layout import Spans, tile_size
 from bridgetower.kernels.triton import short_attention_kernels as kernels
 
 LONGEST = 64
@@ -42,7 +42,7 @@ class _Attention(torch.autograd.Function):
         num_queries, heads, width = query_THd.shape
         attended_THd = _written_by(query_spans)(query_THd.shape, dtype=query_THd.dtype, device=query_THd.device)
         few_keys = key_spans.longest <= LONGEST
-        queries, keys = (tile(longest) for longest in (query_spans.longest, key_spans.longest))
+        queries, keys = (tile_size(longest) for longest in (query_spans.longest, key_spans.longest))
         ctx.sizes = {
             "HEADS": heads,
             "WIDTH": width,

@@ -1,4 +1,4 @@
-"""CC12M: the table begins with the URL."""
+"""CC12M, whose table has the URL first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.data_prep.layouts import Expected, put
 from tests.data_prep.layouts.web import LAYOUTS as LAYOUTS
-from tests.data_prep.layouts.web import Row, add, expected_of, write_pictures, write_tar, write_vilt
+from tests.data_prep.layouts.web import Row, add, expected_of, write_images, write_tar, write_vilt
 
 ROWS = (
     Row("<PERSON> was the first US president", "https://d.example/0.jpg"),
@@ -21,12 +21,12 @@ ROWS = (
 
 
 def write(folder: Path, layout: str = "bridgetower") -> dict[str, Expected]:
-    """The corpus without splits. Returns: what a build gives."""
+    """Write the corpus in one of the layouts. Returns: the counts that a build should have."""
     if layout == "bridgetower":
         put(folder / "cc12m.tsv", "".join(f"{row.url}\t{row.caption}\n" for row in ROWS))
-        write_pictures(folder / "image", ROWS)
+        write_images(folder / "image", ROWS)
         return {"": expected_of(ROWS)}
     if layout == "vilt":
         return {"": write_vilt(folder, "images_train", "train_annot.json", ROWS)}
-    # Shards of an older copy, whose statistics were not kept, and of a newer one.
+    # One shard with its statistics, and one of an older copy without them.
     return {"": add(write_tar(folder, 0, ROWS[:4]), write_tar(folder, 1, ROWS[4:], has_stats=False))}

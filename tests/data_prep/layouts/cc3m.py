@@ -1,4 +1,4 @@
-"""CC3M: captions of every kind that a table without quotes can hold."""
+"""CC3M, with captions of every kind that a table without quoting can hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.data_prep.layouts import Expected, put
 from tests.data_prep.layouts.web import LAYOUTS as LAYOUTS
-from tests.data_prep.layouts.web import Row, expected_of, write_pictures, write_tar, write_vilt
+from tests.data_prep.layouts.web import Row, expected_of, write_images, write_tar, write_vilt
 
 TRAIN = (
     Row("a very typical bus station", "http://a.example/bus.jpg"),
@@ -30,12 +30,12 @@ VAL = (
 
 
 def write(folder: Path, layout: str = "bridgetower") -> dict[str, Expected]:
-    """Both splits. Returns: what a build gives, by split."""
+    """Write both splits in one of the layouts. Returns: the counts that a build should have, by split."""
     if layout == "bridgetower":
         tables = {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}
         for split, rows in (("train", TRAIN), ("val", VAL)):
             put(folder / "utils" / tables[split], "".join(f"{row.caption}\t{row.url}\n" for row in rows))
-            write_pictures(folder / f"{split}_image", rows)
+            write_images(folder / f"{split}_image", rows)
             names = [file.name for file in (folder / f"{split}_image").iterdir()]
             put(folder / f"{split}_image_exist.txt", "".join(f"./{split}_image/{name}\n" for name in names))
         return {"train": expected_of(TRAIN), "val": expected_of(VAL)}

@@ -1,4 +1,4 @@
-"""COCO of 2014 with Karpathy's splits: nine images in four splits."""
+"""COCO 2014 with Karpathy's splits: nine images in four splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 JSON_FILE = "karpathy/dataset_coco.json"
 # split, folder, COCO id, captions
@@ -22,7 +22,7 @@ IMAGES: list[tuple[str, str, int, list[str]]] = [
         ],
     ),
     ("test", "val2014", 60623, ["A young girl inhales with the intent of blowing out a candle.  ", "A girl, a candle"]),
-    # A repeated caption, which differs by white space alone, and an empty one.
+    # A repeated caption, which differs in white space alone, and an empty one.
     (
         "train",
         "train2014",
@@ -45,18 +45,18 @@ ROWS = 17
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     content = {"images": [_entry(number, *image) for number, image in enumerate(IMAGES)], "dataset": "coco"}
     put(folder / JSON_FILE, json.dumps(content))
     for number, (_, part, coco_id, _) in enumerate(IMAGES):
-        data = picture(100 + number)
+        data = make_image_file(100 + number)
         if coco_id == 520950:
             data = b""
         elif coco_id == 184613:
             data = data[: len(data) // 2]
         if coco_id != 222016:
             put(folder / part / file_name(part, coco_id), data)
-    put(folder / "val2014" / file_name("val2014", 999999), picture(199))  # of no row
+    put(folder / "val2014" / file_name("val2014", 999999), make_image_file(199))  # not in the JSON
     return {
         "train": Expected(
             rows=7,
@@ -75,7 +75,7 @@ def file_name(part: str, coco_id: int) -> str:
 
 
 def sentences(imgid: int, captions: list[str]) -> dict[str, Any]:
-    """The fields of an image that hold its captions, as in both of Karpathy's files."""
+    """Make the fields of an image that hold its captions, as in both of Karpathy's files."""
     sentids = [10 * imgid + number for number in range(len(captions))]
     return {
         "sentids": sentids,

@@ -1,4 +1,4 @@
-"""The files of coco: the two sources differ in what becomes of the pictures."""
+"""The files of coco, since the two sources differ only in how images are converted."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ ROWS = coco.ROWS
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     return coco.write(folder)

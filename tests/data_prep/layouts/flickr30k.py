@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 from tests.data_prep.layouts.coco import sentences
 
 JSON_FILE = "karpathy/dataset_flickr30k.json"
-# split, name of the picture, captions
+# split, name of the image, captions
 IMAGES: list[tuple[str, str, list[str]]] = [
     (
         "train",
@@ -30,21 +30,21 @@ ROWS = 12
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     entries = [
         {"filename": f"{name}.jpg", "split": split, **sentences(number, captions)}
         for number, (split, name, captions) in enumerate(IMAGES)
     ]
     put(folder / JSON_FILE, json.dumps({"images": entries, "dataset": "flickr30k"}))
     for number, (_, name, _) in enumerate(IMAGES):
-        data = picture(200 + number)
+        data = make_image_file(200 + number)
         if name == "1007129816":
             data = b""
         elif name == "1009434119":
             data = data[: len(data) // 2]
         if name != "1000268201":
             put(folder / "flickr30k-images" / f"{name}.jpg", data)
-    put(folder / "flickr30k-images" / "36979.jpg", picture(299))  # of no row, as 769 of the real ones
+    put(folder / "flickr30k-images" / "36979.jpg", make_image_file(299))  # not in the JSON, like 769 of the real ones
     return {
         "train": Expected(
             rows=6,

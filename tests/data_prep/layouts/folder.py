@@ -1,4 +1,4 @@
-"""A folder of one's own, with each kind of caption file; captions.* lies beside the folder raw."""
+"""A folder of images with each kind of caption file; captions.* is beside the folder raw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 LAYOUTS = ("csv", "jsonl", "parquet")
 
@@ -27,17 +27,17 @@ ROWS: tuple[dict[str, Any], ...] = (
 
 
 def captions_file(folder: Path, layout: str) -> Path:
-    """The file for --captions."""
+    """Return the path for --captions."""
     return folder / f"captions.{layout}"
 
 
 def write(folder: Path, layout: str = "csv") -> dict[str, Expected]:
-    """Pictures below folder/raw and the caption file beside it. Returns: what a build gives, by split."""
+    """Write images below folder/raw and a caption file. Returns: the counts that a build should have, by split."""
     raw = folder / "raw"
-    for number, (name, kind) in enumerate({"a.jpg": "JPEG", "deep/b c.png": "PNG", "c.webp": "WEBP"}.items()):
-        put(raw / name, picture(number, kind=kind))
-    put(raw / "v.jpg", picture(10))
-    put(raw / "cut.jpg", picture(11)[:500])
+    for number, (name, format_name) in enumerate({"a.jpg": "JPEG", "deep/b c.png": "PNG", "c.webp": "WEBP"}.items()):
+        put(raw / name, make_image_file(number, format_name=format_name))
+    put(raw / "v.jpg", make_image_file(10))
+    put(raw / "cut.jpg", make_image_file(11)[:500])
     put(raw / "empty.jpg", b"")
     file = captions_file(folder, layout)
     if layout == "csv":

@@ -1,4 +1,4 @@
-"""NLVR2: eight pairs of pictures in three splits, and four files with parts of them."""
+"""NLVR2: eight pairs of images in three splits, and four files with subsets of their sentences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 # identifier, label, sentence
 ROWS_OF: dict[str, list[tuple[str, str, str]]] = {
@@ -20,8 +20,12 @@ ROWS_OF: dict[str, list[tuple[str, str, str]]] = {
     ],
     "dev": [
         ("dev-850-0-0", "False", "The right image shows a curving walkway of dark glass circles."),
-        ("dev-850-0-1", "True", "The right image shows a curving walkway of dark glass circles."),  # the same, counted
-        ("dev-850-1-0", "True", ""),  # an empty sentence, and the only one of its pair
+        (
+            "dev-850-0-1",
+            "True",
+            "The right image shows a curving walkway of dark glass circles.",
+        ),  # equal, counted
+        ("dev-850-1-0", "True", ""),  # empty, and the only sentence of its pair
     ],
     "test1": [
         ("test1-0-1-0", "True", "There is an empty glass."),
@@ -40,24 +44,24 @@ DIRECTORIES = {"train-10171": 63, "train-4100": 7}
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
-    rows = {split: [_row(split, *row) for row in of_split] for split, of_split in ROWS_OF.items()}
-    for split, of_split in rows.items():
-        put(file(folder, split), _lines(of_split))
+    """Write the files. Returns: the counts that a build should have, by split."""
+    rows = {split: [_row(split, *row) for row in split_rows] for split, split_rows in ROWS_OF.items()}
+    for split, json_rows in rows.items():
+        put(file(folder, split), _lines(json_rows))
     for subset, identifiers in SUBSETS.items():
         by_id = {row["identifier"]: row for row in rows[subset.split("_")[1]]}
         put(file(folder, subset), _lines([by_id[identifier] for identifier in identifiers]))
-    pairs = sorted({row[0].rpartition("-")[0] for of_split in ROWS_OF.values() for row in of_split})
-    for number, pair in enumerate([*pairs, "dev-999-0"]):  # dev-999-0: of no row
+    pairs = sorted({row[0].rpartition("-")[0] for split_rows in ROWS_OF.values() for row in split_rows})
+    for number, pair in enumerate([*pairs, "dev-999-0"]):  # dev-999-0 is in no file
         for side in (0, 1):
-            # Some of the real files are JPEGs, whatever their names say.
-            data = picture(500 + 2 * number + side, kind="JPEG" if pair == "test1-28-1" else "PNG")
+            # Some of the real files are JPEGs in spite of their names.
+            data = make_image_file(500 + 2 * number + side, format_name="JPEG" if pair == "test1-28-1" else "PNG")
             if (pair, side) == ("train-4100-2", 0):
                 data = b""
             elif (pair, side) == ("train-4100-3", 1):
                 data = data[: len(data) // 2]
             if (pair, side) != ("train-10171-1", 1):
-                put(pictures(folder, pair) / f"{pair}-img{side}.png", data)
+                put(image_folder(folder, pair) / f"{pair}-img{side}.png", data)
     return {
         "train": Expected(
             rows=6,
@@ -78,7 +82,7 @@ def file(folder: Path, split: str) -> Path:
     return folder / "nlvr2" / "data" / split.rpartition("_")[0] / f"{split}.json"
 
 
-def pictures(folder: Path, pair: str) -> Path:
+def image_folder(folder: Path, pair: str) -> Path:
     split, _, _ = pair.partition("-")
     directory = DIRECTORIES.get(pair.rpartition("-")[0])
     return folder / split if directory is None else folder / "images" / "train" / str(directory)

@@ -1,4 +1,4 @@
-"""SBU: columns in one JSON, and URLs that end in the same name."""
+"""SBU, a JSON of columns, with URLs that end in the same name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLICKR = "http://static.flickr.com"
 ROWS = (
     Row("Man sits in a rusted car buried in the sand on Waitarere beach", f"{_FLICKR}/2723/4385058960_b0f291553e.jpg"),
     Row("Interior design of modern white and brown living room", f"{_FLICKR}/3348/3183472382_156bcbc461.jpg"),
-    # The same photograph from another server of Flickr's.
+    # The first photograph again, on another server of Flickr's.
     Row("My rusted car, again", "http://farm5.static.flickr.com/4113/4385058960_b0f291553e.jpg"),
     Row("Deleted by its user", f"{_FLICKR}/1/2_3.jpg", "missing"),
     Row("half a file", f"{_FLICKR}/1/4_5.jpg", "truncated"),
@@ -23,7 +23,7 @@ ROWS = (
 
 
 def write(folder: Path, layout: str = "bridgetower") -> dict[str, Expected]:
-    """The corpus without splits. Returns: what a build gives."""
+    """Write the corpus in one of the layouts. Returns: the counts that a build should have."""
     if layout == "bridgetower":
         columns = {
             "image_urls": [row.url for row in ROWS],

@@ -1,4 +1,4 @@
-"""SNLI-VE: twelve pairs of six pictures in three splits."""
+"""SNLI-VE: twelve pairs, with six images, in three splits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
-# split, picture, caption number, gold label, premise, hypothesis
+# split, image, caption number, gold label, premise, hypothesis
 PAIRS: list[tuple[str, str, int, str, str, str]] = [
     ("dev", "4705552913", 2, "neutral", "Two women are embracing.", "The sisters are hugging goodbye."),
     ("dev", "4705552913", 2, "entailment", "Two women are embracing.", "Two woman are holding packages."),
     ("dev", "4705552913", 2, "contradiction", "Two women are embracing.", "The men are fighting outside a deli."),
     ("dev", "4705552913", 2, "-", "Two women are embracing.", "They have just met."),
     ("test", "3116769029", 0, "entailment", "This church choir sings.", "The church is filled with song."),
-    # The same hypothesis, of another caption of the picture: a row of its own.
+    # The same hypothesis for another caption of the image, which is a separate row.
     ("test", "3116769029", 1, "neutral", "A choir in a church.", "The church is filled with song."),
     ("test", "2407214681", 0, "contradiction", "A woman with a green headscarf.", ""),  # an empty hypothesis
     ("test", "2407214681", 0, "entailment", "A woman with a green headscarf.", "A woman wears blue."),
@@ -28,12 +28,12 @@ ROWS = len(PAIRS)
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     for split in ("train", "dev", "test"):
         rows = [_row(number, *pair) for number, pair in enumerate(PAIRS) if pair[0] == split]
         put(file(folder, split), "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-    for number, name in enumerate(sorted({pair[1] for pair in PAIRS} | {"36979"})):  # 36979: of no row
-        data = picture(400 + number)
+    for number, name in enumerate(sorted({pair[1] for pair in PAIRS} | {"36979"})):  # 36979 is in no file
+        data = make_image_file(400 + number)
         if name == "2267923837":
             data = b""
         elif name == "3691670743":
@@ -64,10 +64,10 @@ def file(folder: Path, split: str) -> Path:
 def _row(
     number: int, split: str, name: str, caption_number: int, label: str, premise: str, hypothesis: str
 ) -> dict[str, Any]:
-    # The owner's generator writes one field, their parser reads the other.
-    picture_field = {"Flikr30kID": f"{name}.jpg"} if split == "test" else {"Flickr30K_ID": name}
+    # The generator that the authors published writes one field name, and their parser reads the other.
+    image_field = {"Flikr30kID": f"{name}.jpg"} if split == "test" else {"Flickr30K_ID": name}
     return {
-        **picture_field,
+        **image_field,
         "annotator_labels": [label] if label != "-" else ["neutral", "entailment", "neutral", "entailment", ""],
         "captionID": f"{name}.jpg#{caption_number}",
         "gold_label": label,

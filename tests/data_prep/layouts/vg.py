@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 REGIONS_FILE = "annotations/region_descriptions.json"
 IMAGE_FILE = "image_data.json"
@@ -24,13 +24,13 @@ IMAGES: list[tuple[int, str, int | None, int | None, list[str]]] = [
     (2412112, "VG_100K", 547168, 8505158818, ["a cat sitting on a table.", "a white cat with a tan tail"]),
     (2412113, "VG_100K_2", 547169, 8505158819, ["man on a bike", "red helmet"]),  # truncated
     (2412114, "VG_100K_2", None, None, []),
-    (2412115, "VG_100K_2", None, None, ["a picture that image_data.json does not tell of"]),
+    (2412115, "VG_100K_2", None, None, ["an image that is not in image_data.json"]),
 ]
 ROWS = 15
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have."""
     regions, images = [], []
     for number, (vg_id, part, coco_id, flickr_id, phrases) in enumerate(IMAGES):
         regions.append(
@@ -54,14 +54,14 @@ def write(folder: Path) -> dict[str, Expected]:
         row = {"width": 64, "url": url, "height": 48, "image_id": vg_id, "coco_id": coco_id, "flickr_id": flickr_id}
         if vg_id != 2412115:
             images.append(row)
-        data = picture(300 + number)
+        data = make_image_file(300 + number)
         if vg_id == 61513:
             data = b""
         elif vg_id == 2412113:
             data = data[: len(data) // 2]
         if vg_id != 61512:
             put(folder / "images" / part / f"{vg_id}.jpg", data)
-    put(folder / "images" / "VG_100K" / "107899.jpg", picture(399))  # of no row
+    put(folder / "images" / "VG_100K" / "107899.jpg", make_image_file(399))  # in no file
     put(folder / REGIONS_FILE, json.dumps(regions))
     put(folder / IMAGE_FILE, json.dumps(images))
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 QUESTIONS_FILE = "annotations/question_answers.json"
 IMAGE_FILE = "image_data.json"
@@ -21,11 +21,11 @@ IMAGES: list[tuple[int, str, int | None, list[tuple[str, str]]]] = [
             ("Is it day?", "Yes."),
             ("What colour is the clock?", "Green."),  # not in the vocabulary
             ("How many men are there?", "Two."),
-            ("How many men are there?", "Yes."),  # contradicts it
+            ("How many men are there?", "Yes."),  # contradicts the answer before
             ("Is it day?", "yes"),
-            ("Is it  day?", "Yes!"),  # another text: it was published so
+            ("Is it  day?", "Yes!"),  # another text because of its white space, as published
             ("What is on the ground?", "Grass."),
-            ("What is on the ground?", "Dirt."),  # not in the vocabulary, and so no contradiction
+            ("What is on the ground?", "Dirt."),  # not in the vocabulary, so it contradicts nothing
         ],
     ),
     (2, "VG_100K", None, []),
@@ -41,7 +41,7 @@ ROWS = 18
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     questions, images = [], []
     for number, (vg_id, part, coco_id, texts) in enumerate(IMAGES):
         qas = [
@@ -60,7 +60,7 @@ def write(folder: Path) -> dict[str, Expected]:
         row = {"width": 64, "url": url, "height": 48, "image_id": vg_id, "coco_id": coco_id, "flickr_id": None}
         if vg_id != 2412116:
             images.append(row)
-        data = picture(700 + number)
+        data = make_image_file(700 + number)
         if vg_id == 61513:
             data = b""
         elif vg_id == 2412113:
@@ -84,7 +84,7 @@ def write(folder: Path) -> dict[str, Expected]:
                 "no answer in the vocabulary": 1,
             },
         ),
-        # The images that are not COCO's, too: they do not fill it.
+        # The images that are not COCO's are in val as well: there are too few to fill it.
         "val": Expected(
             rows=13,
             images=2,

@@ -1,4 +1,4 @@
-"""VQAv2: nine pictures, questions in four splits, and the answers of two of them."""
+"""VQAv2: nine images with questions in four splits, two of which have answers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 VOCABULARY = ["2", "yes"]
-"""9 of the annotations say 2 or two; 13 say yes; no and blue are too rare."""
+"""Answers of at least 9 annotations: 9 say 2 or two, 13 say yes; no and blue are too rare."""
 
 
 class Question(NamedTuple):
-    """A question, with the most frequent answer and all ten where they are published."""
+    """A question, with its most frequent answer and all ten where they are published."""
 
     split: str
     coco_id: int
@@ -24,7 +24,7 @@ class Question(NamedTuple):
 
     @property
     def question_id(self) -> int:
-        """As published: the picture's number and three digits."""
+        """Id as published: the image's number and three digits."""
         return 1000 * self.coco_id + self.number
 
 
@@ -34,8 +34,8 @@ QUESTIONS: list[Question] = [
     *(Question("train", 9, number, f"How many cookies are on plate {number}?", "2", TWO) for number in range(5)),
     *(Question("train", 25, number, f"Is giraffe {number} walking?", "yes", YES) for number in range(9)),
     Question("train", 25, 9, "Is it night?", "no", ("no",) * 10),
-    Question("train", 25, 10, "Is giraffe 0 walking?", "yes", YES),  # as before: a row of its own
-    Question("train", 30, 0, "Is this a vase?", "yes", YES),  # the picture is missing
+    Question("train", 25, 10, "Is giraffe 0 walking?", "yes", YES),  # asked before; a separate row
+    Question("train", 30, 0, "Is this a vase?", "yes", YES),  # the image is missing
     Question("train", 34, 0, "Is this a zebra?", "Yes.", YES),  # an empty file
     Question("train", 36, 0, "Is this a woman?", "yes", YES),  # truncated
     *(Question("val", 42, number, f"How many shoes are in row {number}?", "two", ("two",) * 10) for number in range(4)),
@@ -53,19 +53,19 @@ _FOLDERS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-de
 
 
 def write(folder: Path) -> dict[str, Expected]:
-    """Write it below a folder."""
+    """Write the files. Returns: the counts that a build should have, by split."""
     for split in _FOLDERS:
         rows = [question for question in QUESTIONS if question.split == split]
         questions = [*rows, WITHOUT_ANNOTATION] if split == "train" else rows
         put(questions_file(folder, split), json.dumps(_head(split) | {"questions": list(map(_question, questions))}))
         if rows[0].answers:
-            # In another order than the questions.
+            # The annotations are in another order than the questions.
             annotations = [*([WITHOUT_QUESTION] if split == "train" else []), *rows[1:], rows[0]]
             content = _head(split) | {"annotations": list(map(_annotation, annotations))}
             put(annotations_file(folder, split), json.dumps(content))
-    pictures = sorted({("test" if row.split == "test-dev" else row.split, row.coco_id) for row in QUESTIONS})
-    for number, (split, coco_id) in enumerate([*pictures, ("val", 999999)]):  # 999999: of no row
-        data = picture(600 + number)
+    images = sorted({("test" if row.split == "test-dev" else row.split, row.coco_id) for row in QUESTIONS})
+    for number, (split, coco_id) in enumerate([*images, ("val", 999999)]):  # 999999 is in no file
+        data = make_image_file(600 + number)
         if coco_id == 34:
             data = b""
         elif coco_id == 36:

@@ -1,4 +1,4 @@
-"""Rows of a corpus from the web, written in each of the three layouts in which people keep them."""
+"""Writes the rows of a corpus from the web in each of the three layouts that people keep them in."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.data_prep.layouts import Expected, picture, put
+from tests.data_prep.layouts import Expected, make_image_file, put
 
 LAYOUTS = ("bridgetower", "vilt", "img2dataset")
 _KINDS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "": "JPEG"}
-_FATES = {
+_FAILURES = {
     "missing": "image file missing",
     "truncated": "image cannot be decoded",
     "empty": "image file empty",
@@ -23,53 +23,54 @@ _FATES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A caption with its URL, and what became of the download."""
+    """A caption with its URL, and the result of the download."""
 
     caption: str
     url: str
     fate: str = "jpg"
-    """Extension of the picture; or missing, truncated or empty."""
+    """Extension of the image file; or missing, truncated or empty."""
     status: str = "HTTP Error 404: Not Found"
-    """What img2dataset said, if it is missing."""
+    """Message of img2dataset, if the image is missing."""
     reason: str = "HTTP 404"
+    """Reason under which the build counts that message."""
 
     @property
     def suffix(self) -> str:
-        fate = "jpg" if self.fate in _FATES else self.fate
+        fate = "jpg" if self.fate in _FAILURES else self.fate
         return f".{fate}" if fate else ""
 
 
 def content_of(number: int, row: Row) -> bytes | None:
-    """The bytes of the picture file, if there is one."""
+    """Return the bytes of the row's image file; None if it is missing."""
     if row.fate == "missing":
         return None
     if row.fate == "empty":
         return b""
-    content = picture(number, kind=_KINDS.get(row.fate, "JPEG"))
+    content = make_image_file(number, format_name=_KINDS.get(row.fate, "JPEG"))
     return content[: len(content) // 2] if row.fate == "truncated" else content
 
 
 def expected_of(rows: Sequence[Row], *, is_downloaded_here: bool = False, repeats: int = 0) -> Expected:
-    """What a build gives.
+    """Count what a build of the rows should have.
 
     Args:
-        is_downloaded_here: img2dataset says why a picture is missing.
-        repeats: further rows of the same picture with the same text.
+        is_downloaded_here: True if statistics of img2dataset say why images are missing.
+        repeats: number of additional rows that repeat an image with its caption.
     """
-    fates: Counter[str] = Counter({"repeated caption": repeats} if repeats else {})
+    rejects: Counter[str] = Counter({"repeated caption": repeats} if repeats else {})
     for row in rows:
         if row.fate == "missing" and is_downloaded_here:
-            fates[f"download failed: {row.reason}"] += 1
+            rejects[f"download failed: {row.reason}"] += 1
         elif not row.caption.strip():
-            fates["empty caption"] += 1
-        elif row.fate in _FATES:
-            fates[_FATES[row.fate]] += 1
-    good = len(rows) + repeats - fates.total()
-    return Expected(rows=len(rows) + repeats, images=good, captions=good, rejects=dict(fates))
+            rejects["empty caption"] += 1
+        elif row.fate in _FAILURES:
+            rejects[_FAILURES[row.fate]] += 1
+    num_good = len(rows) + repeats - rejects.total()
+    return Expected(rows=len(rows) + repeats, images=num_good, captions=num_good, rejects=dict(rejects))
 
 
-def write_pictures(folder: Path, rows: Sequence[Row]) -> None:
-    """BridgeTower's picture files of CC3M and CC12M: named by their row."""
+def write_images(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the image files of CC3M and CC12M in BridgeTower's layout, named by their row."""
     folder.mkdir(parents=True)
     for number, row in enumerate(rows):
         content = content_of(number, row)
@@ -77,22 +78,22 @@ def write_pictures(folder: Path, rows: Sequence[Row]) -> None:
             put(folder / f"{number}{row.suffix}", content)
 
 
-def write_vilt(folder: Path, pictures: str, list_file: str, rows: Sequence[Row]) -> Expected:
-    """ViLT's layout; the last row stands in the list twice."""
+def write_vilt(folder: Path, image_folder: str, list_file: str, rows: Sequence[Row]) -> Expected:
+    """Write ViLT's layout, with the last row twice in the list. Returns: the counts that a build should have."""
     entries = []
     for number, row in enumerate(rows):
         name = f"{1000 * number:07d}"
         content = content_of(number, row)
         if content is not None:
-            put(folder / pictures / name[:4] / name, content)
-        entries.append([f"/data/somebody/gcc/{pictures}/{name[:4]}/{name}", row.caption])
-    assert rows[-1].caption and rows[-1].fate not in _FATES
+            put(folder / image_folder / name[:4] / name, content)
+        entries.append([f"/data/somebody/gcc/{image_folder}/{name[:4]}/{name}", row.caption])
+    assert rows[-1].caption and rows[-1].fate not in _FAILURES
     put(folder / list_file, json.dumps([*entries, entries[-1]]))
     return expected_of(rows, repeats=1)
 
 
 def write_tar(folder: Path, shard: int, rows: Sequence[Row], *, has_stats: bool = True) -> Expected:
-    """A shard as img2dataset 1.47 writes it, with originals kept and sha256."""
+    """Write a shard as img2dataset 1.47 does, with original files. Returns: the counts that a build should have."""
     folder.mkdir(parents=True, exist_ok=True)
     failures: Counter[str] = Counter()
     with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -102,10 +103,10 @@ def write_tar(folder: Path, shard: int, rows: Sequence[Row], *, has_stats: bool 
             if content is None:
                 failures[row.status] += 1
                 continue
-            facts = {"url": row.url, "caption": row.caption, "key": key, "status": "success", "error_message": None}
-            facts |= {"width": None, "height": None, "exif": "{}", "sha256": "0" * 64}
-            for suffix, part in (("jpg", content), ("json", json.dumps(facts, indent=4)), ("txt", row.caption)):
-                data = part.encode() if isinstance(part, str) else part
+            fields = {"url": row.url, "caption": row.caption, "key": key, "status": "success", "error_message": None}
+            fields |= {"width": None, "height": None, "exif": "{}", "sha256": "0" * 64}
+            for suffix, value in (("jpg", content), ("json", json.dumps(fields, indent=4)), ("txt", row.caption)):
+                data = value.encode() if isinstance(value, str) else value
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -128,7 +129,7 @@ def write_tar(folder: Path, shard: int, rows: Sequence[Row], *, has_stats: bool 
 
 
 def add(first: Expected, second: Expected) -> Expected:
-    """Two shards of one split."""
+    """Add the counts of two shards."""
     rejects = Counter(first.rejects) + Counter(second.rejects)
     return Expected(
         rows=first.rows + second.rows,

@@ -1,7 +1,7 @@
-"""Downloads the pictures of a list of URLs with img2dataset, a program of its own, and says which links are dead.
+"""Downloads the images of a list of URLs with the program img2dataset, and counts the dead links.
 
-img2dataset needs older versions of webdataset, pandas and OpenCV than this repository: no environment can hold both. It
-therefore runs as a command: of an environment that uv makes for it (the extra `download`), or wherever it is installed.
+img2dataset needs older versions of webdataset, pandas and OpenCV than this repository: no environment can hold both. So
+it runs as a command, from an environment that uv makes for it (the extra `download`) or wherever it is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.io.files import write_atomically
-from data_prep.img2dataset_output import Downloads, all_stats
+from data_prep.img2dataset_output import Downloads, sum_stats
 from data_prep.web_corpora import Row
 
 ROWS_PER_TAR = 10_000
@@ -30,37 +30,37 @@ _TIMEOUT_SECONDS = 15
 _RETRIES = 1
 _GRACE_SECONDS = 10.0
 _COMPLETE = "complete.json"
-# All that RFC 3986 lets stand in a URL, and the sign of what is encoded already.
-_SIGNS_OF_URLS = "%:/?#[]@!$&'()*+,;=~"
+_SAFE_IN_URLS = "%:/?#[]@!$&'()*+,;=~"
+"""Characters that are not percent-encoded: those that RFC 3986 allows in a URL, and % for what is encoded already."""
 INSTALL = "pip install -e '.[download]'"
 _REQUIREMENT = "img2dataset>=1.47,<2"
-# Its pyarrow has no wheels for later ones; uv brings this Python where there is none.
+# img2dataset's pyarrow has no wheels for later versions of Python; uv downloads this one where it is missing.
 _PYTHON = "3.11"
 
 
 def find_img2dataset(given: str) -> str:
-    """The program: the one that was given, or one on the PATH, or one that uv keeps in an environment of its own.
+    """Return the path of the program: the given one, the one on the PATH, or one that uv installs for it.
 
     Raises:
         ConfigError: there is none.
     """
-    found = shutil.which(Path(given).expanduser() if given else "img2dataset")
-    if found is None and given:
+    program = shutil.which(Path(given).expanduser() if given else "img2dataset")
+    if program is None and given:
         raise ConfigError(
-            f"--img2dataset={given} is not a program. Give the path of img2dataset, or leave it out: with {INSTALL} uv "
-            "brings it."
+            f"--img2dataset={given} is not a program. Give the path of img2dataset, or leave the flag out and let uv "
+            f"install it: `{INSTALL}`."
         )
-    return found or _kept_by_uv()
+    return program or _install_with_uv()
 
 
-def _kept_by_uv() -> str:
-    """Install it as a tool of uv, once."""
+def _install_with_uv() -> str:
+    """Install img2dataset as a tool of uv, unless it is there already. Returns: its path."""
     uv = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if uv is None:
         raise ConfigError(
-            "img2dataset is not installed; it downloads the pictures. It needs older versions of webdataset and pandas "
-            f"than this repository, and therefore an environment of its own, which uv makes: `{INSTALL}`. Or install "
-            "it yourself and give --img2dataset=PATH."
+            "img2dataset, which downloads the images, is not installed. It needs older versions of webdataset and "
+            f"pandas than this repository, and therefore an environment of its own, which uv makes: `{INSTALL}`. Or "
+            "install it yourself and give --img2dataset=PATH."
         )
     folder = subprocess.run([uv, "tool", "dir", "--bin"], capture_output=True, text=True, check=True).stdout.strip()
     program = Path(folder) / "img2dataset"
@@ -77,17 +77,17 @@ def _kept_by_uv() -> str:
     return str(program)
 
 
-def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, processes: int, max_rows: int) -> Downloads:
-    """Download what is not there yet into tars below a folder. Can be stopped at any time and called again.
+def download_images(program: str, rows: Iterator[Row], folder: Path, *, processes: int, max_rows: int) -> Downloads:
+    """Download the images that are still missing into tars in a folder. Can be stopped at any time and called again.
 
     Args:
-        max_rows: only so many rows from the beginning; 0: all of them.
+        max_rows: number of rows from the beginning to read; 0: all.
 
-    Returns: what became of all rows, those of earlier calls too.
+    Returns: the counts over all rows, those of earlier calls included.
 
     Raises:
-        ConfigError: the folder holds another number of rows.
-        DataError: img2dataset failed, or left shards out.
+        ConfigError: the folder was made with another max_rows.
+        DataError: img2dataset failed, or left rows out.
     """
     lists, tars = folder.with_name(f"{folder.name}.urls"), folder
     num_rows = _write_lists(rows, lists, max_rows)
@@ -100,7 +100,7 @@ def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, proces
         "--caption_col=caption",
         "--output_format=webdataset",
         f"--output_folder={tars}",
-        # The build scales pictures itself, once, and can be repeated from the originals.
+        # The build scales images itself, once, and can be repeated from the originals.
         "--resize_mode=no",
         "--disable_all_reencoding=True",
         f"--number_sample_per_shard={ROWS_PER_TAR}",
@@ -112,7 +112,7 @@ def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, proces
         "--enable_wandb=False",
     ]
     code = _run(command)
-    done = all_stats(tars)
+    done = sum_stats(tars)
     if code:
         raise DataError(
             f"img2dataset ended with code {code}, see above. Run the command again: finished tars are kept."
@@ -120,16 +120,17 @@ def download_pictures(program: str, rows: Iterator[Row], folder: Path, *, proces
     if done.rows != num_rows:
         raise DataError(
             f"img2dataset has done {done.rows:,} of {num_rows:,} rows, see above for why. Run the command again: it "
-            "goes on with the tars that are missing."
+            "continues with the missing tars."
         )
     return done
 
 
 def _write_lists(rows: Iterator[Row], folder: Path, max_rows: int) -> int:
-    """The URLs as img2dataset reads them. Returns: how many rows.
+    """Write the lists of URLs that img2dataset reads. Returns: the number of rows.
 
-    As JSON lines: it would take quotes in a TSV for quotes, and read rows into each other. With spaces and letters
-    beyond ASCII encoded, as browsers do: it would not even ask for such pictures.
+    They are JSON lines: in a TSV, img2dataset would read quotation marks in captions as quoting and join rows. Spaces
+    and characters beyond ASCII in URLs are percent-encoded, as browsers do: img2dataset would not request them as they
+    are.
     """
     complete = folder / _COMPLETE
     if complete.is_file():
@@ -137,17 +138,17 @@ def _write_lists(rows: Iterator[Row], folder: Path, max_rows: int) -> int:
         if known["max_rows"] != max_rows:
             raise ConfigError(
                 f"{folder} lists other rows: it was made with --max_rows={known['max_rows']}, now it is {max_rows} "
-                "(0: all). The tars beside it would not fit. Use the same number, or another --out."
+                "(0: all), and the tars beside it would not match. Use the same number, or another --out."
             )
         return int(known["rows"])
     if folder.exists():
-        shutil.rmtree(folder)  # an interrupted beginning
+        shutil.rmtree(folder)  # left by an interrupted run
     folder.mkdir(parents=True)
     chosen = islice(rows, max_rows) if max_rows else rows
     total = 0
     while batch := list(islice(chosen, ROWS_PER_TAR)):
         with (folder / f"{total // _ROWS_PER_LIST:05d}.jsonl").open("a", encoding="utf-8") as file:
-            lines = ({"url": quote(row.url, _SIGNS_OF_URLS, errors="replace"), "caption": row.caption} for row in batch)
+            lines = ({"url": quote(row.url, _SAFE_IN_URLS, errors="replace"), "caption": row.caption} for row in batch)
             file.writelines(json.dumps(line) + "\n" for line in lines)
         total += len(batch)
     if not total:
@@ -157,9 +158,9 @@ def _write_lists(rows: Iterator[Row], folder: Path, max_rows: int) -> int:
 
 
 def _run(command: list[str]) -> int:
-    """Run a program with all that it starts. Returns: its exit code."""
+    """Run a program; when interrupted, end it with all processes that it started. Returns: its exit code."""
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
-    # In a session of its own: its processes take Ctrl-C badly, and some of them would stay behind.
+    # In a session of its own: if Ctrl-C reached its processes directly, some of them would survive.
     with subprocess.Popen(command, start_new_session=True, env=environment) as process:
         try:
             return process.wait()
