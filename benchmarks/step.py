@@ -41,8 +41,10 @@ from bridgetower.config.compute import PLAIN, ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
-from bridgetower.cost.closed_form import StepCost, Texts, count_micro_batch
+from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.devices import peak_flops
+from bridgetower.cost.micro_batch import count_micro_batch
+from bridgetower.cost.published import count_published_step
 from bridgetower.errors import ConfigError
 from bridgetower.model.sizes import complete_model_config
 
@@ -173,23 +175,23 @@ def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, dict[s
     peak = peak_flops(setting.device) if setting.dtype == "bf16" else None
     for name, result in results.items():
         result["pairs_per_second"] = setting.batch / statistics.median(result["seconds"])
-        cost, pairs_e9 = closed_form(name, setting), 1e9 * setting.batch
-        work = result["closed_form_gflop_per_pair"] = cost.work / pairs_e9
-        result["closed_form_gflop_of_parts"] = {part: flops / pairs_e9 for part, flops in cost.pieces.items()}
+        gflop = result["closed_form_gflop_of_parts"] = closed_form(name, setting)
+        work = result["closed_form_gflop_per_pair"] = sum(gflop.values())
         result["mfu"] = work * 1e9 * result["pairs_per_second"] / peak if peak else None
         result["seconds_per_ours"] = statistics.median(b / a for a, b in zip(first, result["seconds"], strict=True))
     return results
 
 
-def closed_form(name: str, setting: Setting) -> StepCost:
-    """The work of a side's step by formulas; what is recomputed is not work."""
+def closed_form(name: str, setting: Setting) -> dict[str, float]:
+    """Compute the GFLOP per pair of a side's step from formulas, by component; what is recomputed is not work."""
     config = step_sides.with_dropout(complete_model_config(MODELS[setting.preset]()), setting.dropout)
+    if name in _PADDED:
+        return {part: flops / 1e9 for part, flops in count_published_step(config, step_sides.OBJECTIVES).items()}
     batch = _make_batch(name, config, setting, torch.device("cpu"))
-    padded = batch.clean_ids_BL.shape[1]
-    tokens = (padded,) * setting.batch if name in _PADDED else batch.num_tokens
-    texts = Texts(tokens, batch.num_masked)
+    captions = CaptionLengths(batch.num_tokens, batch.num_masked)
     size = DTYPES[setting.dtype].itemsize
-    return count_micro_batch(config, step_sides.OBJECTIVES, SIDES[name], texts, element_bytes=size)
+    cost = count_micro_batch(config, step_sides.OBJECTIVES, SIDES[name], captions, element_bytes=size)
+    return {part: flops / setting.batch / 1e9 for part, flops in cost.pieces.items()}
 
 
 def _ask(name: str, sides: dict[str, tuple[Any, Connection]], request: str) -> Any:

@@ -9,8 +9,8 @@ import torch
 
 from bridgetower import rng
 from bridgetower.config.run import RunConfig
-from bridgetower.cost.counted import step_work
 from bridgetower.cost.devices import peak_flops
+from bridgetower.cost.step_work import step_work
 from bridgetower.data.held_out import HeldOutSplit
 from bridgetower.engine.checkpoint_files import load_weights
 from bridgetower.engine.throughput import ReferenceSpeed
@@ -27,9 +27,9 @@ from bridgetower.tasks.pretraining import PretrainTask
 def find_reference_speed(config: RunConfig, device: torch.device) -> ReferenceSpeed:
     """Return what speed is reported against: operations per pair, and the device's peak operations per second.
 
-    To be called before there is a process group, because counting runs the task itself.
+    To be called before there is a process group: a tower without a formula is run to count its operations.
     """
-    work = step_work(config.model, config.objectives, config.compute)
+    work = step_work(config.model, config.objectives)
     return ReferenceSpeed(flops_per_pair=work.of_pair, peak_flops=peak_flops(device.type))
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of: ``python pretrain/describe.py base``. Parameters, shapes and operations per pair."""
+"""Print the parameters, shapes and operations per pair of a model: ``python pretrain/describe.py base``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pretrain.presets import PRESETS
 
 USAGE = """Usage: python pretrain/describe.py MODEL [--model.section.field=value ...] [--text_tokens=N] [--tensors=true]
 
-MODEL is a model or run preset, or anything that can be loaded: a run or checkpoint folder, a safetensors export, a
-Hugging Face folder, a .ckpt of the published code. --text_tokens is the length of the caption that operations are
-counted for, with its start and end (default: 13, the mean of CC3M). --tensors=true lists every tensor."""
+MODEL is a model preset, a run preset, or anything that can be loaded: a run or checkpoint folder, a safetensors export,
+a Hugging Face folder, a .ckpt of the published code. --text_tokens is the length of the caption that operations are
+counted for, with its <s> and </s> (default: 13, the mean of CC3M). --tensors=true lists every tensor."""
 
 
 def main(model: str = "", *unexpected: str, text_tokens: str = "13", tensors: str = "false", **overrides: str) -> None:
-    """Describe a model."""
+    """Print the tables of ``model``."""
     if not model:
         show_usage_or_stop("model", overrides, USAGE)
     length, lists_tensors = parse_whole("text_tokens", text_tokens, 3), parse_bool("tensors", tensors)
@@ -45,7 +45,7 @@ def main(model: str = "", *unexpected: str, text_tokens: str = "13", tensors: st
 
         loaded = load_model(model)
         config, heads = loaded.config, tuple(loaded.heads)
-    # What takes seconds to import stays behind the checks that do not need it.
+    # Imports torch, which takes seconds, so it stands behind the checks that do not need it.
     from pretrain.model_tables import print_model
 
     print_model(model, config, heads, text_tokens=length, lists_tensors=lists_tensors)

@@ -5,34 +5,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
-from bridgetower.cost.counted import count_forward, count_step
-from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.model.init import shapes_alone
+from bridgetower.cost.captions import CaptionLengths
+from bridgetower.cost.micro_batch import count_operations
+from bridgetower.cost.parameters import build_shapes
+from bridgetower.cost.published import count_forward
+from bridgetower.cost.sizes import complete_sizes, has_formula, num_image_positions, num_read_states
+from bridgetower.cost.towers import CountedVision
 
-# Enough pairs for shares of a masked token to show.
-_PAIRS = 20
+# Pairs of the micro-batch whose operations are shown: enough for fractions of a masked token per pair.
+_NUM_PAIRS = 20
 
 
 def print_model(name: str, config: ModelConfig, heads: Sequence[str], *, text_tokens: int, lists_tensors: bool) -> None:
-    """Print the tables; nothing is computed, all is on torch's meta device.
+    """Print the tables; no weight is allocated, and nothing is computed but shapes.
 
     Args:
-        text_tokens: of the caption that shapes and operations are shown for.
-        lists_tensors: also every tensor with its shape.
+        text_tokens: length of the caption that shapes and operations are shown for.
+        lists_tensors: also print every tensor with its shape.
     """
-    with shapes_alone():
-        model = BridgeTower(config, heads)
+    config = complete_sizes(config)
+    model = build_shapes(config, heads)
+    counted = None
+    if not has_formula(config.vision):
+        from bridgetower.cost.counted import count_vision_tower
+
+        counted = count_vision_tower(config)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in (_parameters(name, model), _shapes(model, text_tokens), _operations(config, heads, text_tokens)):
-        console.print(table)
+    console.print(_parameters(name, model))
+    console.print(_shapes(config, text_tokens, counted))
+    console.print(_operations(config, heads, text_tokens, counted))
     if lists_tensors:
         listing = _table("tensor", "shape")
         for tensor, value in model.state_dict().items():
@@ -42,75 +49,74 @@ def print_model(name: str, config: ModelConfig, heads: Sequence[str], *, text_to
 
 def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    for column_index, column in enumerate(columns):
+        table.add_column(column, justify="left" if column_index == 0 else "right")
     return table
 
 
-def _shape(value: torch.Tensor) -> str:
-    return " x ".join(map(str, value.shape)) or "scalar"
+def _shape(tensor: Tensor) -> str:
+    return _joined(*tensor.shape) or "scalar"
 
 
-def _parameters(name: str, model: BridgeTower) -> Table:
+def _joined(*sizes: int) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _parameters(name: str, model: nn.Module) -> Table:
     table = _table("part", "parameters", "tensors", title=name)
-    parts: list[tuple[str, nn.Module]] = []
-    for part, module in model.named_children():
-        is_split = part in ("cross_modal", "heads")
-        parts += (
-            [(f"{part}.{name}", child) for name, child in module.named_children()] if is_split else [(part, module)]
-        )
-    for part, module in parts:
-        sizes = [parameter.numel() for parameter in module.parameters()]
-        if sizes:
-            table.add_row(part, f"{sum(sizes):,}", str(len(sizes)))
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    of_heads = [parameter.numel() for parameter in model.heads.parameters()]
+    parts: dict[str, list[int]] = {}
+    for parameter_name, parameter in model.named_parameters():
+        levels = parameter_name.split(".")
+        is_split = levels[0] in ("cross_modal", "heads")
+        parts.setdefault(".".join(levels[: 2 if is_split else 1]), []).append(parameter.numel())
+    for part, sizes in parts.items():
+        table.add_row(part, f"{sum(sizes):,}", str(len(sizes)))
+    in_model = [size for part, sizes in parts.items() if not part.startswith("heads.") for size in sizes]
+    in_total = [size for sizes in parts.values() for size in sizes]
     table.add_section()
-    table.add_row("without heads", f"{sum(sizes) - sum(of_heads):,}", str(len(sizes) - len(of_heads)))
-    table.add_row("total", f"{sum(sizes):,}", str(len(sizes)), style="bold")
+    table.add_row("without heads", f"{sum(in_model):,}", str(len(in_model)))
+    table.add_row("total", f"{sum(in_total):,}", str(len(in_total)), style="bold")
     return table
 
 
-def _shapes(model: BridgeTower, text_tokens: int) -> Table:
-    side = model.config.image_size_px
-    with shapes_alone():
-        pixels = torch.empty(1, 3, side, side)
-        ids, mask = torch.ones(1, text_tokens, dtype=torch.long), torch.ones(1, text_tokens, dtype=torch.bool)
-    image, text = model.encode_image(pixels), model.encode_text(ids, mask)
-    output = model.fuse(text.states_KBND, image.states_KBND, mask)
-    table = _table("one pair, stop by stop", "shape")
-    for stop, value in (
-        ("pixel_values", pixels),
-        ("input_ids", ids),
-        ("encode_image: bridged layers x pairs x positions x width", image.states_KBND),
-        ("encode_text: bridged layers x pairs x tokens x width", text.states_KBND),
-        ("fuse: image_states", output.image_states),
-        ("fuse: text_states", output.text_states),
-        ("fuse: pooled, text half first", output.pooled),
+def _shapes(config: ModelConfig, text_tokens: int, counted: CountedVision | None) -> Table:
+    side, fusion = config.image_size_px, config.fusion
+    positions = num_image_positions(config) if counted is None else counted.positions
+    num_states = num_read_states(config, 1)  # METER's gate makes one of all layers
+    table = _table("shapes of one pair", "shape")
+    for name, sizes in (
+        ("pixel_values", (1, 3, side, side)),
+        ("input_ids", (1, text_tokens)),
+        ("encode_image: bridged layers x pairs x positions x width", (num_states, 1, positions, fusion.width)),
+        ("encode_text: bridged layers x pairs x tokens x width", (num_states, 1, text_tokens, fusion.width)),
+        ("fuse: image_states", (1, positions, fusion.width)),
+        ("fuse: text_states", (1, text_tokens, fusion.width)),
+        ("fuse: pooled, text half first", (1, 2 * fusion.width)),
     ):
-        table.add_row(stop, _shape(value))
+        table.add_row(name, _joined(*sizes))
     return table
 
 
-def _operations(config: ModelConfig, heads: Sequence[str], text_tokens: int) -> Table:
-    forward = count_forward(config, heads, text_tokens)
-    table = _table(f"operations of one pair of {text_tokens} tokens", "GFLOP")
+def _operations(config: ModelConfig, heads: Sequence[str], text_tokens: int, counted: CountedVision | None) -> Table:
+    forward = count_forward(config, tuple(heads), text_tokens, counted)
+    table = _table(f"operations of one pair, caption of {text_tokens} tokens", "GFLOP")
     rows = [
         ("vision tower and transform, forward", forward.encode_image),
         ("text tower and transform, forward", forward.encode_text),
         ("bridges, cross-modal layers and poolers, forward", forward.fuse),
         *(
-            (f"{head} head at every {'token' if head == 'mlm' else 'pair'}, forward", n)
-            for head, n in forward.heads.items()
+            (f"{head} head {'at every token' if head == 'mlm' else 'per pair'}, forward", flops)
+            for head, flops in forward.heads.items()
         ),
     ]
-    for part, flops in rows:
-        table.add_row(part, f"{flops / 1e9:,.2f}")
+    for name, flops in rows:
+        table.add_row(name, f"{flops / 1e9:,.2f}")
     if {"mlm", "itm"} & set(heads):
         objectives = ObjectivesConfig(mlm="mlm" in heads, itm="itm" in heads, itc="itc" in heads)
-        masked_tokens = round(objectives.mlm_probability * (text_tokens - 2) * _PAIRS)
-        shares = [masked_tokens // _PAIRS + (number < masked_tokens % _PAIRS) for number in range(_PAIRS)]
-        step = count_step(config, objectives, ComputeConfig(), [text_tokens] * _PAIRS, shares)
+        num_masked = round(objectives.mlm_probability * (text_tokens - 2) * _NUM_PAIRS)
+        masked = tuple(num_masked // _NUM_PAIRS + (pair < num_masked % _NUM_PAIRS) for pair in range(_NUM_PAIRS))
+        captions = CaptionLengths((text_tokens,) * _NUM_PAIRS, masked)
+        step = count_operations(config, objectives, captions, counted) / _NUM_PAIRS
         active = " + ".join(head.upper() for head in objectives.heads)
         table.add_row(f"pretraining step ({active}), forward and backward", f"{step / 1e9:,.2f}")
     return table

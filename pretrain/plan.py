@@ -1,11 +1,13 @@
-"""What a run will need, before it is started: ``python pretrain/plan.py base_4m --gpus=64 --gpu=a100-80g``."""
+"""Plan what a run will need, before it is started: ``python pretrain/plan.py base_4m --gpus=64 --gpu=a100-80g``."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fire
 from fire.decorators import SetParseFn
@@ -13,19 +15,20 @@ from fire.decorators import SetParseFn
 from bridgetower.config.cli import config_from_cli, parse_whole, run_command
 from bridgetower.config.deepspeed import read_named_memory_config
 from bridgetower.config.overrides import unknown_name, walk_fields
+from bridgetower.config.run import RunConfig
 from bridgetower.errors import ConfigError
 from bridgetower.io.files import write_atomically
 from pretrain.presets import DS_CONFIGS, PRESETS
 
 _FLAGS = {
     "gpus": "number of GPUs (default 64)",
-    "gpu": "kind of GPU: a100-40g, a100-80g, h100, h100-pcie, h100-nvl, h200, b200, l40s (default a100-80g)",
-    "nodes": "number of nodes (default: as few as nodes of 8 GPUs allow)",
-    "nic_gbps": "10^9 bits a second of a NIC, one way (default 200)",
-    "nics": "NICs of a node (default: one a GPU)",
-    "mfu": "share of the GPU's operations that is reached, 0 to 1 (default: of the kind of GPU, an assumption)",
+    "gpu": "type of GPU: a100-40g, a100-80g, h100, h100-pcie, h100-nvl, h200, b200, l40s (default a100-80g)",
+    "nodes": "number of nodes (default: as few nodes of 8 GPUs as possible)",
+    "nic_gbps": "10^9 bits per second of a NIC, one way (default 200)",
+    "nics": "NICs per node (default: one per GPU)",
+    "mfu": "fraction of the GPU's peak operations per second that is reached, 0 to 1 (default: an assumption per GPU)",
     "text_tokens": "mean length of captions, with <s> and </s> (default 12)",
-    "image_kb": "size of a stored picture, 10^3 bytes (default 30)",
+    "image_kb": "size of a stored image, 10^3 bytes (default 30)",
     "price_per_gpu_hour": "in any currency (default: no cost is shown)",
     "json": "print JSON instead of tables, or write it to a file: --json=plan.json",
 }
@@ -52,12 +55,12 @@ def main(
     **overrides: str,
 ) -> None:
     """Plan ``preset`` with dotted overrides."""
-    _refuse_unknown(preset, overrides)
+    _refuse_unknown(overrides)
     config = config_from_cli(PRESETS, preset, unexpected, overrides, USAGE)
-    num_gpus, num_nodes, num_nics = (
-        parse_whole(name, text, least)
+    counts = {
+        name: parse_whole(name, text, least)
         for name, text, least in (("gpus", gpus, 1), ("nodes", nodes, 0), ("nics", nics, 0))
-    )
+    }
     numbers = {
         "nic_gbps": _parse_number("nic_gbps", nic_gbps),
         "mfu": _parse_number("mfu", mfu, most=1.0),
@@ -65,64 +68,82 @@ def main(
         "image_kb": _parse_number("image_kb", image_kb),
         "price_per_gpu_hour": _parse_number("price_per_gpu_hour", price_per_gpu_hour),
     }
-    if not numbers["nic_gbps"]:
+    _check_cluster(counts["gpus"], counts["nodes"], numbers["nic_gbps"])
+    if json and not Path(json).parent.is_dir():
+        raise ConfigError(f"--json={json}: there is no folder {Path(json).parent}. Make it, or use another path.")
+    plan = _make_plan(config, gpu, counts, numbers)
+    if json:
+        _write_json(plan, json)
+        return
+    from pretrain.plan_tables import print_plan
+
+    print_plan(plan)
+
+
+def _check_cluster(num_gpus: int, num_nodes: int, nic_gbps: float) -> None:
+    if not nic_gbps:
         raise ConfigError("--nic_gbps=0 connects no nodes. Give the speed of a NIC, e.g. --nic_gbps=200.")
     if num_nodes and num_gpus % num_nodes:
         whole = -(-num_gpus // num_nodes) * num_nodes
         raise ConfigError(
             f"--gpus={num_gpus} does not divide into --nodes={num_nodes}. Use --gpus={whole}, or other --nodes."
         )
-    if json and not Path(json).parent.is_dir():
-        raise ConfigError(f"--json={json}: there is no folder {Path(json).parent}. Make it, or use another path.")
-    # What takes seconds to import stays behind the checks that do not need it.
+
+
+def _make_plan(config: RunConfig, gpu: str, counts: Mapping[str, int], numbers: Mapping[str, float]) -> dict[str, Any]:
+    """Make the plan of a run.
+
+    Args:
+        counts: the flags that are whole numbers, by name; 0 nodes or NICs: the default.
+        numbers: the other flags that are numbers, by name; an MFU of 0: the device's.
+
+    Raises:
+        ConfigError: the GPU is unknown, there is no formula for the model, or the run does not fit.
+    """
+    # These import torch, which takes seconds, so they stand behind the checks that do not need it.
     from bridgetower.cost.devices import DEVICES
-    from bridgetower.model.sizes import complete_model_config
-    from pretrain import plan_memory, plan_report
+    from bridgetower.cost.sizes import complete_sizes
+    from pretrain.plan_memory import count_parameters, read_splitting
+    from pretrain.plan_report import Assumptions, make_plan
     from pretrain.plan_time import Cluster, Planner
 
     if gpu not in DEVICES:
         raise ConfigError(unknown_name("GPU", gpu, DEVICES))
-    name = "zero2_bf16" if config.engine.deepspeed == "auto" else config.engine.deepspeed
-    splitting = plan_memory.read_splitting(read_named_memory_config(name, DS_CONFIGS))
-    config = replace(config, model=complete_model_config(config.model))
-    gpus_per_node = num_gpus // num_nodes if num_nodes else min(8, num_gpus)
+    memory_file = "zero2_bf16" if config.engine.deepspeed == "auto" else config.engine.deepspeed
+    splitting = read_splitting(read_named_memory_config(memory_file, DS_CONFIGS))
+    config = replace(config, model=complete_sizes(config.model))
+    gpus_per_node = counts["gpus"] // counts["nodes"] if counts["nodes"] else min(8, counts["gpus"])
     cluster = Cluster(
         gpu=gpu,
         device=DEVICES[gpu],
-        num_gpus=num_gpus,
+        num_gpus=counts["gpus"],
         gpus_per_node=gpus_per_node,
         nic_gbps=numbers["nic_gbps"],
-        nics_per_node=num_nics or gpus_per_node,
+        nics_per_node=counts["nics"] or gpus_per_node,
         mfu=numbers["mfu"] or DEVICES[gpu].mfu,
     )
-    planner = Planner(config, plan_memory.count_parameters(config), splitting, numbers["text_tokens"])
-    plan = plan_report.make_plan(
-        planner,
-        cluster,
-        memory_file=name,
+    assumptions = Assumptions(
+        memory_file=memory_file,
         image_bytes=numbers["image_kb"] * 1e3,
         price=numbers["price_per_gpu_hour"],
         is_mfu_given=bool(numbers["mfu"]),
     )
-    if not json:
-        from pretrain.plan_tables import print_plan
-
-        print_plan(plan)
-    else:
-        _write_json(plan, json)
+    planner = Planner(config, count_parameters(config), splitting, numbers["text_tokens"])
+    return make_plan(planner, cluster, assumptions)
 
 
-def _write_json(plan: dict[str, object], target: str) -> None:
+def _write_json(plan: dict[str, Any], target: str) -> None:
+    """Write a plan to a file; to the terminal if --json was given without a value, which fire reads as True."""
     text = json.dumps(plan, indent=1) + "\n"
-    if target.lower() == "true":  # --json without a value
+    if target.lower() == "true":
         print(text, end="")
         return
     write_atomically(Path(target), text.encode())
     print(target)
 
 
-def _refuse_unknown(preset: str, overrides: dict[str, str]) -> None:
-    """Name the nearest of flags and settings for one that is neither."""
+def _refuse_unknown(overrides: Mapping[str, str]) -> None:
+    """Stop at a name that is neither a flag nor a setting, and suggest the nearest of both."""
     known = [name for name, *_ in walk_fields(next(iter(PRESETS.values()))())]
     for name in overrides:
         if name not in (*known, "help", "h"):

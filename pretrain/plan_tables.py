@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal."""
+"""Print a plan as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bridgetower.cost.closed_form import PARTS
+from bridgetower.cost.work import PARTS
 
 _STAGE_COLUMNS = {
     "weights": "weights",
@@ -19,10 +19,13 @@ _STAGE_COLUMNS = {
     "gradients": "gradients",
     "buckets": "reduce buckets",
 }
+"""Column titles by the keys of a plan's states_gb."""
+_DECODING = {"pictures of 304 px": "JPEGs of 304 px", "pictures of 640 x 480": "JPEGs of 640 x 480"}
+"""What is decoded, by the keys of a plan's decode_cores_per_gpu."""
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what ``plan_report.make_plan`` gives."""
+    """Print the result of ``plan_report.make_plan``."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     run, cluster, best, as_set = plan["run"], plan["cluster"], plan["best"], plan["as_set"]
     console.print(Text(_headline(run, cluster), style="bold"))
@@ -40,7 +43,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for line in _remarks(plan):
         console.print(Text(line))
     console.print()
-    console.print(Text("The best choice:", style="bold"))
+    console.print(Text("Train the best choice:", style="bold"))
     flags = " ".join([f"--engine.deepspeed={run['deepspeed']}", *best["flags"]])
     console.print(Text(f"pretrain/train.py {run['name']} {flags}"), soft_wrap=True)
 
@@ -68,20 +71,21 @@ def _assumptions(plan: dict[str, Any]) -> Iterable[str]:
     origin = "as given" if assumed["mfu_is_given"] else "an assumption, --mfu sets it"
     yield f"{assumed['mfu']:.0%} of {cluster['peak_tflops']:,.0f} TFLOP/s ({origin})"
     yield (
-        f"captions of {assumed['text_tokens']:g} tokens (--text_tokens), pictures of {assumed['image_kb']:g} kB "
+        f"captions of {assumed['text_tokens']:g} tokens (--text_tokens), images of {assumed['image_kb']:g} kB "
         f"(--image_kb), {assumed['reserved_gb']:g} GB for CUDA and NCCL"
     )
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=column != "" and " " not in column)
+    for column_index, column in enumerate(columns):
+        is_first, wraps = column_index == 0, column == "" or " " in column
+        table.add_column(column, justify="left" if is_first else "right", no_wrap=not wraps)
     return table
 
 
 def _states(plan: dict[str, Any]) -> Table:
-    table = _table("GB a GPU by ZeRO stage, before activations", "stage", *_STAGE_COLUMNS.values(), "sum")
+    table = _table("GB per GPU by ZeRO stage, before activations", "stage", *_STAGE_COLUMNS.values(), "sum")
     for stage, states in plan["states_gb"].items():
         values = [states[name] for name in _STAGE_COLUMNS]
         chosen = int(stage) == plan["run"]["zero_stage"]
@@ -93,23 +97,23 @@ def _states(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _named(recompute: Sequence[str]) -> str:
+def _name_parts(recompute: Sequence[str]) -> str:
     return "everything" if len(recompute) == len(PARTS) else ", ".join(recompute) or "nothing"
 
 
-def _short(recompute: Sequence[str]) -> str:
+def _shorten_parts(recompute: Sequence[str]) -> str:
     return "all" if len(recompute) == len(PARTS) else "+".join(part[0] for part in recompute) or "none"
 
 
 def _choices(plan: dict[str, Any]) -> Table:
-    """Of the run's stage; other stages differ by what the table above says."""
+    """Return the choices of the run's ZeRO stage; those of other stages differ by the states alone."""
     stage, best = plan["run"]["zero_stage"], plan["best"]
     choices = [choice for choice in plan["choices"] if choice["zero_stage"] == stage]
     columns = list(dict.fromkeys(tuple(choice["recompute"]) for choice in choices))
     table = _table(
-        f"GB a GPU under stage {stage}, by what is computed again (compute.recompute)",
+        f"GB per GPU under stage {stage}, by what is recomputed (compute.recompute)",
         "pairs",
-        *map(_short, columns),
+        *map(_shorten_parts, columns),
     )
     per_gpu = plan["run"]["global_batch_size"] // plan["cluster"]["gpus"]
     for size in dict.fromkeys(choice["micro_batch"] for choice in choices):
@@ -122,7 +126,7 @@ def _choices(plan: dict[str, Any]) -> Table:
             for choice in row
         ]
         table.add_row(f"{size} x {per_gpu // size}", *cells)
-    table.caption = "pairs x micro-steps; v vision, t text, f fusion"
+    table.caption = "pairs x micro-steps; recomputed: v vision, t text, f fusion"
     if not all(choice["fits"] for choice in choices):
         table.caption += f"; in brackets: more than the GPU's {plan['cluster']['memory_gb']:g} GB"
     table.caption_justify = "left"
@@ -132,10 +136,10 @@ def _choices(plan: dict[str, Any]) -> Table:
 def _memory(plan: dict[str, Any]) -> Table:
     best, cluster = plan["best"], plan["cluster"]
     states = plan["states_gb"][str(plan["run"]["zero_stage"])]
-    parts = {**{title: states[name] for name, title in _STAGE_COLUMNS.items()}, **best["parts_gb"]}
-    choice = f"{best['micro_batch']} pairs, {_named(best['recompute'])} computed again"
+    sizes = {**{title: states[name] for name, title in _STAGE_COLUMNS.items()}, **best["parts_gb"]}
+    choice = f"{best['micro_batch']} pairs, {_name_parts(best['recompute'])} recomputed"
     table = _table("Where the memory goes", "part", choice)
-    for name, value in parts.items():
+    for name, value in sizes.items():
         table.add_row(name, f"{value:.2f}")
     table.add_section()
     table.add_row(f"sum, GB of {cluster['memory_gb']:g}", f"{best['total_gb']:.2f}", style="bold")
@@ -144,7 +148,7 @@ def _memory(plan: dict[str, Any]) -> Table:
 
 def _times(plan: dict[str, Any], choices: Sequence[dict[str, Any]]) -> Table:
     cluster, flops = plan["cluster"], plan["gflop_per_pair"]
-    heads = ["best", "as it is set"][: len(choices)]
+    heads = ["best", "as configured"][: len(choices)]
     table = _table("Speed, data, time and energy", "", *heads)
 
     def row(name: str, form: str, values: Iterable[float | None], scale: float = 1.0) -> None:
@@ -152,39 +156,39 @@ def _times(plan: dict[str, Any], choices: Sequence[dict[str, Any]]) -> Table:
         table.add_row(name, *shown)
 
     def get(*path: str) -> list[Any]:
-        found = []
+        values = []
         for choice in choices:
             value: Any = choice
             for name in path:
                 value = value[name]
-            found.append(value)
-        return found
+            values.append(value)
+        return values
 
     sent = [choice["network_gb_per_step"] for choice in choices]
-    waits = ["hides" if choice["gradients_hide_behind_backward"] else "does not hide" for choice in choices]
-    table.add_row("pairs x micro-steps a GPU", *(f"{c['micro_batch']} x {c['accumulation_steps']}" for c in choices))
-    table.add_row("computed again", *(_named(c["recompute"]) for c in choices))
-    row("memory, GB a GPU", "{:.1f}", get("total_gb"))
+    waits = ["hidden" if choice["gradients_hide_behind_backward"] else "not hidden" for choice in choices]
+    table.add_row("pairs x micro-steps per GPU", *(f"{c['micro_batch']} x {c['accumulation_steps']}" for c in choices))
+    table.add_row("recomputed", *(_name_parts(c["recompute"]) for c in choices))
+    row("memory, GB per GPU", "{:.1f}", get("total_gb"))
     table.add_section()
-    table.add_row("GFLOP a pair, published step", *[f"{flops['published']:,.1f}"] * len(choices))
-    table.add_row("GFLOP a pair, this step", *[f"{flops['ours']:,.1f}"] * len(choices))
-    row("computing, ms", "{:,.1f}", get("seconds", "compute"), 1e3)
-    row("gradients sent, GB a GPU (all-reduce)", "{:.2f}", [s["gradients_per_gpu"] for s in sent])
-    row("weights gathered, GB a GPU", "{:.2f}", [s["weights_per_gpu"] for s in sent])
+    table.add_row("GFLOP per pair, published step", *[f"{flops['published']:,.1f}"] * len(choices))
+    table.add_row("GFLOP per pair, this step", *[f"{flops['ours']:,.1f}"] * len(choices))
+    row("compute, ms", "{:,.1f}", get("seconds", "compute"), 1e3)
+    row("gradients sent, GB per GPU (all-reduce)", "{:.2f}", [s["gradients_per_gpu"] for s in sent])
+    row("weights gathered, GB per GPU", "{:.2f}", [s["weights_per_gpu"] for s in sent])
     if cluster["nodes"] > 1:
-        row("sent, GB a NIC", "{:.2f}", [s["per_nic"] for s in sent])
-    row("gradients of a micro-step, ms", "{:,.1f}", get("seconds", "gradients_of_micro_step"), 1e3)
-    row("backward pass of a micro-step, ms", "{:,.1f}", get("seconds", "backward_of_micro_step"), 1e3)
-    table.add_row("the first behind the second", *waits)
+        row("sent, GB per NIC", "{:.2f}", [s["per_nic"] for s in sent])
+    row("gradients of one micro-step, ms", "{:,.1f}", get("seconds", "gradients_of_micro_step"), 1e3)
+    row("backward pass of one micro-step, ms", "{:,.1f}", get("seconds", "backward_of_micro_step"), 1e3)
+    table.add_row("gradients behind the backward pass", *waits)
     row("waiting for the last gradients, ms", "{:,.1f}", get("seconds", "gradients_waited_for"), 1e3)
     row("waiting for weights, ms", "{:,.1f}", get("seconds", "weights_gathered"), 1e3)
     row("optimizer, ms", "{:,.1f}", get("seconds", "optimizer"), 1e3)
     row("step, ms", "{:,.1f}", get("seconds", "step"), 1e3)
     table.add_section()
-    row("pairs a second", "{:,.0f}", get("pairs_per_second"))
-    for kind in choices[0]["decode_cores_per_gpu"]:
-        row(f"cores a GPU for {kind}", "{:.2f}", [c["decode_cores_per_gpu"][kind] for c in choices])
-    row("reading pictures, GB/s", "{:.2f}", get("read_gb_per_second"))
+    row("pairs per second", "{:,.0f}", get("pairs_per_second"))
+    for key, images in _DECODING.items():
+        row(f"cores per GPU for {images}", "{:.2f}", get("decode_cores_per_gpu", key))
+    row("reading images, GB/s", "{:.2f}", get("read_gb_per_second"))
     table.add_section()
     row("hours", "{:,.2f}", get("hours"))
     row("days", "{:,.2f}", get("days"))
@@ -199,11 +203,11 @@ def _scaling(plan: dict[str, Any]) -> Table:
     has_price = plan["assumptions"]["price_per_gpu_hour"]
     table = _table(
         "The same run on other numbers of GPUs, each with its best choice",
-        *("GPUs", "pairs", "again", "GB", "ms", "busy", "pairs/s", "days"),
+        *("GPUs", "pairs", "recompute", "GB", "ms", "busy", "pairs/s", "days"),
         *(["cost"] if has_price else ["GPUh", "MWh"]),
     )
     table.padding = (0, 0, 0, 1)  # so that 80 columns are enough
-    table.caption = "busy: the share of a step's time that is computed" + ("" if has_price else "; MWh: GPUs alone")
+    table.caption = "busy: fraction of a step that is compute" + ("" if has_price else "; MWh: GPUs alone")
     table.caption_justify = "left"
     for row in plan["scaling"]:
         mark = "" if row["negative_group_size"] == plan["scaling"][0]["negative_group_size"] else " *"
@@ -213,7 +217,7 @@ def _scaling(plan: dict[str, Any]) -> Table:
         table.add_row(
             f"{row['gpus']:,}{mark}",
             f"{row['micro_batch']}x{row['accumulation_steps']}",
-            _short(row["recompute"]),
+            _shorten_parts(row["recompute"]),
             f"{row['total_gb']:.1f}",
             f"{row['step_seconds'] * 1e3:,.0f}",
             f"{row['computing']:.0%}",
@@ -239,8 +243,8 @@ def _remarks(plan: dict[str, Any]) -> Iterable[str]:
             "draws other negatives."
         )
     if "itc" in plan["run"]["objectives"]:
-        yield "ITC compares the pairs of a micro-batch of all GPUs, so that another micro-batch is another loss."
+        yield "ITC compares the pairs of all GPUs' micro-batches, so the loss depends on the micro-batch."
     if plan["as_set"] is None:
-        yield "As it is set, data.micro_batch_size does not divide the global batch on so many GPUs."
+        yield "As configured, data.micro_batch_size does not divide the global batch on so many GPUs."
     elif not plan["as_set"]["fits"]:
-        yield "As it is set, the run does not fit."
+        yield "As configured, the run does not fit."

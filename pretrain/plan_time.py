@@ -1,4 +1,4 @@
-"""What a step of a run takes: choices of micro-batch and recomputation, network, time, data, cost and energy."""
+"""The micro-batches and recomputed parts that a run may choose from, with their memory, network and time."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from bridgetower.config.run import RunConfig
-from bridgetower.cost.closed_form import PARTS, StepCost, count_micro_batch, typical_texts
+from bridgetower.cost.captions import typical_captions
 from bridgetower.cost.devices import DEVICES, Device
+from bridgetower.cost.micro_batch import count_micro_batch
+from bridgetower.cost.work import PARTS, StepCost
 from bridgetower.data.order import Cut
 from bridgetower.errors import ConfigError
 from bridgetower.step.cuda_graphs import can_be_recorded
 from pretrain.plan_memory import STAGES, Parameters, Splitting, States, count_states, why_not_offered
 
-# CUDA's context, NCCL's buffers and libraries' workspaces; docs/plan.md.
+# CUDA's context, NCCL's buffers and libraries' workspaces; an assumption of docs/plan.md.
 RESERVED_BYTES = 1_500_000_000
-# Images that a core decodes, crops and hands over in a second; docs/plan.md.
+# Images per second that a core decodes, crops and hands over, by the key in a plan's JSON; docs/plan.md.
 DECODES_PER_CORE = {"pictures of 304 px": 1000, "pictures of 640 x 480": 520}
-# Shares of the backward pass in a step's operations: two products for each one forward.
-_BACKWARD = 2 / 3
-# Bytes of memory that the optimizer reads and writes a parameter: gradient, weight and two means.
+# Bytes per parameter that the optimizer moves: the gradient is read; the weight and two means are read and written.
 _OPTIMIZER_TRAFFIC = 4 + 2 * (4 + 8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What it would run on."""
+    """The GPUs that a run is planned for, and their network."""
 
     gpu: str
+    """A key of DEVICES."""
     device: Device
     num_gpus: int
     gpus_per_node: int
     nic_gbps: float
-    """Of one NIC, one way; 10^9 bits a second."""
+    """Speed of one NIC, one way, in 10^9 bits per second."""
     nics_per_node: int
     mfu: float
-    """Of the operations that the device is sold for, the share that is reached."""
+    """Fraction of the device's peak operations per second that a step reaches."""
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that are needed."""
+        """Number of nodes that hold the GPUs."""
         return -(-self.num_gpus // self.gpus_per_node)
 
     def peak(self, splitting: Splitting) -> float:
-        """Operations a second."""
+        """Return the peak operations per second of a GPU in the run's precision."""
         return self.device.bf16_flops if splitting.bf16 else self.device.fp32_flops
 
 
 class Choice(NamedTuple):
-    """A way to run it on a GPU."""
+    """One way to run a model on a GPU: ZeRO stage, micro-batch and recomputed parts, and the memory that it needs."""
 
     stage: int
     micro_batch: int
@@ -61,94 +62,106 @@ class Choice(NamedTuple):
     kept: int
     """Bytes of activations."""
     workspace: int
+    """Bytes that are needed beside the activations, at the peak."""
     total: int
-    """Bytes of all, with what is reserved."""
+    """Bytes of everything, with what is reserved."""
     fits: bool
     offered: bool
-    """pretrain/train.py trains so."""
+    """True if pretrain/train.py trains with the stage."""
 
 
 class Timing(NamedTuple):
-    """Of one step of a choice; seconds, and bytes a GPU sends."""
+    """Seconds of one step of a choice, and bytes that each GPU sends."""
 
     accumulation: int
+    """Micro-steps per step."""
     compute: float
+    """Seconds per step of forward and backward passes."""
     backward: float
-    """Of one micro-step."""
+    """Seconds per micro-step of the backward pass."""
     reduce_bytes: float
-    """Of a step: gradients."""
+    """Bytes of gradients that a GPU sends per step."""
     reduce: float
-    """Seconds of one reduction."""
+    """Seconds of one reduction of gradients."""
     reduce_exposed: float
-    """Seconds of a step that gradients are waited for."""
+    """Seconds per step that the GPU waits for gradients."""
     gather_bytes: float
+    """Bytes of weights that a GPU sends per step."""
     gather: float
+    """Seconds per step of gathering weights."""
     optimizer: float
+    """Seconds per step of the optimizer."""
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Seconds per step."""
         return self.compute + self.reduce_exposed + self.gather + self.optimizer
 
 
 class Planner:
-    """Choices and their times for one run."""
+    """Finds the choices for one run, and how long their steps take."""
 
     def __init__(self, config: RunConfig, parameters: Parameters, splitting: Splitting, text_tokens: float) -> None:
-        """Take a run whose model is complete.
+        """Keep what all choices have in common.
 
         Args:
+            config: its model is complete.
             text_tokens: mean length of captions, with <s> and </s>.
         """
         self.config, self.parameters, self.splitting, self.text_tokens = config, parameters, splitting, text_tokens
         self.cost = lru_cache(maxsize=None)(self._cost)
-        """Of a micro-batch: pairs, recomputed parts, GPUs."""
+        """Cost of a micro-batch, by its pairs, recomputed parts, and the number of GPUs."""
 
-    def _cost(self, pairs: int, recompute: tuple[str, ...], num_gpus: int) -> StepCost:
+    def _cost(self, num_pairs: int, recompute: tuple[str, ...], num_gpus: int) -> StepCost:
         config = self.config
-        texts = typical_texts(pairs, self.text_tokens, config.model.text.max_tokens, config.objectives.mlm_probability)
+        captions = typical_captions(
+            num_pairs, self.text_tokens, config.model.text.max_tokens, config.objectives.mlm_probability
+        )
         return count_micro_batch(
             config.model,
             config.objectives,
             replace(config.compute, recompute=recompute),
-            texts,
+            captions,
             element_bytes=self.splitting.element,
-            num_images=pairs + (pairs // 2 if self.reads_negatives else 0),
+            num_images=num_pairs + (num_pairs // 2 if self.reads_negatives else 0),
             num_frozen=(config.optim.frozen_vision_layers, config.optim.frozen_text_layers),
-            num_contrasted=pairs * num_gpus,
+            num_contrasted=num_pairs * num_gpus,
         )
 
     @property
     def reads_negatives(self) -> bool:
-        """Whether half of the pairs bring an image as a negative alone."""
+        """True if half of the pairs bring a second image, which is there only as a negative."""
         return self.config.objectives.itm and self.config.data.itm_negatives == "corpus"
 
     def micro_batches(self, num_gpus: int, group: int | None = None) -> list[int]:
-        """Sizes that divide the global batch and hold whole groups of negatives, smallest first.
+        """Return the micro-batches that divide the global batch and hold whole groups of negatives, smallest first.
+
+        Args:
+            group: pairs of a group of negatives; None: data.negative_group_size.
 
         Raises:
             ConfigError: there is none.
         """
         data = self.config.data
         group = group or data.negative_group_size
-        share = data.global_batch_size // num_gpus
-        sizes = [size for size in range(group, share + 1, group) if data.global_batch_size % (size * num_gpus) == 0]
+        per_gpu = data.global_batch_size // num_gpus
+        sizes = [size for size in range(group, per_gpu + 1, group) if data.global_batch_size % (size * num_gpus) == 0]
         if not sizes:
             whole = group * num_gpus
             fewer = next(n for n in range(num_gpus, 0, -1) if n == 1 or data.global_batch_size % (group * n) == 0)
-            cures = [f"--gpus={fewer}", f"--data.global_batch_size={-(-data.global_batch_size // whole) * whole}"]
-            if share > 1 and data.global_batch_size % num_gpus == 0:
-                cures.append(f"--data.negative_group_size={share} (draws other negatives)")
+            suggestions = [f"--gpus={fewer}", f"--data.global_batch_size={-(-data.global_batch_size // whole) * whole}"]
+            if per_gpu > 1 and data.global_batch_size % num_gpus == 0:
+                suggestions.append(f"--data.negative_group_size={per_gpu} (draws other negatives)")
             raise ConfigError(
                 f"--gpus={num_gpus} does not divide data.global_batch_size={data.global_batch_size} into micro-batches "
                 f"of whole groups of {group} pairs, within which negatives are drawn: {group} x {num_gpus} = {whole}. "
-                f"Use {', or '.join(cures)}."
+                f"Use {', or '.join(suggestions)}."
             )
         return sizes
 
     def choices(self, cluster: Cluster, sizes: Sequence[int]) -> Iterator[Choice]:
-        """Every stage, micro-batch and set of recomputed parts."""
-        recomputes = [parts for number in range(len(PARTS) + 1) for parts in itertools.combinations(PARTS, number)]
+        """Yield every combination of ZeRO stage, micro-batch and recomputed parts."""
+        recomputes = [parts for count in range(len(PARTS) + 1) for parts in itertools.combinations(PARTS, count)]
         limit = cluster.device.memory_gb * 1e9
         for stage in STAGES:
             states = count_states(stage, self.parameters, self.splitting, cluster.num_gpus)
@@ -160,30 +173,30 @@ class Planner:
                 yield Choice(stage, size, recompute, states, cost.kept, workspace, total, total <= limit, offered)
 
     def recorded_gradients(self, recompute: tuple[str, ...]) -> int:
-        """Bytes that recorded steps leave whole gradients in."""
+        """Return the bytes of the static buffers that CUDA graphs leave their gradients in."""
         compute = replace(self.config.compute, recompute=recompute)
         is_recorded = self.splitting.bf16 and can_be_recorded(self.config.objectives, compute)
         return self.splitting.element * self.parameters.trained if is_recorded else 0
 
     def best(self, cluster: Cluster, sizes: Sequence[int]) -> Choice | None:
-        """The fastest choice that fits, of the ZeRO stage of the run's file; of equals the one with most left."""
+        """Return the fastest choice that fits, with the run's ZeRO stage; of equally fast ones the smallest."""
         fitting = [c for c in self.choices(cluster, sizes) if c.fits and c.stage == self.splitting.stage]
         return min(fitting, key=lambda c: (self.time(cluster, c).step, c.total), default=None)
 
     def time(self, cluster: Cluster, choice: Choice) -> Timing:
-        """What a step of a choice takes."""
+        """Compute how long a step of a choice takes."""
         cut = Cut(self.config.data.global_batch_size, choice.micro_batch, cluster.num_gpus)
         cost = self.cost(choice.micro_batch, choice.recompute, cluster.num_gpus)
         speed = cluster.peak(self.splitting) * cluster.mfu
         micro_step = (cost.work + cost.repeated) / speed
         backward = sum(part.backward + part.repeated for part in cost.parts.values()) / speed
         size = self.splitting.element * self.parameters.trained
-        share = (cluster.num_gpus - 1) / cluster.num_gpus
+        sent_fraction = (cluster.num_gpus - 1) / cluster.num_gpus
         reductions = cut.accumulation_steps if choice.stage >= 2 else 1
         # DeepSpeed 0.19.8 reduces buckets with all-reduce, which sends them twice.
-        reduce_bytes, gather_bytes = 2 * share * size, (share * size if choice.stage else 0.0)
+        reduce_bytes, gather_bytes = 2 * sent_fraction * size, (sent_fraction * size if choice.stage else 0.0)
         reduce, gather = (seconds_on_network(cluster, sent) for sent in (reduce_bytes, gather_bytes))
-        # The last bucket has no more backward pass to hide behind.
+        # The last bucket has no backward pass left to overlap with.
         last = reduce * min(1.0, self.splitting.bucket / self.parameters.trained)
         exposed = max(last, reduce - backward) if self.splitting.overlaps else reduce
         owned = self.parameters.trained / (cluster.num_gpus if choice.stage else 1)
@@ -200,35 +213,38 @@ class Planner:
         )
 
     def refuse(self, cluster: Cluster, sizes: Sequence[int]) -> ConfigError:
-        """Say that nothing fits, and what would."""
-        every = list(self.choices(cluster, sizes))
-        least = min((c for c in every if c.stage == self.splitting.stage), key=lambda c: c.total)
-        cures = []
+        """Return the error that says that nothing fits, and what would."""
+        choices = self.choices(cluster, sizes)
+        least = min((c for c in choices if c.stage == self.splitting.stage), key=lambda c: c.total)
+        suggestions = []
         group = self.config.data.negative_group_size
         for smaller in (group // 2**n for n in range(1, int(math.log2(group)))):
-            found = self.best(cluster, self.micro_batches(cluster.num_gpus, smaller)) if smaller > 1 else None
-            if found is not None:
-                cures.append(
+            fitting = self.best(cluster, self.micro_batches(cluster.num_gpus, smaller)) if smaller > 1 else None
+            if fitting is not None:
+                suggestions.append(
                     f"--data.negative_group_size={smaller} (draws other negatives) with "
-                    f"--data.micro_batch_size={found.micro_batch}"
+                    f"--data.micro_batch_size={fitting.micro_batch}"
                 )
                 break
-        fitting = [name for name, device in DEVICES.items() if device.memory_gb * 1e9 >= least.total]
-        if fitting:
-            cures.append("one of the GPUs " + ", ".join(sorted(fitting, key=lambda name: DEVICES[name].memory_gb)))
+        larger = [name for name, device in DEVICES.items() if device.memory_gb * 1e9 >= least.total]
+        if larger:
+            suggestions.append("one of the GPUs " + ", ".join(sorted(larger, key=lambda name: DEVICES[name].memory_gb)))
         return ConfigError(
             f"{self.config.name} fits on no --gpu={cluster.gpu} ({cluster.device.memory_gb:g} GB) under ZeRO stage "
             f"{self.splitting.stage}: with --data.micro_batch_size={least.micro_batch} and "
-            f"{','.join(least.recompute) or 'nothing'} computed again it still needs {least.total / 1e9:.1f} GB, "
-            f"{least.states.total / 1e9:.1f} of them for weights, optimizer, gradients and buckets. "
-            f"{'What would fit: ' + '; or '.join(cures) if cures else 'Use a smaller model'}."
+            f"{','.join(least.recompute) or 'nothing'} recomputed it still needs {least.total / 1e9:.1f} GB, "
+            f"{least.states.total / 1e9:.1f} GB of it for weights, optimizer, gradients and buckets. "
+            f"{'What would fit: ' + '; or '.join(suggestions) if suggestions else 'Use a smaller model'}."
         )
 
 
 def seconds_on_network(cluster: Cluster, sent: float) -> float:
-    """Of a ring over all GPUs in which each sends so many bytes.
+    """Return the seconds of a collective on a ring over all GPUs.
 
-    Every link of the ring carries the same; between nodes the NICs of a node share it out.
+    Every link of the ring carries the same bytes; between nodes they are spread over the NICs of a node.
+
+    Args:
+        sent: bytes that each GPU sends.
     """
     inside = sent / cluster.device.link_bytes_per_second if cluster.num_gpus > 1 else 0.0
     if cluster.num_nodes == 1:
@@ -237,5 +253,5 @@ def seconds_on_network(cluster: Cluster, sent: float) -> float:
 
 
 def node_bytes_per_second(cluster: Cluster) -> float:
-    """That leave a node, one way."""
+    """Return how many bytes per second can leave a node."""
     return cluster.nic_gbps * 1e9 / 8 * cluster.nics_per_node

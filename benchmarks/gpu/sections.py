@@ -40,8 +40,9 @@ from bridgetower.config.deepspeed import is_bf16, merge_deepspeed_config, read_m
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.optim import OptimConfig
-from bridgetower.cost.closed_form import Texts, count_micro_batch
+from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.devices import peak_flops
+from bridgetower.cost.micro_batch import count_micro_batch
 from bridgetower.io.files import write_atomically
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.sizes import complete_model_config
@@ -436,8 +437,8 @@ def _work(
     config: ModelConfig, compute: ComputeConfig, batch: PretrainBatch, rate: Mapping[str, Any], device: torch.device
 ) -> Row:
     """Operations for captions of these lengths, and their share of the device's peak; recomputing does not count."""
-    texts, pairs_e9 = Texts(batch.num_tokens, batch.num_masked), 1e9 * len(batch.num_tokens)
-    cost = count_micro_batch(config, step_sides.OBJECTIVES, compute, texts, element_bytes=2)
+    captions, pairs_e9 = CaptionLengths(batch.num_tokens, batch.num_masked), 1e9 * len(batch.num_tokens)
+    cost = count_micro_batch(config, step_sides.OBJECTIVES, compute, captions, element_bytes=2)
     gflop, recomputing = cost.work / pairs_e9, (cost.work + cost.repeated) / pairs_e9
     recomputed = {"gflop_per_pair_with_recomputing": recomputing} if compute.recompute else {}
     return {"gflop_per_pair": gflop, **recomputed, "mfu": _utilisation(gflop, rate, device)}

@@ -106,7 +106,11 @@ def describe_settings(config: Settings, usage: str, sections: Sequence[str] = ("
             shown = str(value).lower()
         lines.append(f"  --{name}={shown}  ({type_name(annotation)})")
         lines += textwrap.wrap(
-            docs[owner].get(name.rpartition(".")[2], ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6
+            docs[owner].get(name.rpartition(".")[2], ""),
+            100,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,  # a name such as roberta-base stays whole
         )
     return "\n".join(lines)
 

@@ -185,7 +185,7 @@ class HeadsConfig:
     itc_width: int = 256
     """Number of channels of the contrastive embeddings."""
     itc_initial_temperature: float = 0.07
-    """Initial value of ITC's learned temperature, which is kept in [0.001, 0.5]."""
+    """Initial value of ITC's learned temperature, which is clamped to [0.001, 0.5]."""
     num_answers: int = 3129
     """Number of classes of the VQA head."""
     classifier_scale: float = 2.0

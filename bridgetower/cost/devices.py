@@ -1,4 +1,4 @@
-"""What is known of accelerators by their names, and what a process uses."""
+"""Peak speed, memory and power of accelerators, by their names."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import torch
 
 
 class Device(NamedTuple):
-    """An accelerator as its maker's data sheet describes it."""
+    """An accelerator, as its maker's data sheet describes it."""
 
     cuda_name: str
-    """Part of the name that CUDA gives."""
+    """Part of the name that CUDA reports."""
     memory_gb: float
-    """In 10^9 bytes, as the sheet says; of those with 80 GB CUDA shows 85."""
+    """Memory in 10^9 bytes, as the sheet says; CUDA reports 85 for those with 80."""
     bf16_flops: float
-    """Dense operations a second in bfloat16."""
+    """Peak of dense operations per second in bfloat16."""
     fp32_flops: float
-    """In float32 without TF32."""
+    """Peak operations per second in float32, without TF32."""
     memory_bytes_per_second: float
     link_bytes_per_second: float
-    """To the other GPUs of the node, one way: half of the sheet's NVLink; of PCIe where NVLink joins pairs or none."""
+    """Speed of the link to the other GPUs of the node, one way: half of the sheet's NVLink; that of PCIe where NVLink
+    joins pairs of GPUs or none."""
     power_watts: float
-    """Of the board, at most."""
+    """Maximal power of the board."""
     server_watts: float
-    """A GPU's share of a full server, at most; 0: no server of the maker's own."""
+    """Maximal power of the maker's server, per GPU; 0: the maker sells none."""
     mfu: float
-    """What part of bf16_flops a step is assumed to reach; docs/plan.md says why."""
+    """Fraction of bf16_flops that a step is assumed to reach; docs/plan.md says why."""
     source: str
 
 
-# A longer CUDA name goes before its beginning.
+# The first match wins, so a CUDA name stands before the names that it begins with.
 DEVICES: Mapping[str, Device] = {
     "h100-pcie": Device(
         "H100 PCIe", 80, 756e12, 51e12, 2.0e12, 64e9, 350, 0, 0.30, "NVIDIA H100 data sheet (PCIe), PCIe 5 x16"
@@ -56,11 +57,11 @@ DEVICES: Mapping[str, Device] = {
     ),
     "l40s": Device("L40S", 48, 362e12, 91.6e12, 0.864e12, 32e9, 350, 0, 0.25, "NVIDIA L40S data sheet, PCIe 4 x16"),
 }
-"""By the name that a command line takes."""
+"""Devices by the name that --gpu takes."""
 
 
 def peak_flops(device_type: str) -> float | None:
-    """Dense bf16 operations a second of the device at hand; None where that is not known.
+    """Return the peak bf16 operations per second of the present device; None where they are not known.
 
     Args:
         device_type: cuda or cpu.

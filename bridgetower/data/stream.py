@@ -38,7 +38,7 @@ _LOCATED_TOGETHER = 8_192
 
 
 class Loaded(NamedTuple):
-    """A pair that was read, and decoded if asked."""
+    """A pair that was read from its shard."""
 
     pair: Pair
     replaced: str

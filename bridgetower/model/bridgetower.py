@@ -22,13 +22,14 @@ from bridgetower.errors import ConfigError, DataError
 from bridgetower.kernels.choose import choose_ops
 from bridgetower.kernels.layout import Layout, padded
 from bridgetower.kernels.ops import Ops
+from bridgetower.model.absorption import absorbs_projections
 from bridgetower.model.cross_modal import AttentionMaps, CrossModalEncoder, ReadStates
 from bridgetower.model.heads import HEADS, ITCHead, ITMHead, MLMHead, RankHead, build_head
 from bridgetower.model.init import init_weights
 from bridgetower.model.inputs import check_ids, check_mask, check_pixels, check_states, check_vocabulary
 from bridgetower.model.layer_gate import LayerGate
 from bridgetower.model.named_vits import is_clip_tower, pixel_statistics
-from bridgetower.model.sizes import absorbs_projections, complete_model_config
+from bridgetower.model.sizes import complete_model_config
 from bridgetower.model.text_tower import TextTower, longest_text
 from bridgetower.model.vision_tower import HalfEncoded, VisionTower
 

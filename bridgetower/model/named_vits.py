@@ -14,6 +14,7 @@ from typing import Any
 from bridgetower.config.model import CUSTOM, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.init import shapes_alone
+from bridgetower.model.known_towers import VISION_TOWERS, is_known_vision
 from bridgetower.model.named_sizes import fill_sizes
 
 LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
@@ -27,7 +28,7 @@ def is_clip_tower(config: VisionTowerConfig) -> bool:
     Raises:
         ConfigError: the name is not open_clip's.
     """
-    return config.name == CUSTOM or "timm_model_name" not in _model_config(config.name)["vision_cfg"]
+    return is_known_vision(config.name) or "timm_model_name" not in _model_config(config.name)["vision_cfg"]
 
 
 def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
@@ -44,7 +45,9 @@ def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
 
 @lru_cache
 def _facts(name: str) -> dict[str, int]:
-    """Return the sizes of a named ViT, read from the model itself, on torch's meta device."""
+    """Return the sizes of a named ViT: from a table, or read from the model itself on torch's meta device."""
+    if name in VISION_TOWERS:
+        return VISION_TOWERS[name]
     with shapes_alone():
         vit = build_named(name, None)
     is_clip = hasattr(vit, "conv1")

@@ -1,4 +1,4 @@
-"""The sizes of a whole model, and what follows from them; no model is built."""
+"""The sizes of a whole model, from the names of its towers; no model is built."""
 
 from __future__ import annotations
 
@@ -18,12 +18,3 @@ def complete_model_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         config, vision=complete_vision_config(config.vision), text=complete_text_config(config.text)
     )
-
-
-def absorbs_projections(config: ModelConfig) -> bool:
-    """Return True if absorbed projections are less work for the longest captions.
-
-    A rule of the model, not of the batch: gradients have to become ready in the same order on all ranks, as DeepSpeed
-    sums what lies at the same offset of a bucket.
-    """
-    return config.text.max_tokens * (config.fusion.num_heads - 1) < config.fusion.width

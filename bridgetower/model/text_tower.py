@@ -5,8 +5,8 @@ Shapes: R captions, L tokens of the longest, T tokens of all captions, D width, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +19,11 @@ from bridgetower.errors import ConfigError
 from bridgetower.kernels.choose import choose_ops
 from bridgetower.kernels.layout import Layout, padded
 from bridgetower.kernels.ops import Ops
+from bridgetower.model.known_towers import TEXT_TOWERS, is_bert, known_text_name
 from bridgetower.model.named_sizes import fill_sizes
 
 _MODEL_TYPES = ("roberta", "xlm-roberta", "camembert", "bert")
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
-# The most used encoders are built without the hub, with the sizes of their config.json.
-_KNOWN: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "roberta-base": (RobertaConfig, {**_ROBERTA, "vocab_size": 50265}),
-    "roberta-large": (RobertaConfig, {**_ROBERTA, **_LARGE, "vocab_size": 50265}),
-    "distilroberta-base": (RobertaConfig, {**_ROBERTA, "vocab_size": 50265, "num_hidden_layers": 6}),
-    "xlm-roberta-base": (XLMRobertaConfig, {**_ROBERTA, "vocab_size": 250002}),
-    "xlm-roberta-large": (XLMRobertaConfig, {**_ROBERTA, **_LARGE, "vocab_size": 250002}),
-    "bert-base-uncased": (BertConfig, {"vocab_size": 30522}),
-    "bert-base-cased": (BertConfig, {"vocab_size": 28996}),
-    "bert-large-uncased": (BertConfig, {**_LARGE, "vocab_size": 30522}),
-}
-_OWNERS = ("FacebookAI/", "distilbert/", "google-bert/")
+_ROBERTA = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
 
 
 class TextTower(nn.Module):
@@ -149,25 +137,14 @@ def encoder_config(config: TextTowerConfig) -> PretrainedConfig:
     Args:
         config: complete.
     """
+    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
     if config.name == CUSTOM:
-        return RobertaConfig(
-            **_ROBERTA
-            | {
-                "vocab_size": config.vocabulary_size,
-                "hidden_size": config.width,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "intermediate_size": 4 * config.width,
-                "max_position_embeddings": config.num_positions,
-                "hidden_dropout_prob": config.dropout,
-                "attention_probs_dropout_prob": config.dropout,
-            }
-        )
+        sizes = {field: getattr(config, field) for field in next(iter(TEXT_TOWERS.values()))}
+        return RobertaConfig(**_ROBERTA, **_their_names(sizes), **dropout)
     named = _named(config.name)
     content = {
         **named.to_dict(),
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
+        **dropout,
         "num_hidden_layers": config.num_layers or named.num_hidden_layers,
     }
     return type(named).from_dict(content)
@@ -210,19 +187,33 @@ def padding_id(config: TextTowerConfig) -> int:
     return int(encoder_config(config).pad_token_id)
 
 
+def _their_names(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of an encoder by the names that transformers gives them."""
+    return {
+        "vocab_size": sizes["vocabulary_size"],
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "intermediate_size": 4 * sizes["width"],
+        "max_position_embeddings": sizes["num_positions"],
+    }
+
+
 @lru_cache
 def _named(name: str) -> PretrainedConfig:
-    bare = next((name.removeprefix(owner) for owner in _OWNERS if name.startswith(owner)), name)
-    if bare in _KNOWN and not Path(name).is_dir():
-        kind, sizes = _KNOWN[bare]
-        return kind(**sizes)
+    known = known_text_name(name)  # the most used encoders are built without the hub
+    if known is not None:
+        sizes = _their_names(TEXT_TOWERS[known])
+        if is_bert(name):
+            return BertConfig(**sizes)
+        return (XLMRobertaConfig if known.startswith("xlm-") else RobertaConfig)(**_ROBERTA, **sizes)
     try:
         found = AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises many kinds
         raise ConfigError(
             f"model.text.name={name} could not be found: {(str(error).strip().splitlines() or [''])[0]} Give a folder "
             f"on disk with its config.json, a name of the hub (run once where it can be reached), {CUSTOM}, or one "
-            f"that needs no hub: {', '.join(_KNOWN)}."
+            f"that needs no hub: {', '.join(TEXT_TOWERS)}."
         ) from error
     if found.model_type not in _MODEL_TYPES:
         raise ConfigError(

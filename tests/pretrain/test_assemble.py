@@ -126,8 +126,6 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
         load_task(configured(), tmp_path, "fp32")
 
 
-def test_reference_speed_counts_the_work_that_the_settings_leave():
-    shared, plain = (
-        find_reference_speed(configured(compute__share_images=share), CPU).flops_per_pair(10) for share in ("yes", "no")
-    )
-    assert 0 < shared < plain and find_reference_speed(configured(), CPU).peak_flops is None
+def test_reference_speed_is_the_operations_of_a_pair():
+    speed = find_reference_speed(configured(), CPU)
+    assert 0 < speed.flops_per_pair(10) < speed.flops_per_pair(20) and speed.peak_flops is None
