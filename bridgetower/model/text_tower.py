@@ -184,11 +184,6 @@ def longest_text(config: TextTowerConfig) -> int:
     return config.num_positions - (0 if theirs.model_type == "bert" else theirs.pad_token_id + 1)
 
 
-def padding_id(config: TextTowerConfig) -> int:
-    """Return the id that padding must have."""
-    return int(encoder_config(config).pad_token_id)
-
-
 def _their_names(sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the sizes of an encoder by the names that transformers gives them."""
     return {

@@ -19,8 +19,8 @@ from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowe
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.named_vits import build_named, complete_vision_config, pixel_statistics
-from bridgetower.model.sizes import complete_model_config
-from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text, padding_id
+from bridgetower.model.sizes import complete_model_config, padding_id
+from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
 from bridgetower.model.vision_tower import VisionTower
 from tests.model.formulas import close
 from tests.small_models import random_texts, shake, small_config
