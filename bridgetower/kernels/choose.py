@@ -27,7 +27,7 @@ def choose_ops(device: torch.device | None = None, *, fuse_kernels: bool = True,
         device = torch.get_default_device()  # the meta device while shapes alone are built
         if device.type == "cpu" and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-    ops = _eager_ops(device, fuse_kernels=fuse_kernels and not compiled)
+    ops = _eager_ops(device, fuse_kernels=fuse_kernels)
     if not compiled:
         return ops
     from bridgetower.kernels.compiled_ops import CompiledOps  # torch._dynamo takes a second to import

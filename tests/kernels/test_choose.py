@@ -41,7 +41,8 @@ def test_a_gpu_gets_triton_where_its_kernels_build_and_are_wanted(gpu):
     pytest.importorskip("triton", reason="this build of torch has no Triton")
     assert choose_ops(GPU).name == "triton"
     assert type(choose_ops(GPU, fuse_kernels=False)) is FlashOps
-    assert choose_ops(GPU, compiled=True).name == "torch.compile, flash attention"
+    assert choose_ops(GPU, compiled=True).name == "torch.compile, triton"  # attention stays the kernels'
+    assert choose_ops(GPU, compiled=True, fuse_kernels=False).name == "torch.compile, flash attention"
     gpu.setattr(choose, "_builds_triton_kernels", lambda device: False)
     assert type(choose_ops(GPU)) is FlashOps
 
