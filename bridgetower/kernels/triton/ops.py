@@ -1,7 +1,7 @@
-"""The operations on NVIDIA GPUs by kernels of our own, in Triton; imported only where there is Triton.
+"""The operations on NVIDIA GPUs by our own Triton kernels; imported only where Triton is installed.
 
-Each kernel reads its inputs once, and gives the gradients of biases and of a norm's weights on the way, for which
-torch's operators read everything again.
+Each kernel reads its inputs once, and sums the gradients of biases and of a norm's weights on the way. Torch's
+operators read everything again for these sums.
 
 Shapes: D width, E joint width of several projections, R rows, N shared rows, P positions, T packed tokens, H heads, d
 width of a head.
@@ -20,17 +20,18 @@ from bridgetower.kernels.torch_ops import joint_weights
 from bridgetower.kernels.triton import functions, row_attention, short_attention
 
 _WIDEST = 4096
+"""Widest row that a kernel holds in registers."""
 
 
 class TritonOps(FlashOps):
-    """FlashAttention, and our kernels wherever they can take the states."""
+    """Our kernels wherever they support the states; elsewhere FlashAttention and torch's operators."""
 
     name = "triton"
 
     def takes(self, states: Tensor) -> bool:
-        """Return True if the kernels take such states.
+        """Return True if the kernels support such states.
 
-        They are launched on the current device, and do not know autocast, under which matmuls have another type.
+        Triton launches kernels on the current device. Autocast is not supported, since matmuls then have another type.
         """
         return (
             states.is_cuda
@@ -77,7 +78,7 @@ class TritonOps(FlashOps):
     def attend_within_rows(
         self, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
     ) -> tuple[Tensor, Tensor]:
-        """Project and attend in one function, where its kernels take the rows."""
+        """Project and attend in one function where the kernels for rows of one length are the faster ones."""
         if not self.takes(states_RPD):
             return super().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads, dropout)
         if self.reads_spans(states_RPD, num_heads) and row_attention.takes(states_RPD, num_heads, dropout):
@@ -119,7 +120,7 @@ class TritonOps(FlashOps):
         return functions.take(states_NPD, rows.index_R, rows.order_R, rows.start_Z)
 
     def supports_buckets(self, states: Tensor, num_heads: int, longest_query: int, longest_key: int) -> bool:
-        """Return True if all attention of such states is by the kernels for short rows, which skip other tokens."""
+        """Return True if the kernels for short rows compute all attention of such states; they skip padded slots."""
         width = states.shape[-1] // num_heads
         return (
             self.reads_spans(states, num_heads)
