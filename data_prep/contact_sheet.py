@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -82,4 +81,6 @@ def _wrap_caption(sample: RawSample) -> str:
 @lru_cache
 def _load_font() -> ImageFont.FreeTypeFont:
     """Load DejaVu Sans, which comes with matplotlib and has the letters of most languages."""
+    import matplotlib  # half as much CPU time as all other imports of the tools that use this file
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)

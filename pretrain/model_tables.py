@@ -15,8 +15,9 @@ from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.micro_batch import count_operations
 from bridgetower.cost.parameters import build_shapes
 from bridgetower.cost.published import count_forward
-from bridgetower.cost.sizes import complete_sizes, has_formula, num_image_positions, num_read_states
+from bridgetower.cost.sizes import has_formula, num_image_positions, num_read_states
 from bridgetower.cost.towers import CountedVision
+from bridgetower.model.sizes import complete_model_config
 
 # Pairs of the micro-batch whose operations are shown: enough for fractions of a masked token per pair.
 _NUM_PAIRS = 20
@@ -29,7 +30,7 @@ def print_model(name: str, config: ModelConfig, heads: Sequence[str], *, text_to
         text_tokens: length of the caption that shapes and operations are shown for.
         lists_tensors: also print every tensor with its shape.
     """
-    config = complete_sizes(config)
+    config = complete_model_config(config)
     model = build_shapes(config, heads)
     counted = None
     if not has_formula(config.vision):

@@ -102,7 +102,7 @@ def _make_plan(config: RunConfig, gpu: str, counts: Mapping[str, int], numbers: 
     """
     # These import torch, which takes seconds, so they stand behind the checks that do not need it.
     from bridgetower.cost.devices import DEVICES
-    from bridgetower.cost.sizes import complete_sizes
+    from bridgetower.model.sizes import complete_model_config
     from pretrain.plan_memory import count_parameters, read_splitting
     from pretrain.plan_report import Assumptions, make_plan
     from pretrain.plan_time import Cluster, Planner
@@ -111,7 +111,7 @@ def _make_plan(config: RunConfig, gpu: str, counts: Mapping[str, int], numbers: 
         raise ConfigError(unknown_name("GPU", gpu, DEVICES))
     memory_file = "zero2_bf16" if config.engine.deepspeed == "auto" else config.engine.deepspeed
     splitting = read_splitting(read_named_memory_config(memory_file, DS_CONFIGS))
-    config = replace(config, model=complete_sizes(config.model))
+    config = replace(config, model=complete_model_config(config.model))
     gpus_per_node = counts["gpus"] // counts["nodes"] if counts["nodes"] else min(8, counts["gpus"])
     cluster = Cluster(
         gpu=gpu,

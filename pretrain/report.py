@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fire
 from fire.decorators import SetParseFn
@@ -16,14 +16,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bridgetower.config.cli import refuse_unknown, run_command
 from bridgetower.config.snapshot import RUN_FILE, read_run_file
+from bridgetower.engine.metrics_file import read_metrics
 from bridgetower.engine.score_file import EVAL_NAME, PREDICTIONS_NAME
-from bridgetower.engine.tracker import read_metrics
 from bridgetower.errors import ConfigError, DataError
 from bridgetower.evaluation.table import LABELS, format_score
 from bridgetower.io.files import shorten_paths, write_atomically
 from bridgetower.shards.manifest import Manifest, load_manifest
-from pretrain.report_charts import Lines, draw_charts
 from pretrain.report_samples import PageImages, describe_samples
+
+if TYPE_CHECKING:
+    from pretrain.report_charts import Lines
 
 USAGE = """Usage: python pretrain/report.py RUN [RUN ...] [--out=FILE]
 
@@ -69,6 +71,8 @@ def render(*folders: Path) -> str:
     Raises:
         ConfigError: a folder is not a run folder, or is given twice.
     """
+    from pretrain.report_charts import draw_charts  # it imports matplotlib, which the usage does without
+
     absolute = [folder.absolute() for folder in folders]
     if twice := [folder for index, folder in enumerate(folders) if absolute[index] in absolute[:index]]:
         raise ConfigError(f"{twice[0]} is given twice. Give each run once.")

@@ -20,40 +20,43 @@ from tests import preloaded
 
 REPO = Path(__file__).resolve().parent.parent
 
-# A shell lets what it starts in the background ignore Ctrl-C, and programs inherit that; tests send it to some.
+# A shell makes its background jobs ignore Ctrl-C, and their child processes inherit that. Some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before tests are collected, and with them torch and Triton imported; not in the process that hands them out."""
-    hands_out = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
-    if not hands_out:
-        # A quarter of the time that it takes to import everything.
+    """Set torch and Triton up before the tests are collected, which imports them.
+
+    The process that only distributes tests to pytest-xdist's workers does without torch.
+    """
+    only_distributes = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+    if not only_distributes:
+        # Collecting garbage would take a quarter of the time of all imports.
         gc.disable()
         import torch
 
         torch.set_num_threads(1)
         if not torch.cuda.is_available():
-            # Before Triton is imported: its kernels are then computed by numpy, operator by operator.
+            # Triton reads this when it is imported, and then runs its kernels in numpy, operator by operator.
             os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Whose tests take longest: they are begun first, so that at the end both workers have something to do.
-# Between those that need much memory, and so wait for each other, there are some that do not.
+# The folders and files whose tests take longest start first, so that no worker is idle at the end. Between those that
+# need much memory, and therefore wait for each other, stand some that do not.
 SLOWEST_FIRST = ("integration", "test_capacity.py", "benchmarks", "pretrain", "interop")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; needs ``--no-loadscope-reorder`` where pytest-xdist hands them out."""
-    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.relative_to(REPO / "tests").parts[0], len(places)))
+    """Order the test files. pytest-xdist keeps the order only with ``--no-loadscope-reorder``."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.relative_to(REPO / "tests").parts[0], len(ranks)))
 
 
 def pytest_collection_finish() -> None:
-    """A million objects of modules live as long as the process: no collection need look at them again.
+    """Exempt the million objects of imported modules from garbage collection, as they live as long as the process.
 
-    And not so often at the others: 700 new ones, Python's own measure, are a layer of a model.
+    Collect the others more rarely, too: Python's default of 700 new objects is one layer of a model.
     """
     gc.collect()
     gc.freeze()
@@ -63,14 +66,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the workers of one pytest-xdist share; without them, of this process."""
+    """A temporary folder that all workers of pytest-xdist share; without workers, that of this process."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
 def emoji_shards(of_all_workers: Path) -> Path:
-    """The demo corpus, built as `make demo` does: folders train, combination and concept."""
+    """The demo corpus, built as `make demo` builds it: folders train, combination and concept."""
     out = of_all_workers / "shards/emoji"
     with one_at_a_time(of_all_workers / "emoji.lock"):
         if not (out.parent / "complete").exists():
@@ -81,14 +84,14 @@ def emoji_shards(of_all_workers: Path) -> Path:
 
 @pytest.fixture
 def much_memory(of_all_workers: Path) -> Iterator[None]:
-    """For a test that needs several GB: no two of them run at a time, on any worker of pytest."""
+    """Run tests that need several GB one at a time, over all workers of pytest-xdist."""
     with one_at_a_time(of_all_workers / "much_memory.lock"):
         yield
 
 
 @contextmanager
 def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process holds it."""
+    """Hold a lock file, after waiting until no other process holds it."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -107,7 +110,8 @@ def run_script(
     """Run an entry script as a user does, and check its exit code.
 
     Args:
-        ranks: 0 for a program that no launcher starts.
+        ranks: number of processes; 0 runs the program without a launcher.
+        code: the expected exit code.
         launcher: see `command_line`.
     """
     result = subprocess.run(
@@ -123,11 +127,12 @@ def run_script(
 
 
 def command_line(script: str, arguments: Sequence[str], ranks: int = 0, launcher: str = "") -> list[str]:
-    """The words of a command.
+    """Compose the command that runs an entry script.
 
     Args:
-        launcher: deepspeed; or plain: a new process for each rank, as srun starts them; or preloaded: the same, except
-            that it need not import anything. If not given, preloaded for what imports torch.
+        launcher: "deepspeed"; "plain", a new process per rank, as srun starts them; "preloaded", the same with
+            processes that tests/preloaded.py forks. By default "preloaded" for the scripts that import torch, else
+            "plain".
     """
     path = str(REPO / script)
     if launcher == "deepspeed":
@@ -140,25 +145,25 @@ def command_line(script: str, arguments: Sequence[str], ranks: int = 0, launcher
 
 
 def preloaded_words() -> list[str]:
-    """What stands between python and a script that need not import anything."""
+    """Return the words between python and a script that have the server of tests/preloaded.py run it."""
     return ["-S", preloaded.__file__, preloaded_server().address]
 
 
 @functools.cache
 def preloaded_server() -> preloaded.Server:
-    """The one of this process, started when it is first needed; it ends with this process."""
+    """Return the server of this process. It starts at the first use and ends with this process."""
     return preloaded.Server(script_environment({}))
 
 
 def script_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a test's command: one thread, no dashboard, nothing of a launcher around pytest."""
-    own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "DS_ACCELERATOR": "cpu"}
+    """Return the environment of a test's command: one thread, W&B offline, no variable of a launcher around pytest."""
+    fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", "DS_ACCELERATOR": "cpu"}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK"))}
-    return {**inherited, **own, "COLUMNS": "160", **extra}
+    return {**inherited, **fixed, "COLUMNS": "160", **extra}
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -68,8 +66,3 @@ def peak_flops(device_type: str) -> float | None:
     """
     name = torch.cuda.get_device_name() if device_type == "cuda" else ""
     return next((device.bf16_flops for device in DEVICES.values() if device.cuda_name in name), None)
-
-
-def host_memory_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -115,9 +115,7 @@ def find_shapes(
     is_packed = not config.fusion.sees_padding
     if not is_packed:
         lengths, cuts = (max(lengths),) * num_pairs, (num_pairs,)
-    mask_bytes, text_mask_bytes = memory.mask_bytes, memory.text_mask_bytes or element_bytes
-    if memory.draws_again and compute.fuse_kernels:
-        mask_bytes = text_mask_bytes = 0
+    mask_bytes = 0 if memory.draws_again and compute.fuse_kernels else memory.mask_bytes
     return StepShapes(
         config=config,
         objectives=objectives,
@@ -134,6 +132,6 @@ def find_shapes(
         is_packed=is_packed,
         absorbs=absorbs_projections(config),
         vision_costs=LayerCosts(element_bytes, memory, 0.0),
-        text_costs=LayerCosts(element_bytes, memory, config.text.dropout, text_mask_bytes),
+        text_costs=LayerCosts(element_bytes, memory, config.text.dropout, mask_bytes),
         fusion_costs=LayerCosts(element_bytes, memory, config.fusion.dropout, mask_bytes),
     )

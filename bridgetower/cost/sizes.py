@@ -6,29 +6,12 @@ from bridgetower.config.model import ModelConfig, TextTowerConfig, VisionTowerCo
 from bridgetower.cost.unknown import no_formula
 from bridgetower.model.known_towers import (
     VISION_TOWERS,
-    complete_known_model,
     is_known_text,
     is_known_vision,
     vision_mlp_width,
 )
 
 _GELU = "gelu"
-
-
-def complete_sizes(config: ModelConfig) -> ModelConfig:
-    """Fill in the sizes that the towers' names stand for.
-
-    Open_clip and transformers are imported only for towers that are not in ``bridgetower/model/known_towers.py``.
-
-    Raises:
-        ConfigError: a tower cannot be found or bridged, or the parts do not fit.
-    """
-    known = complete_known_model(config)
-    if known is not None:
-        return known
-    from bridgetower.model.sizes import complete_model_config
-
-    return complete_model_config(config)
 
 
 def has_formula(vision: VisionTowerConfig) -> bool:

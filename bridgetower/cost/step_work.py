@@ -8,7 +8,8 @@ from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.micro_batch import count_operations
-from bridgetower.cost.sizes import complete_sizes, has_formula
+from bridgetower.cost.sizes import has_formula
+from bridgetower.model.sizes import complete_model_config
 
 
 class StepWork(NamedTuple):
@@ -32,7 +33,7 @@ def step_work(config: ModelConfig, objectives: ObjectivesConfig) -> StepWork:
     Recomputed layers are not counted as work. A vision tower without a formula is run once on torch's meta device,
     which takes seconds and must happen before there is a process group.
     """
-    config = complete_sizes(config)
+    config = complete_model_config(config)
     counted = None
     if not has_formula(config.vision):
         from bridgetower.cost.counted import count_vision_tower

@@ -100,9 +100,6 @@ class OperatorMemory(NamedTuple):
     """Bytes of a norm's mean or deviation; None: those of an element of the states."""
     mask_bytes: int
     """Bytes per element of a dropout mask."""
-    text_mask_bytes: int | None
-    """Bytes per element of a dropout mask in the text tower, whose layers are transformers'; None: those of an element
-    of the states."""
     drops_inside: bool
     """True where attention draws its dropout inside the kernel; False where it keeps all attention probabilities, and a
     byte for each."""
@@ -112,13 +109,10 @@ class OperatorMemory(NamedTuple):
     """Bytes of the state of the random number generator, which is saved for every layer that is recomputed."""
 
 
-CUDA = OperatorMemory(
-    statistic_bytes=4, mask_bytes=1, text_mask_bytes=1, drops_inside=True, draws_again=True, generator_bytes=16
-)
+CUDA = OperatorMemory(statistic_bytes=4, mask_bytes=1, drops_inside=True, draws_again=True, generator_bytes=16)
 CPU = OperatorMemory(
     statistic_bytes=None,
     mask_bytes=1,
-    text_mask_bytes=None,
     drops_inside=False,
     draws_again=False,
     generator_bytes=5056,

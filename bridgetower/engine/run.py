@@ -19,10 +19,11 @@ from bridgetower.engine import launch as launching
 from bridgetower.engine.checkpoint import Checkpoints, TrainState, find_checkpoint
 from bridgetower.engine.initialize import build_engine
 from bridgetower.engine.loop import TrainingPlan, train
+from bridgetower.engine.metrics_file import read_metrics
 from bridgetower.engine.preemption import StopRequests, stay_until_killed
 from bridgetower.engine.score_file import forget_best_after
 from bridgetower.engine.throughput import ReferenceSpeed
-from bridgetower.engine.tracker import Tracker, read_metrics
+from bridgetower.engine.tracker import Tracker
 from bridgetower.errors import BridgeTowerError
 from bridgetower.io.files import claim_folder, write_atomically
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bridgetower import dist
 from bridgetower.io.files import write_atomically
 
 EVAL_NAME = "eval.json"
@@ -19,6 +18,8 @@ def forget_best_after(run_folder: Path, step: int) -> None:
 
     A run that resumes from before that step has not reached them; it would compare its next scores with them.
     """
+    from bridgetower import dist  # it imports torch, which reports do without
+
     path = run_folder / EVAL_NAME
     if dist.rank() != 0 or not path.is_file():
         return

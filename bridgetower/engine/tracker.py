@@ -15,12 +15,11 @@ from rich.table import Column
 from torch import Tensor
 
 from bridgetower import dist
+from bridgetower.engine.metrics_file import METRICS_NAME, drop_after
 from bridgetower.engine.wandb_mirror import Mirror
-from bridgetower.io.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
 # Least columns of a terminal whose live line has a bar, and the loss of each objective.
 _BAR_COLUMNS, _OBJECTIVES_COLUMNS = 100, 130
 
@@ -78,7 +77,7 @@ class Tracker:
         self._file = self._mirror = self._progress = None
         if dist.rank() != 0:
             return
-        _drop_after(self._path, first_step)
+        drop_after(self._path, first_step)
         self._file = self._path.open("a")
         if wandb_mode != "off":
             self._mirror = Mirror(
@@ -163,29 +162,3 @@ def _format_time(hours: float) -> str:
 def _round(value: float) -> float:
     """Round to 7 significant digits."""
     return float(f"{value:.7g}")
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """Read the lines of ``metrics.jsonl``, without a last line that is still being written."""
-    lines = []
-    path = run_folder / METRICS_NAME
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines

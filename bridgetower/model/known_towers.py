@@ -48,10 +48,10 @@ VISION_TOWERS: Mapping[str, dict[str, int]] = {
     )
     for name in names
 }
-"""Sizes by open_clip's name of every ViT of CLIP's own architecture.
+"""Sizes of CLIP's ViTs, by open_clip's name of the model: all that open_clip builds with code of its own, not timm's.
 
-All have a class token, a learned position table, norms before the first and after the last block, and no layer scale.
-open_clip builds each with its own code, none with timm's.
+Each has a class token, a learned position table, norms before the first and after the last block, and no layer scale.
+Variants that lack one of these (CLIPA, ViT-M-16-alt) are not in the table.
 """
 # Hidden channels of the feed-forward layers where they are not four times the width.
 _VISION_MLP_WIDTHS = {_G["width"]: 6144, _BIG_G["width"]: 8192, _E["width"]: 15360}
@@ -96,6 +96,13 @@ def is_bert(name: str) -> bool:
     return (known_text_name(name) or "").startswith("bert-")
 
 
+def known_padding_id(name: str) -> int | None:
+    """Return the id that padding has in a known text tower, else None; a custom tower is a RoBERTa."""
+    if not is_known_text(name):
+        return None
+    return 0 if is_bert(name) else 1
+
+
 def vision_mlp_width(name: str, width: int) -> int:
     """Return the hidden channels of the feed-forward layers of a known vision tower."""
     return 4 * width if name == CUSTOM else _VISION_MLP_WIDTHS.get(width, 4 * width)
@@ -105,7 +112,7 @@ def complete_known_model(config: ModelConfig) -> ModelConfig | None:
     """Fill in the sizes that the names of both towers stand for, from the tables of this file.
 
     Returns: None if a tower is not in the tables, or reads fewer tokens than model.text.max_tokens;
-        ``bridgetower.model.bridgetower.complete_model_config`` then knows the sizes, or what is wrong.
+        ``bridgetower.model.sizes.complete_model_config`` then asks open_clip and transformers.
 
     Raises:
         ConfigError: a size that is given is not the named tower's, or the parts do not fit.

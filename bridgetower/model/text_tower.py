@@ -41,7 +41,8 @@ class TextTower(nn.Module):
         """
         super().__init__()
         self.encoder = build_encoder(encoder_config(config))
-        self.ops = ops or choose_ops()
+        self.encoder.embeddings.dropout = nn.Identity()  # all dropout is drawn by the operations
+        self.dropout, self.ops = config.dropout, ops or choose_ops()
 
     def forward(
         self, ids_RL: Tensor, attention_mask_RL: Tensor, num_states: int, *, recompute: bool = False
@@ -92,6 +93,7 @@ class TextTower(nn.Module):
 
     def _run(self, ids_T: Tensor, position_T: Tensor, layout: Layout, num_states: int, recompute: bool) -> list[Tensor]:
         states_TD = self.encoder.embeddings(input_ids=ids_T[None], position_ids=position_T[None])[0]
+        states_TD = self.ops.drop(states_TD, self.dropout if self.training else 0.0)
         outputs = [states_TD]
         for layer in self.encoder.encoder.layer:
             if recompute and torch.is_grad_enabled():
@@ -180,11 +182,6 @@ def longest_text(config: TextTowerConfig) -> int:
     """Return the most tokens of a text: a RoBERTa's positions start after its pad id, so its table holds fewer."""
     theirs = encoder_config(config)
     return config.num_positions - (0 if theirs.model_type == "bert" else theirs.pad_token_id + 1)
-
-
-def padding_id(config: TextTowerConfig) -> int:
-    """Return the token id of padding."""
-    return int(encoder_config(config).pad_token_id)
 
 
 def _their_names(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -157,8 +157,17 @@ class HalfEncoded(NamedTuple):
     """The returned states that are computed so far, lowest first."""
 
     def joins_norms(self, blocks: Iterable[nn.Module]) -> bool:
-        """Return True if a block's last residual sum and the norm that follows are one operation."""
-        is_plain = (isinstance(block, ClipBlock) and isinstance(block.ls_2, nn.Identity) for block in blocks)
+        """Return True if a block's last residual sum and the norm that follows are one operation.
+
+        Blocks that are recomputed or have a hook are called as modules instead.
+        """
+        is_plain = (
+            isinstance(block, ClipBlock)
+            and isinstance(block.ls_2, nn.Identity)
+            and not block._forward_hooks
+            and not block._forward_pre_hooks
+            for block in blocks
+        )
         return not self.recompute and all(is_plain)
 
 

@@ -18,7 +18,7 @@ from bridgetower.data.order import Order
 from bridgetower.data.text import Tokenizer
 from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import ConfigError
-from bridgetower.model.text_tower import padding_id
+from bridgetower.model.sizes import padding_id
 
 
 def find_memory_config(engine: EngineConfig, folder: Path, device: torch.device) -> dict[str, object]:

@@ -127,23 +127,21 @@ def plan_step(
     num_masked_slots = bucket.masked if bucket else captions.num_masked
     texts = {n: captions.add_texts(packing, n, num_text_slots, bucket) for n in (1, 2)}
     read_layout = captions.add_read(packing, fusion_kinds, bucket)
-    tables_on_device, layouts = packing.to_device(batch.clean_ids_BL.device)
-    order_B, source_T, column_T, slot_S, masked_M, class_B = (tables_on_device[number] for number in tables)
+    on_device, layouts = packing.to_device(batch.clean_ids_BL.device)
+    order_B, source_T, column_T, slot_S, masked_M, class_B = (on_device[number] for number in tables)
 
     def layout_of(num_texts: int) -> Layout:
         return layouts[texts[num_texts]] if packs else padded(batch.attention_mask_BL.repeat(num_texts, 1))
 
-    index_M = batch.mlm_index_M[masked_M]
-    num_clean = captions.num_tokens
+    index_M, num_clean = batch.mlm_index_M[masked_M], captions.num_tokens
     # MLM's rows stand behind ITM's, whose captions have as many tokens.
     read_tokens = {"itm": class_B, "mlm": slot_S[index_M] + num_clean * (len(fusion_kinds) - 1)}
     read_Q = torch.cat([read_tokens[kind] for kind in fusion_kinds])
     images = {"itm": batch.itm_image_B[order_B], "mlm": order_B}
     has_itm = "itm" in fusion_kinds
     first_token = 0 if has_itm else num_clean * (len(text_kinds) - 1)
-    end_token = num_text_slots if bucket else first_token + num_clean * len(fusion_kinds)
     fusion = FusionPass(
-        tokens=slice(first_token, end_token),
+        tokens=slice(first_token, num_text_slots if bucket else first_token + num_clean * len(fusion_kinds)),
         layout=layout_of(len(fusion_kinds)),
         image_R=torch.cat([images[kind] for kind in fusion_kinds]),
         read=ReadStates(

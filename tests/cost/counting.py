@@ -51,7 +51,8 @@ def count_step(
 ) -> float:
     """Operations per pair, forward and backward, of the step that is trained."""
     with shapes_alone():
-        task = PretrainTask(BridgeTower(config, objectives.heads), objectives, compute or ComputeConfig())
+        recompute = compute.recompute if compute else ()
+        task = PretrainTask(BridgeTower(config, objectives.heads, recompute=recompute), objectives, compute)
     batch = meta_batch(task.model.config, captions)
     flops, _ = count_flops(lambda: task(batch)[0].backward())
     return flops / len(captions.num_tokens)

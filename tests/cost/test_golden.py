@@ -13,9 +13,9 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.captions import CaptionLengths, typical_captions
 from bridgetower.cost.micro_batch import count_micro_batch
 from bridgetower.cost.published import count_published_step
-from bridgetower.cost.sizes import complete_sizes
 from bridgetower.cost.step_work import step_work
 from bridgetower.cost.work import CPU, CUDA, PARTS, StepCost
+from bridgetower.model.sizes import complete_model_config
 
 BOTH, ALL = ObjectivesConfig(), ObjectivesConfig(itc=True)
 MLM, ITM = ObjectivesConfig(itm=False), ObjectivesConfig(mlm=False)
@@ -27,13 +27,13 @@ def model(name: str) -> ModelConfig:
     base = MODELS["base"]()
     if name == "dry":
         text = dataclasses.replace(base.text, dropout=0.0)
-        return complete_sizes(
+        return complete_model_config(
             dataclasses.replace(base, text=text, fusion=dataclasses.replace(base.fusion, dropout=0.0))
         )
     if name == "padded":
         fusion = dataclasses.replace(base.fusion, bridge="cross_attention", bridge_masks_padding=False)
-        return complete_sizes(dataclasses.replace(base, fusion=fusion))
-    return complete_sizes(MODELS[name]())
+        return complete_model_config(dataclasses.replace(base, fusion=fusion))
+    return complete_model_config(MODELS[name]())
 
 
 def figures(cost: StepCost) -> tuple[int, ...]:

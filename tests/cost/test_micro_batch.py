@@ -62,7 +62,7 @@ class Real:
         seed: int = 0,
     ) -> None:
         compute = compute or ComputeConfig()
-        model = BridgeTower(config, objectives.heads).to(dtype).train()
+        model = BridgeTower(config, objectives.heads, recompute=compute.recompute).to(dtype).train()
         freeze_layers(model, vision=frozen[0], text=frozen[1])
         self.batch = step_sides.make_batch(config, pairs, torch.device("cpu"), seed=seed)
         self.task = PretrainTask(model, objectives, compute)

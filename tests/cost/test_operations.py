@@ -16,9 +16,9 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.counted import count_vision_tower
 from bridgetower.cost.micro_batch import count_micro_batch, count_operations
-from bridgetower.cost.sizes import complete_sizes
 from bridgetower.cost.step_work import step_work
 from bridgetower.cost.work import PARTS
+from bridgetower.model.sizes import complete_model_config
 from tests.cost.counting import BOTH, count_step
 
 
@@ -42,7 +42,7 @@ def test_a_change_that_adds_operations_to_the_step_is_noticed(name, most):
     assert np.mean(CAPTIONS.num_tokens) == 12
     counted = count_step(MODELS[name](), CAPTIONS)
     assert most - 2 < counted / 1e9 <= most
-    formula = count_operations(complete_sizes(MODELS[name]()), BOTH, CAPTIONS)
+    formula = count_operations(complete_model_config(MODELS[name]()), BOTH, CAPTIONS)
     assert formula / len(CAPTIONS.num_tokens) == pytest.approx(counted, rel=1e-9)
 
 
@@ -57,7 +57,7 @@ def without_layers_below_the_bridges(config: ModelConfig) -> ModelConfig:
     ("name", "dropout"), [("tiny", 0.1), ("tiny", 0.0), ("base", 0.0), ("base", 0.1), ("large", 0.1)]
 )
 def test_formula_is_what_is_counted(name, dropout):
-    config = with_dropout(complete_sizes(MODELS[name]()), dropout)
+    config = with_dropout(complete_model_config(MODELS[name]()), dropout)
     if name == "tiny":
         config = without_layers_below_the_bridges(config)
     formula = count_operations(config, BOTH, SHORT)
@@ -68,7 +68,7 @@ def test_formula_is_what_is_counted(name, dropout):
 def test_formula_is_what_is_counted_where_a_bridge_sees_padding(bridge):
     tiny = MODELS["tiny"]()
     fusion = dataclasses.replace(tiny.fusion, bridge=bridge, bridge_masks_padding=False)
-    config = complete_sizes(dataclasses.replace(tiny, fusion=fusion))
+    config = complete_model_config(dataclasses.replace(tiny, fusion=fusion))
     formula = count_operations(config, BOTH, SHORT)
     assert formula / len(SHORT.num_tokens) == pytest.approx(count_step(config, SHORT), rel=1e-9)
     packed = dataclasses.replace(fusion, bridge_masks_padding=True)
@@ -78,14 +78,14 @@ def test_formula_is_what_is_counted_where_a_bridge_sees_padding(bridge):
 @pytest.mark.parametrize("name", ["ViT-bigG-14", "ViT-g-14"])
 def test_formula_is_what_is_counted_where_feed_forward_layers_are_wider(name):
     vision = VisionTowerConfig(name=name, num_layers=2)
-    config = complete_sizes(dataclasses.replace(MODELS["tiny"](), image_size_px=56, vision=vision))
+    config = complete_model_config(dataclasses.replace(MODELS["tiny"](), image_size_px=56, vision=vision))
     formula = count_operations(config, BOTH, SHORT)
     assert formula / len(SHORT.num_tokens) == pytest.approx(count_step(config, SHORT), rel=1e-9)
 
 
 def test_work_of_each_component_is_what_docs_performance_md_says():
     pieces = count_micro_batch(
-        complete_sizes(MODELS["base"]()), BOTH, ComputeConfig(), CAPTIONS, element_bytes=2
+        complete_model_config(MODELS["base"]()), BOTH, ComputeConfig(), CAPTIONS, element_bytes=2
     ).pieces
     gflop = {name: work / len(CAPTIONS.num_tokens) / 1e9 for name, work in pieces.items()}
     assert gflop == pytest.approx(
@@ -124,7 +124,7 @@ def without_class_token() -> ModelConfig:
 
 
 def test_a_vision_tower_of_timm_is_counted_and_the_rest_is_by_formula():
-    config = complete_sizes(without_class_token())
+    config = complete_model_config(without_class_token())
     counted = count_vision_tower(config)
     expected = count_step(config, SHORT, objectives=ObjectivesConfig(itc=True))
     formula = count_operations(config, ObjectivesConfig(itc=True), SHORT, counted)

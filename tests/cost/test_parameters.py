@@ -10,11 +10,11 @@ from torch import nn
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.named_models import MODELS
 from bridgetower.cost.parameters import build_shapes
-from bridgetower.cost.sizes import complete_sizes
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.plain import PlainBridgeTower
+from bridgetower.model.sizes import complete_model_config
 
 PRETRAINING = ("mlm", "itm", "itc")
 
@@ -35,7 +35,7 @@ def tied() -> ModelConfig:
 
 @pytest.mark.parametrize("config", [*(build() for build in MODELS.values()), tied()], ids=[*MODELS, "tied"])
 def test_every_named_model_has_the_parameters_of_the_plain_one(config):
-    built = build_shapes(complete_sizes(config), PRETRAINING)
+    built = build_shapes(complete_model_config(config), PRETRAINING)
     assert isinstance(built, PlainBridgeTower) and shapes_of(built) == shapes_of(trained(config, PRETRAINING))
 
 
@@ -57,5 +57,5 @@ def with_towers(vision: str = "ViT-B-16", text: str = "roberta-base") -> ModelCo
     ids=["BERT", "wider feed-forward", "timm", "all heads"],
 )
 def test_what_the_plain_model_cannot_hold_is_built_as_it_is_trained(config, heads):
-    built = build_shapes(complete_sizes(config), heads)
+    built = build_shapes(complete_model_config(config), heads)
     assert isinstance(built, BridgeTower) and shapes_of(built) == shapes_of(trained(config, heads))

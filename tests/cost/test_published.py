@@ -14,11 +14,11 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.counted import count_flops, count_vision_tower
 from bridgetower.cost.published import count_forward, count_published_step
-from bridgetower.cost.sizes import complete_sizes
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.heads import HEADS
 from bridgetower.model.init import shapes_alone
 from bridgetower.model.plain import PlainBridgeTower
+from bridgetower.model.sizes import complete_model_config
 from tests.cost.counting import BOTH, meta_batch
 
 # Reference_spec 2.3, GFLOP per pair with 50 tokens, without transforms: 2 x positions x width^2 x 6 layers.
@@ -32,7 +32,7 @@ PUBLISHED = {
 def test_forward_pass_has_the_published_number_of_operations(name):
     published = PUBLISHED[name]
     transform = 2 * published["width"] ** 2 * 6
-    flops = count_forward(complete_sizes(MODELS[name]()), ("mlm", "itm"), text_tokens=50)
+    flops = count_forward(complete_model_config(MODELS[name]()), ("mlm", "itm"), text_tokens=50)
     assert (flops.encode_image - transform * published["positions"]) / 1e9 == pytest.approx(
         published["vision"], abs=0.05
     )
@@ -43,12 +43,12 @@ def test_forward_pass_has_the_published_number_of_operations(name):
 
 @pytest.mark.parametrize(("name", "published"), [("base", 693.979), ("large", 2556.5)])
 def test_published_step_has_the_published_operations(name, published):
-    step = sum(count_published_step(complete_sizes(MODELS[name]()), BOTH).values())
+    step = sum(count_published_step(complete_model_config(MODELS[name]()), BOTH).values())
     assert step / 1e9 == pytest.approx(published, abs=0.05)
 
 
 def test_published_components_are_what_docs_performance_md_says():
-    pieces = count_published_step(complete_sizes(MODELS["base"]()), BOTH)
+    pieces = count_published_step(complete_model_config(MODELS["base"]()), BOTH)
     assert {name: flops / 1e9 for name, flops in pieces.items()} == pytest.approx(
         {
             "vision_tower": 356.1,
@@ -90,7 +90,7 @@ def test_published_step_of_base_is_the_sum_of_its_matmuls():
     # Both the masked and the clean caption, each with an image of its own, go through everything; a backward pass costs
     # two forward passes, but pixels need no gradient.
     expected = 2 * (3 * (vision + transforms + text + cross) - patch_embedding) - unread + 3 * (words + pooled)
-    assert sum(count_published_step(complete_sizes(MODELS["base"]()), BOTH).values()) == expected
+    assert sum(count_published_step(complete_model_config(MODELS["base"]()), BOTH).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_published_step_of_base_is_the_sum_of_its_matmuls():
 )
 def test_published_step_is_what_torch_counts_in_the_plain_model(fusion):
     tiny = MODELS["tiny"]()
-    config = complete_sizes(dataclasses.replace(tiny, fusion=dataclasses.replace(tiny.fusion, num_layers=3)))
+    config = complete_model_config(dataclasses.replace(tiny, fusion=dataclasses.replace(tiny.fusion, num_layers=3)))
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, **fusion))
     batch = meta_batch(config, CaptionLengths((40, 40), (6, 6)))
     with shapes_alone():
@@ -119,7 +119,7 @@ def test_published_step_is_what_torch_counts_in_the_plain_model(fusion):
 
 @pytest.mark.parametrize("name", ["tiny", "meter_fusion", "base_mlp_concat", "base_0_layers"])
 def test_forward_pass_is_what_torch_counts_stop_by_stop(name):
-    config = complete_sizes(MODELS[name]())
+    config = complete_model_config(MODELS[name]())
     with shapes_alone():
         model = PlainBridgeTower(config, ("mlm", "itm"))
         pixels = torch.empty(1, 3, config.image_size_px, config.image_size_px)
@@ -132,7 +132,7 @@ def test_forward_pass_is_what_torch_counts_stop_by_stop(name):
 def test_forward_pass_of_a_tower_of_timm_is_counted():
     tiny = MODELS["tiny"]()
     vision = dataclasses.replace(tiny.vision, name="PE-Core-T-16-384", patch_size_px=0, width=0, num_heads=0)
-    config = complete_sizes(dataclasses.replace(tiny, image_size_px=64, vision=vision))
+    config = complete_model_config(dataclasses.replace(tiny, image_size_px=64, vision=vision))
     flops = count_forward(config, (), 13, count_vision_tower(config))
     with shapes_alone():
         model = BridgeTower(config)
@@ -142,7 +142,7 @@ def test_forward_pass_of_a_tower_of_timm_is_counted():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_costs_what_its_linear_layers_do(head):
-    config = complete_sizes(MODELS["tiny"]())
+    config = complete_model_config(MODELS["tiny"]())
     with shapes_alone():
         model = BridgeTower(config, (head,))
     weights = [weight for weight in model.heads.parameters() if weight.dim() == 2]
@@ -151,7 +151,7 @@ def test_every_head_costs_what_its_linear_layers_do(head):
 
 
 def test_objectives_cost_their_passes():
-    config = complete_sizes(MODELS["base"]())
+    config = complete_model_config(MODELS["base"]())
     both, mlm, itm = (
         count_published_step(config, objectives)
         for objectives in (BOTH, ObjectivesConfig(itm=False), ObjectivesConfig(mlm=False))

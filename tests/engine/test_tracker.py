@@ -13,7 +13,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from bridgetower.engine.tracker import Means, Tracker, _format_time, read_metrics
+from bridgetower.engine.metrics_file import read_metrics
+from bridgetower.engine.tracker import Means, Tracker, _format_time
 from bridgetower.errors import ConfigError
 from tests.conftest import REPO
 from tests.wandb_files import read_history

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.run import EvaluationConfig, ObjectivesConfig
@@ -45,15 +45,18 @@ def count_passes(model: BridgeTower) -> Counter[str]:
     """Count the images, captions and pairs that pass the parts of a model from now on."""
     counts: Counter[str] = Counter()
 
-    def count(name: str, module: nn.Module, rows: int) -> None:
-        def note(_: nn.Module, arguments: tuple[torch.Tensor, ...], *__: object) -> None:
-            counts[name] += len(arguments[rows])
-            counts[f"{name}, most at once"] = max(counts[f"{name}, most at once"], len(arguments[rows]))
+    def count(name: str, num_rows: int) -> None:
+        counts[name] += num_rows
+        counts[f"{name}, most at once"] = max(counts[f"{name}, most at once"], num_rows)
 
-        module.register_forward_pre_hook(note)
+    begin_image = model.vision_tower.begin
 
-    count("images", model.vision_tower, 0)
-    count("captions", model.text_tower, 0)
+    def begin(pixels: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        count("images", len(pixels))
+        return begin_image(pixels, *arguments, **settings)
+
+    model.vision_tower.begin = begin  # type: ignore[method-assign, assignment]
+    model.text_tower.register_forward_pre_hook(lambda _, arguments: count("captions", len(arguments[0])))
     model.cross_modal.register_forward_pre_hook(
         # Pairs whose attention maps are reported are fused one by one.
         lambda _, __, named: counts.update({"reported": 1} if named.get("maps") else {"pairs": len(named["image_R"])}),

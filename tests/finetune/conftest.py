@@ -46,7 +46,6 @@ def restored_process() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)
-        torch.backends.cuda.enable_flash_sdp(True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         logger.handlers, logger.level, logger.propagate = before

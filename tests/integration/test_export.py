@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,14 @@ def run(emoji_shards, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(run) -> bridgetower.BridgeTower:
     return bridgetower.load_model(run)
+
+
+def test_loading_a_run_prints_nothing_and_imports_neither_deepspeed_nor_open_clip(run):
+    program = f"import bridgetower, sys; bridgetower.load_model({str(run)!r}); print(*sys.modules)"
+    loading = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modules = loading.stdout.split()
+    assert loading.stderr == "" and loading.stdout.count("\n") == 1 and "torch" in modules
+    assert not {"deepspeed", "open_clip", "timm", "wandb", "matplotlib"} & set(modules)
 
 
 def export(model, form, out, *flags) -> Path:

@@ -17,13 +17,13 @@ from bridgetower.model.known_towers import (
     VISION_TOWERS,
     complete_known_model,
     is_bert,
+    known_padding_id,
     known_text_name,
     vision_mlp_width,
 )
-from bridgetower.model.named_vits import complete_vision_config, is_clip_tower
-from bridgetower.model.sizes import complete_model_config
-from bridgetower.model.text_tower import encoder_config
-from bridgetower.model.vision_tower import VisionTower
+from bridgetower.model.named_vits import build_named, complete_vision_config, is_clip_tower
+from bridgetower.model.text_tower import complete_text_config, encoder_config
+from bridgetower.model.vision_tower import ClipViT, VisionTower
 
 NORMS_AND_EMBEDDINGS = {"class_embedding", "positional_embedding", "conv1", "ln_pre", "transformer", "ln_post"}
 
@@ -34,8 +34,10 @@ def test_vision_tower_has_the_sizes_that_open_clip_builds(name):
     assert is_clip_tower(VisionTowerConfig(name=name))
     config = open_clip.get_model_config(name)["vision_cfg"]
     with shapes_alone():
-        vit = VisionTower(complete_vision_config(VisionTowerConfig(name=name)), 4 * facts["patch_size_px"]).vit
-    assert isinstance(vit, VisionTransformer)
+        vit = build_named(name, 4 * facts["patch_size_px"])
+        tower = VisionTower(complete_vision_config(VisionTowerConfig(name=name)), 4 * facts["patch_size_px"])
+    assert isinstance(vit, VisionTransformer) and isinstance(tower.vit, ClipViT)
+    assert tower.vit.state_dict().keys() == vit.state_dict().keys()
     block = vit.transformer.resblocks[-1]
     assert facts == {
         "patch_size_px": vit.patch_size[0],
@@ -72,8 +74,15 @@ def test_text_tower_has_the_sizes_that_transformers_has(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_named_model_is_completed_as_by_the_model_itself(name):
-    assert complete_known_model(MODELS[name]()) == complete_model_config(MODELS[name]())
+def test_named_model_is_completed_as_by_the_libraries(name):
+    config = MODELS[name]()
+    vision, text = complete_vision_config(config.vision), complete_text_config(config.text)
+    assert complete_known_model(config) == dataclasses.replace(config, vision=vision, text=text)
+
+
+@pytest.mark.parametrize("config", [*(TextTowerConfig(name=name) for name in TEXT_TOWERS), MODELS["tiny"]().text])
+def test_padding_id_of_a_known_tower_is_its_encoders(config):
+    assert known_padding_id(config.name) == encoder_config(config).pad_token_id
 
 
 def test_owner_of_a_text_tower_may_stand_before_its_name_and_a_folder_is_not_in_the_table(tmp_path, monkeypatch):

@@ -18,9 +18,9 @@ from transformers import AutoModel, BertConfig, CamembertConfig, RobertaConfig, 
 from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.errors import ConfigError
 from bridgetower.model.bridgetower import BridgeTower
-from bridgetower.model.named_vits import complete_vision_config, pixel_statistics
-from bridgetower.model.sizes import complete_model_config
-from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text, padding_id
+from bridgetower.model.named_vits import build_named, complete_vision_config, pixel_statistics
+from bridgetower.model.sizes import complete_model_config, padding_id
+from bridgetower.model.text_tower import TextTower, complete_text_config, longest_text
 from bridgetower.model.vision_tower import VisionTower
 from tests.model.formulas import close
 from tests.small_models import random_texts, shake, small_config
@@ -219,7 +219,9 @@ def test_states_of_open_clips_towers_equal_its_own_with_every_option(name):
     shake(tower)
     tower.eval()
     pixels = normal(2, 3, 24, 24)
-    found = tower.vit.forward_intermediates(
+    theirs = build_named(vision(name).name, 24).eval()
+    theirs.load_state_dict(tower.vit.state_dict(), strict=True)
+    intermediates = theirs.forward_intermediates(
         pixels,
         indices=3,
         normalize_intermediates=True,
@@ -229,8 +231,8 @@ def test_states_of_open_clips_towers_equal_its_own_with_every_option(name):
     )
     states = tower(pixels, 3)
     for number, state in enumerate(states):
-        close(state[:, :1], found["image_intermediates_prefix"][number], 1e-5)
-        close(state[:, 1:], found["image_intermediates"][number], 1e-5)
+        close(state[:, :1], intermediates["image_intermediates_prefix"][number], 1e-5)
+        close(state[:, 1:], intermediates["image_intermediates"][number], 1e-5)
     tower.train()  # patch dropout is off, so that each image keeps its number of positions
     assert tower(pixels, 1)[0].shape == (2, 10, 48)
 

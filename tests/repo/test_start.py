@@ -80,6 +80,11 @@ def test_importing_the_package_imports_only_the_package():
     assert {name for name in added if name.split(".")[0] not in sys.stdlib_module_names} == {"bridgetower"}
 
 
+def test_a_report_needs_no_torch():
+    modules = modules_of_program("import pretrain.report, pretrain.report_charts")
+    assert "matplotlib" in modules and "torch" not in modules
+
+
 def test_trace_needs_torch_and_neither_deepspeed_nor_the_libraries_of_towers(emoji_shards, tmp_path):
     flags = [
         f"--data.{split}_shards={emoji_shards / name}" for split, name in (("train", "train"), ("eval", "concept"))
