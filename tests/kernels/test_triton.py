@@ -240,8 +240,8 @@ def test_attention_within_rows_whose_scores_are_all_far_below_zero():
         query, key, _ = F.linear(states, weight, bias).unflatten(-1, (3, heads, width)).unbind(2)
         scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / width**0.5
     assert scores.max() < (-14 if dtype == torch.float16 else -100)
-    results = row_attention.attend_within_rows(states, weight, bias, heads)[1]
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(results.sum(), [states, weight, bias]))
+    attended = row_attention.attend_within_rows(states, weight, bias, heads)[1]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(attended.sum(), [states, weight, bias]))
 
 
 def test_every_kernel_compiles_for_gpus(tmp_path):
@@ -260,24 +260,24 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
 
 
 def test_which_states_the_attention_kernels_support():
-    assert short_attention.takes(325, 50, 64) and short_attention.takes(50, 325, 64)
-    assert not short_attention.takes(325, 325, 64)  # no side is short
-    assert not short_attention.takes(50, 325, 40)  # a tile's width is a power of two
-    assert not short_attention.takes(50, 325, 128)  # too much shared memory per program
-    assert not short_attention.takes(50, 5000, 64)
+    assert short_attention.supports(325, 50, 64) and short_attention.supports(50, 325, 64)
+    assert not short_attention.supports(325, 325, 64)  # no side is short
+    assert not short_attention.supports(50, 325, 40)  # a tile's width is a power of two
+    assert not short_attention.supports(50, 325, 128)  # too much shared memory per program
+    assert not short_attention.supports(50, 5000, 64)
     images = torch.zeros(1, 325, 768, dtype=torch.bfloat16)
-    assert row_attention.takes(images, 12, 0.0)
-    assert not row_attention.takes(images, 12, 0.1)  # with dropout FlashAttention is faster
-    assert not row_attention.takes(images.float(), 12, 0.0)  # matrix units would round float32
-    assert not row_attention.takes(images, 6, 0.0) and not row_attention.takes(images[:0], 12, 0.0)
-    assert not row_attention.takes(torch.zeros(1, 577, 768, dtype=torch.bfloat16), 12, 0.0)
+    assert row_attention.supports(images, 12, 0.0)
+    assert not row_attention.supports(images, 12, 0.1)  # with dropout FlashAttention is faster
+    assert not row_attention.supports(images.float(), 12, 0.0)  # matrix units would round float32
+    assert not row_attention.supports(images, 6, 0.0) and not row_attention.supports(images[:0], 12, 0.0)
+    assert not row_attention.supports(torch.zeros(1, 577, 768, dtype=torch.bfloat16), 12, 0.0)
 
 
 class InterpretedOps(triton_ops.TritonOps):  # type: ignore[name-defined, misc]
     """TritonOps that also run on a CPU, through Triton's interpreter and in float32."""
 
-    def takes(self, states: Tensor) -> bool:
-        return super().takes(states) or DEVICE.type == "cpu"
+    def supports(self, states: Tensor) -> bool:
+        return super().supports(states) or DEVICE.type == "cpu"
 
     def reads_spans(self, states: Tensor, num_heads: int) -> bool:
         return super().reads_spans(states, num_heads) or DEVICE.type == "cpu"
@@ -287,7 +287,7 @@ class InterpretedOps(triton_ops.TritonOps):  # type: ignore[name-defined, misc]
 def kernel_task(monkeypatch) -> PretrainTask:
     """Return a task with TritonOps, in float32 and with heads that the kernels support."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(row_attention, "takes", lambda states, num_heads, dropout: not dropout)  # float32, too
+        monkeypatch.setattr(row_attention, "supports", lambda states, num_heads, dropout: not dropout)  # float32, too
     config = small_config(dropout=0.0)
     config = dataclasses.replace(
         config,

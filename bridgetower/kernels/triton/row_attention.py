@@ -80,7 +80,7 @@ class _RowAttention(torch.autograd.Function):
         return states_grad, weight_grad, partial.sum(dim=0).to(weight_ED.dtype), None
 
 
-def takes(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
+def supports(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
     """Return True if these kernels support such states and are the faster ones for them."""
     return (
         not dropout

@@ -84,7 +84,7 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def takes(longest_query: int, longest_key: int, width: int) -> bool:
+def supports(longest_query: int, longest_key: int, width: int) -> bool:
     """Return True if these kernels support rows of such lengths with heads of this width."""
     is_short = min(longest_query, longest_key) <= LONGEST and max(longest_query, longest_key) <= _LONGEST_OTHER
     # Tiles of wider heads would not fit into the shared memory of a program.
