@@ -1,4 +1,4 @@
-"""What data hands to tasks.
+"""Batches: what the data loader hands to a task.
 
 Shapes: B pairs of the micro-batch, L text tokens (the longest caption of the micro-batch), M masked tokens of the
 micro-batch, S image side in pixels, N images, T captions.
@@ -11,14 +11,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 NO_TOKEN = -100
-"""In place of a masked token's id, where there is none; torch's cross-entropy leaves it out."""
+"""Label of a padded slot, which has no masked token: the index that torch's cross-entropy ignores."""
 
 
 class PretrainBatch(NamedTuple):
     """One micro-batch of pairs, with every random choice already made."""
 
     pixels_N3SS: Tensor
-    """uint8; normalised on the device. The pairs' own images, then those that are there as negatives alone."""
+    """uint8; normalised on the device. The pairs' own images first, then images that serve only as negatives."""
     clean_ids_BL: Tensor
     """int64 token ids, padded."""
     masked_ids_BL: Tensor
@@ -28,44 +28,44 @@ class PretrainBatch(NamedTuple):
     mlm_index_M: Tensor
     """int64; flat index (b * L + l) of each token to predict."""
     mlm_label_M: Tensor
-    """int64; its clean id."""
+    """int64; clean id of each token to predict."""
     mlm_weight_M: Tensor
-    """float32; the weight of its loss. Each group of pairs counts equally, each token equally within its group, so
-    that the loss is the published mean over a micro-batch of that group's size however the batch is cut."""
+    """float32; weight of each predicted token's loss. Groups of pairs have equal weight, and so have the tokens of a
+    group. The loss is thus the published mean over a micro-batch of one group, however large the micro-batch is."""
     itm_image_B: Tensor
-    """int64; row n of the image that pair b's caption is shown with: b itself, or its negative's."""
+    """int64; row n of the image that ITM pairs with caption b: b itself, or a negative."""
     itm_label_B: Tensor
-    """int64; 1 where that image is the pair's own."""
+    """int64; 1 where ``itm_image_B`` is the pair's own image, else 0."""
     image_id_B: Tensor
-    """int64; pairs with the same id show the same picture."""
+    """int64; pairs with the same id show the same image."""
     corpus_B: Tensor
-    """int64; the corpus of each pair, a number in the order of data.train_shards."""
+    """int64; corpus of each pair, as an index into data.train_shards."""
     num_tokens: tuple[int, ...]
-    """Tokens of each caption, known to the host."""
+    """Number of tokens of each caption, on the host."""
     num_masked: tuple[int, ...]
-    """Of these, those to predict."""
+    """Number of masked tokens of each caption, on the host."""
     replaced_B: Tensor
-    """bool; True where another pair took the place of one that cannot be read (data.on_bad_sample)."""
+    """bool; True where another pair replaces one that cannot be read (data.on_bad_sample)."""
     notes: tuple[str, ...] = ()
-    """Why, for people."""
+    """Messages for people that say why pairs were replaced."""
     lines: tuple[str, ...] = ()
-    """What the pairs are, for data.record_pairs: a JSON text each."""
+    """One JSON line per pair that identifies it, for data.record_pairs."""
 
 
 class ImageBatch(NamedTuple):
-    """Some images of a held-out split."""
+    """Consecutive images of a held-out split."""
 
     first: int
-    """Number of the first one in the split; they are consecutive."""
+    """Index of the first one in the split."""
     pixels_N3SS: Tensor
     """uint8."""
 
 
 class TextBatch(NamedTuple):
-    """Some captions of a held-out split."""
+    """Consecutive captions of a held-out split, with the fields of a PretrainBatch."""
 
     first: int
-    """Number of the first one in the split; they are consecutive."""
+    """Index of the first one in the split."""
     clean_ids_TL: Tensor
     masked_ids_TL: Tensor
     attention_mask_TL: Tensor
@@ -74,27 +74,27 @@ class TextBatch(NamedTuple):
 
 
 class FinetuneBatch(NamedTuple):
-    """Some pairs of a picture (NLVR2: two) and a text, with what is to be learned of them.
+    """One micro-batch of pairs of an image (NLVR2: two images) and a text, with their targets.
 
-    C classes. B may be larger than the number of images, where texts of the same picture stand together.
+    C classes. B may be larger than the number of images, since texts of the same image are batched together.
     """
 
     pixels_N3SS: Tensor
-    """uint8; normalised on the device. NLVR2: all left pictures, then all right ones."""
+    """uint8; normalised on the device. NLVR2: all left images, then all right ones."""
     ids_BL: Tensor
     """int64 token ids, padded."""
     attention_mask_BL: Tensor
     """bool; True for real tokens."""
     image_B: Tensor
-    """int64; row n of the (left) picture of each text."""
+    """int64; row n of the (left) image of each text."""
     target_BC: Tensor
-    """float32; the score of each answer: 1 for the right class, or VQA's soft scores. C is 0 where pairs themselves
-    are what is learned (retrieval)."""
+    """float32; score of each answer: 1 for the right class, or VQA's soft scores. C is 0 in retrieval, whose targets
+    are the pairs themselves."""
     image_id_B: Tensor
-    """int64; pairs with the same id show the same picture."""
+    """int64; pairs with the same id show the same image."""
     draw_B2: Tensor
-    """float64 in [0, 1); the random numbers of a pair's hard negatives: of its image, of its text."""
+    """float64 in [0, 1); random numbers that draw each pair's hard negatives: a wrong image, a wrong text."""
     replaced_B: Tensor
-    """bool; True where another pair took the place of one that cannot be read (data.on_bad_sample)."""
+    """bool; True where another pair replaces one that cannot be read (data.on_bad_sample)."""
     notes: tuple[str, ...] = ()
-    """Why, for people."""
+    """Messages for people that say why pairs were replaced."""

@@ -1,4 +1,4 @@
-"""Ranks and gathers, the same in one process as in many."""
+"""Ranks and collective operations, which also work in a single process without torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,17 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """Number of this process among all."""
+    """Return the rank of this process, from 0."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait until every rank has come here."""
-    if world_size() > 1:
-        torch_dist.barrier()
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on every rank."""
+    """Return the sum of a tensor over all ranks, as a new tensor on every rank."""
     total = values.clone()
     if world_size() > 1:
         torch_dist.all_reduce(total)
@@ -35,12 +29,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_rank(claim: bool, device: torch.device) -> bool:
-    """True on every rank if the claim is true on one of them."""
+    """Return True on every rank if the claim is true on at least one of them."""
     return bool(sum_over_ranks(torch.tensor([float(claim)], device=device)).item() > 0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of every rank, by rank, on every rank. For small things: it is pickled."""
+    """Return the values of all ranks in rank order, on every rank. They are pickled, so keep them small."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -49,7 +43,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_first_rank(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0, on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -58,13 +52,14 @@ def from_first_rank(value: Any) -> Any:
 
 
 def on_first_rank(action: Callable[[], None], faults: tuple[type[Exception], ...] = (OSError,)) -> str:
-    """Do something to files on rank 0 while the others wait.
+    """Run an action on files on rank 0 while the other ranks wait.
+
+    An error that rank 0 alone raised would leave the others waiting, so its message is returned instead.
 
     Args:
-        faults: what may go wrong; anything else is raised as it is.
+        faults: errors to return; all others are raised.
 
-    Returns: on every rank, what went wrong there; empty if nothing did. Raised by rank 0 alone, it would leave the
-        others waiting.
+    Returns: the message of rank 0's error, on every rank; empty if there was none.
     """
     fault = ""
     if rank() == 0:
@@ -72,27 +67,27 @@ def on_first_rank(action: Callable[[], None], faults: tuple[type[Exception], ...
             action()
         except faults as failure:
             fault = str(failure)
-    told: str = from_first_rank(fault)
-    return told
+    message: str = from_first_rank(fault)
+    return message
 
 
 def from_rank(owner: int, value: Tensor | None, device: torch.device) -> Tensor:
-    """A rank's tensor, on every rank; the others give None."""
+    """Return the tensor of rank ``owner``, on every rank; the other ranks pass None."""
     if world_size() == 1:
         assert value is not None
         return value
-    kind: list[Any] = [None if value is None else (value.shape, value.dtype)]
-    torch_dist.broadcast_object_list(kind, src=owner)
-    shape, dtype = kind[0]
-    sent = torch.empty(shape, dtype=dtype, device=device) if value is None else value.contiguous()
-    torch_dist.broadcast(sent, src=owner)
-    return sent
+    header: list[Any] = [None if value is None else (value.shape, value.dtype)]
+    torch_dist.broadcast_object_list(header, src=owner)
+    shape, dtype = header[0]
+    received = torch.empty(shape, dtype=dtype, device=device) if value is None else value.contiguous()
+    torch_dist.broadcast(received, src=owner)
+    return received
 
 
 def gather_rows(rows_BD: Tensor) -> Tensor:
-    """Join the rows of all ranks in rank order; gradients flow back to the rank that gave a row.
+    """Concatenate the rows of all ranks in rank order; gradients flow back to the rank that a row comes from.
 
-    Every rank must give the same number of rows.
+    Every rank must pass the same number of rows.
 
     Returns: shape (B * world size, D).
     """
@@ -103,14 +98,14 @@ def gather_rows(rows_BD: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """A row's gradient is the sum over the ranks that used it. DeepSpeed's mean over ranks then makes it exact."""
+    """Gathers rows. The gradient of a row is summed over ranks; DeepSpeed's later mean over ranks makes it exact."""
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
         ctx.num_rows = rows_BD.shape[0]
-        parts = [torch.empty_like(rows_BD) for _ in range(world_size())]
-        torch_dist.all_gather(parts, rows_BD.contiguous())
-        return torch.cat(parts)
+        gathered = [torch.empty_like(rows_BD) for _ in range(world_size())]
+        torch_dist.all_gather(gathered, rows_BD.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

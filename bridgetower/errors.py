@@ -1,4 +1,4 @@
-"""Errors that are meant for people: each message says what is wrong (with the value), why, and what to do."""
+"""Errors that a user can act on: each message says what is wrong (with the value), why, and what to do."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -7,7 +7,7 @@ EXIT_USAGE = 2
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL: stopped by request with a checkpoint saved; run the same command again."""
 EXIT_INTERRUPTED = 130
-"""Stopped with Ctrl-C, as shells number it."""
+"""Stopped with Ctrl-C: 128 plus SIGINT, as in shells."""
 
 
 class BridgeTowerError(Exception):
@@ -15,15 +15,15 @@ class BridgeTowerError(Exception):
 
     exit_code = EXIT_USAGE
     rank: int | None = None
-    """Set once the ranks have begun to work apart: only this one may have met the error."""
+    """Rank that raised the error, set once ranks run apart; None before that, when every rank raises the same error."""
 
 
 class ConfigError(BridgeTowerError):
-    """A setting, flag, preset or file of settings is unknown, of the wrong type or in contradiction to another."""
+    """A setting, flag, preset or settings file is unknown, has the wrong type, or contradicts another one."""
 
 
 class DataError(BridgeTowerError):
-    """A shard, manifest, index, image or caption is missing or is not what its manifest says."""
+    """A shard, manifest, index, image or caption is missing or does not match its manifest."""
 
 
 class CheckpointError(BridgeTowerError):
@@ -31,6 +31,6 @@ class CheckpointError(BridgeTowerError):
 
 
 class TrainingError(BridgeTowerError):
-    """Training cannot go on: the loss is not a number any more, or a process that it needs died."""
+    """Training cannot continue: the loss is not finite, or a process that it needs has died."""
 
     exit_code = EXIT_FAILED

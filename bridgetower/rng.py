@@ -1,9 +1,8 @@
 """Random numbers that are a pure function of a key and a counter.
 
-Order, masks and negatives must not depend on the number of ranks or workers, so nothing here has a state: the number
-that belongs to (seed, purpose, position) is computed, not drawn. The generator is SplitMix64's finaliser (Steele, Lea,
-Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), written in NumPy so that the values can never
-change with a library version.
+Order, masks and negatives must not depend on the number of ranks or workers, so nothing here has a state: each number
+is computed from (seed, purpose, position). The generator is SplitMix64's finaliser (Steele, Lea, Flood: "Fast
+splittable pseudorandom number generators", OOPSLA 2014), written in NumPy so that no library version changes a value.
 """
 
 from __future__ import annotations
@@ -26,14 +25,18 @@ _FEISTEL_ROUNDS = 6
 
 
 def _mix(values: U64) -> U64:
-    """SplitMix64's finaliser: a bijection of 64-bit integers. Of arrays with an axis, whose overflows are silent."""
+    """Apply SplitMix64's finaliser, a bijection of 64-bit integers.
+
+    Args:
+        values: with at least one axis, since NumPy warns about overflow of scalars but not of arrays.
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(_MUL_1)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(_MUL_2)
     return values ^ (values >> np.uint64(31))
 
 
 def _mix_one(value: int) -> int:
-    """The same of one number, in a tenth of the time that an array of one takes."""
+    """Apply SplitMix64's finaliser to one integer, ten times as fast as ``_mix`` does to an array of one."""
     value = ((value ^ (value >> 30)) * _MUL_1) & _ALL_BITS
     value = ((value ^ (value >> 27)) * _MUL_2) & _ALL_BITS
     return value ^ (value >> 31)
@@ -41,29 +44,29 @@ def _mix_one(value: int) -> int:
 
 @lru_cache(maxsize=1024)
 def hash64(data: str | bytes) -> int:
-    """64-bit hash of a text; the same on every machine, unlike ``hash``."""
+    """Return a 64-bit hash of a text; unlike Python's ``hash`` it is the same on every machine."""
     raw = data.encode() if isinstance(data, str) else data
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 def key(*parts: int | str) -> int:
-    """Join a seed, a purpose and whatever else names a stream of numbers into one 64-bit key."""
+    """Return the 64-bit key of a stream of numbers, from a seed, a purpose and whatever else identifies the stream."""
     state = 0
     for part in parts:
-        number = hash64(part) if isinstance(part, str) else int(part) & _ALL_BITS
-        state = _mix_one(((state + _GOLDEN) & _ALL_BITS) ^ _mix_one(number))
+        word = hash64(part) if isinstance(part, str) else int(part) & _ALL_BITS
+        state = _mix_one(((state + _GOLDEN) & _ALL_BITS) ^ _mix_one(word))
     return state
 
 
 def keys(stream: int, texts: Sequence[str]) -> U64:
-    """``key(stream, text)`` of each text, in one go."""
-    numbers = np.array([hash64(text) for text in texts], np.uint64)
+    """Return ``key(stream, text)`` for each text, vectorised."""
+    words = np.array([hash64(text) for text in texts], np.uint64)
     state = (key(stream) + _GOLDEN) & _ALL_BITS
-    return _mix(np.uint64(state) ^ _mix(numbers))
+    return _mix(np.uint64(state) ^ _mix(words))
 
 
 def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:
-    """The 64 random bits of each counter; as they differ, each can serve as the key of a stream of its own.
+    """Return 64 random bits per counter. The bits of different counters differ, so each can be the key of a new stream.
 
     Args:
         stream: one key, or an array of keys that broadcasts against ``counters``.
@@ -71,30 +74,30 @@ def bits(stream: int | U64, counters: npt.ArrayLike) -> U64:
     counts = np.asarray(counters).astype(np.uint64)
     stream_key = np.asarray(stream, dtype=np.uint64)
     shape = np.broadcast_shapes(counts.shape, stream_key.shape)
-    found = _mix(_mix(np.atleast_1d(counts) * np.uint64(_GOLDEN) + stream_key) ^ stream_key)
-    return found.reshape(shape)
+    mixed = _mix(_mix(np.atleast_1d(counts) * np.uint64(_GOLDEN) + stream_key) ^ stream_key)
+    return mixed.reshape(shape)
 
 
 def uniform(stream: int | U64, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The number in [0, 1) of each counter, with 53 random bits."""
+    """Return a number in [0, 1) per counter, with 53 random bits."""
     return (bits(stream, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def below(stream: int | U64, counters: npt.ArrayLike, bound: npt.ArrayLike) -> I64:
-    """The integer in [0, bound) of each counter. Its bias is below bound / 2**53."""
+    """Return an integer in [0, bound) per counter. Its bias is below bound / 2**53."""
     return (uniform(stream, counters) * np.asarray(bound, np.float64)).astype(np.int64)
 
 
 def shuffled(stream: int, count: int) -> I64:
-    """A permutation of ``range(count)``, in O(count log count) time and O(count) memory: for short lists."""
+    """Return a permutation of ``range(count)``, in O(count log count) time and O(count) memory: for short lists."""
     return np.argsort(bits(stream, np.arange(count)), kind="stable").astype(np.int64)
 
 
 def permute(stream: int | U64, numbers: npt.ArrayLike, count: int | I64) -> I64:
-    """Where a fixed pseudo-random permutation of ``range(count)`` sends each number, in O(1) memory.
+    """Apply a pseudo-random permutation of ``range(count)`` to each number, in O(1) memory.
 
-    A Feistel network over the next even power of two, with cycle walking back into the range: a number that lands
-    outside is sent on until it lands inside, which keeps the map a bijection.
+    The permutation is a Feistel network over the next power of four. A number that lands outside the range goes through
+    the network again until it lands inside (cycle walking), which keeps the map a bijection.
 
     Args:
         stream: one key for all numbers, or one per number.

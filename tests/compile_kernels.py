@@ -1,8 +1,8 @@
-"""Compile every Triton kernel of the model for GPUs of compute capability 9.0 (H100), for which no GPU is needed.
+"""Compile every Triton kernel of the model for compute capability 9.0 (H100); this needs no GPU.
 
 python -m tests.compile_kernels
 
-Prints, as JSON, the bytes of local memory that a thread of each kernel spills registers to, base's shapes in bfloat16.
+Prints, as JSON, how many bytes of registers each thread of each kernel spills to local memory (base model, bfloat16).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TYPES = {
 
 
 def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
-    """Compile a kernel. Returns: bytes that it stores and loads again for want of registers."""
+    """Compile a kernel. Returns: bytes that it spills to memory and loads again because registers run out."""
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name not in options}
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in kernel.arg_names}
@@ -68,12 +68,12 @@ def spilled_bytes(kernel: Any, constants: dict[str, Any]) -> int:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         command = [str(ptxas), "--gpu-name=sm_90a", "-v", str(ptx), "-o", f"{folder}/kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert found is not None, said
-    return int(found[1]) + int(found[2])
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills is not None, report
+    return int(spills[1]) + int(spills[2])
 
 
 if __name__ == "__main__":
-    found = {kernel.__name__: spilled_bytes(kernel, constants) for kernel, constants in CONSTANTS.items()}
-    sys.stdout.write(json.dumps(found))
+    spilled = {kernel.__name__: spilled_bytes(kernel, constants) for kernel, constants in CONSTANTS.items()}
+    sys.stdout.write(json.dumps(spilled))

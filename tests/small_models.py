@@ -1,4 +1,4 @@
-"""A model of a few thousand parameters with every part, every size another one, and batches for it."""
+"""A small model with every part and with no two sizes alike, and batches for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL_HEADS = ("mlm", "itm", "itc")
 
 
 def small_config(*, dropout: float = 0.0, layer_norm_eps: float = 1e-12) -> ModelConfig:
-    """Three of four and of five tower layers are bridged; 9 patches; 50 words; no two widths are alike."""
+    """Return sizes: 3 layers bridged to towers of 4 and 5 layers, 9 patches, 50 words, no two widths alike."""
     return ModelConfig(
         image_size_px=24,
         vision=VisionTowerConfig(name=CUSTOM, patch_size_px=8, width=48, num_layers=4, num_heads=3),
@@ -37,7 +37,7 @@ def small_config(*, dropout: float = 0.0, layer_norm_eps: float = 1e-12) -> Mode
 
 
 def shake(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter, biases and norms too, a value of its own that shows in the result."""
+    """Set every parameter, biases and norms included, to random values that change the result."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -47,14 +47,14 @@ def shake(module: nn.Module, seed: int = 0) -> None:
 
 
 def small_model(config: ModelConfig | None = None) -> BridgeTower:
-    """In float64 and evaluation mode."""
+    """Return a model in float64 and evaluation mode."""
     model = BridgeTower(config or small_config(), ALL_HEADS)
     shake(model)
     return model.double().eval()
 
 
 def small_task(objectives: ObjectivesConfig = EVERY_OBJECTIVE, *, dropout: float = 0.0) -> PretrainTask:
-    """In float32 and training mode."""
+    """Return a task in float32 and training mode."""
     config = small_config(dropout=dropout)
     task = PretrainTask(BridgeTower(config, objectives.heads), objectives)
     shake(task)
@@ -64,7 +64,7 @@ def small_task(objectives: ObjectivesConfig = EVERY_OBJECTIVE, *, dropout: float
 
 
 def random_texts(rows: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids and mask of captions of different lengths, the first one whole."""
+    """Return ids and mask of captions of different lengths; the first one has no padding."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 50, (rows, longest), generator=rng)
     lengths = torch.randint(3, longest + 1, (rows,), generator=rng)
@@ -74,12 +74,12 @@ def random_texts(rows: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor
 
 
 def random_pixels(rows: int, seed: int = 0) -> Tensor:
-    """As a model reads them: normalised, in float64."""
+    """Return pixels as a model reads them: normalised, in float64."""
     return torch.randn(rows, 3, 24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_batch(pairs: int = 4, seed: int = 0) -> PretrainBatch:
-    """Half of the pairs have another pair's image; the first two show the same picture."""
+    """Return a batch in which half of the pairs have a negative image, and the first two show the same image."""
     rng = torch.Generator().manual_seed(seed)
     clean, mask = random_texts(pairs, 8, seed)
     index = torch.nonzero(mask.flatten() & (torch.rand(mask.numel(), generator=rng) < 0.4)).flatten()

@@ -1,4 +1,4 @@
-"""Random numbers as pure functions: the right distribution, and always the same value for the same key and counter."""
+"""Random numbers as pure functions of key and counter: their distribution, and that their values never change."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SAME_EVERY_TIME = settings(derandomize=True, deadline=None)
 
 
 def splitmix64_finaliser(value: int) -> int:
-    """Compute the published finaliser in Python's integers."""
+    """Apply the published finaliser to a Python integer."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return value ^ (value >> 31)
 
 
-def test_the_reference_in_this_file_gives_the_first_published_number_of_splitmix64():
+def test_the_reference_in_this_file_computes_the_first_published_number_of_splitmix64():
     # First output of the generator with seed 0, in Vigna's splitmix64.c and Java's SplittableRandom.
     assert splitmix64_finaliser(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
 
@@ -34,7 +34,7 @@ def test_bits_are_splitmix64_twice_with_the_key_in_between(key, counter):
     assert int(rng.bits(key, counter)) == splitmix64_finaliser(once ^ key)
 
 
-def test_old_runs_keep_their_numbers():
+def test_the_numbers_of_existing_runs_do_not_change():
     # Frozen: another value here would change the order, masks and negatives of every existing run.
     assert rng.hash64("BridgeTower") == 13389028695850294950
     assert rng.key(0, "mlm") == 7832900790730964975

@@ -1,10 +1,10 @@
-"""Bridges: how the state of a tower layer joins the state of the cross-modal layer before.
+"""Bridges, which join the state of a tower layer with the state of the cross-modal layer before.
 
 The nine forms of the paper's Table 1. y is the tower's state, x the cross-modal one, W a matrix with a bias; LN has
 epsilon 1e-5. Source: arXiv 2206.08657, Table 1; for what the paper leaves open (the order [y; x], the inner norm of
 mlp_concat, initial values) the authors' own code in transformers pull request 20775.
 
-States belong to images, (R, P, D), or to packed captions, (T, D) with a layout; N stands for the positions of either.
+States belong to images, (R, P, D), or to packed captions, (T, D) with a layout; N stands for the positions of both.
 Shapes: R rows, P image positions, T tokens of all rows, D width.
 """
 
@@ -44,18 +44,18 @@ class NormedBridge(Bridge):
     """LN(join(y, x)): every form without cross-attention."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build the norm around ``join``."""
+        """Build the norm that is applied to the result of ``join``."""
         super().__init__()
         self.ops = ops
         self.norm = nn.LayerNorm(config.width, eps=BRIDGE_EPS)
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
-        """Join position by position."""
+        """Join position by position, and norm."""
         joined: Tensor = self.norm(self.join(tower_ND, cross_ND))
         return joined
 
     def join(self, tower_ND: Tensor, cross_ND: Tensor) -> Tensor:
-        """Return what is normed."""
+        """Return the joined states before the norm."""
         raise NotImplementedError  # abstract
 
 
@@ -83,7 +83,7 @@ class InterpolateBridge(NormedBridge):
     """(c) LN(beta * x + (1 - beta) * y), beta a learned vector that starts at 0.5."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.beta = nn.Parameter(torch.full((config.width,), 0.5))
 
@@ -96,7 +96,7 @@ class GatedInterpolateBridge(NormedBridge):
     """(d) LN(g * x + (1 - g) * y) with g = sigmoid(W [y; x])."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.gate = nn.Linear(2 * config.width, config.width)
 
@@ -111,7 +111,7 @@ class LinearConcatBridge(NormedBridge):
     """(e) LN(W [y; x])."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.linear = nn.Linear(2 * config.width, config.width)
 
@@ -125,7 +125,7 @@ class MLPConcatBridge(NormedBridge):
     """(f) LN(W_2 GELU(LN(W_1 [y; x]))), both inner sizes 2 D."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.expand = nn.Linear(2 * config.width, 2 * config.width)
         self.inner_norm = nn.LayerNorm(2 * config.width, eps=BRIDGE_EPS)
@@ -139,10 +139,10 @@ class MLPConcatBridge(NormedBridge):
 
 
 class LinearResidualBridge(NormedBridge):
-    """(i) LN(x + y + W [x; y]), W and its bias zero at first, so that it starts as (a)."""
+    """(i) LN(x + y + W [x; y]). W and its bias start at zero, so that the bridge starts as (a)."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.linear = ZeroInitLinear(2 * config.width, config.width)
 
@@ -156,13 +156,13 @@ class CrossAttentionBridge(Bridge):
     """(g) Attention from x to y of the same modality, with the residual and norm of a cross-modal layer."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__()
         self.attention = Attention(config, ops)
         self.masks_padding = config.bridge_masks_padding
 
     def forward(self, tower_ND: Tensor, cross_ND: Tensor, layout: Layout | None) -> Tensor:
-        """Attend; the authors' code attended to padding, too, so that its result depends on how much there is."""
+        """Attend to y. Without ``bridge_masks_padding`` padding is attended to, as in the authors' code."""
         joined: Tensor = self.attention(cross_ND, tower_ND, layout, layout, sees_padding=not self.masks_padding)
         return joined
 
@@ -171,7 +171,7 @@ class CrossAttentionFFNBridge(CrossAttentionBridge):
     """(h) Cross-attention as in (g), with a feed-forward sublayer after it."""
 
     def __init__(self, config: FusionConfig, ops: Ops) -> None:
-        """Build it."""
+        """Build the layers."""
         super().__init__(config, ops)
         self.feed_forward = FeedForward(config, ops)
 

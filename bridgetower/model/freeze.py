@@ -1,4 +1,4 @@
-"""Freezing the lowest layers of a tower: they are not trained, and the backward pass ends above them."""
+"""Freezing the lowest layers of the towers, so that they are not trained and the backward pass ends above them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ def freeze_layers(model: BridgeTower, *, vision: int, text: int) -> None:
     """Freeze the embeddings and the first layers of the towers.
 
     Args:
-        vision: blocks of the vision tower; 0 none, -1 the whole tower with its last norm.
-        text: layers of the text tower; 0 none, -1 the whole tower.
+        vision: number of blocks of the vision tower to freeze; 0: none, -1: the whole tower with its last norm.
+        text: number of layers of the text tower to freeze; 0: none, -1: the whole tower.
 
     Raises:
         ConfigError: a tower has fewer layers.
     """
     vit = model.vision_tower.vit
-    _freeze("vision", vit, blocks_of(vit), vision, kept=[getattr(vit, name, None) for name in ("ln_post", "norm")])
+    _freeze(
+        "vision", vit, blocks_of(vit), vision, trained_norms=[getattr(vit, name, None) for name in ("ln_post", "norm")]
+    )
     encoder = model.text_tower.encoder
-    _freeze("text", encoder, encoder.encoder.layer, text, kept=[])
+    _freeze("text", encoder, encoder.encoder.layer, text, trained_norms=[])
 
 
-def _freeze(name: str, tower: nn.Module, layers: nn.ModuleList, count: int, kept: Iterable[nn.Module | None]) -> None:
+def _freeze(
+    name: str, tower: nn.Module, layers: nn.ModuleList, count: int, trained_norms: Iterable[nn.Module | None]
+) -> None:
     if not -1 <= count <= len(layers):
         raise ConfigError(
             f"optim.frozen_{name}_layers={count}, but the {name} tower has {len(layers)} layers. Use 0 (none) to "
@@ -35,8 +39,8 @@ def _freeze(name: str, tower: nn.Module, layers: nn.ModuleList, count: int, kept
         )
     if count == 0:
         return
-    trained = [*layers[count:], *kept] if count > 0 else []
-    keeps = {id(parameter) for module in trained if module is not None for parameter in module.parameters()}
+    trained = [*layers[count:], *trained_norms] if count > 0 else []
+    trained_ids = {id(parameter) for module in trained if module is not None for parameter in module.parameters()}
     for parameter in tower.parameters():
-        if id(parameter) not in keeps:
+        if id(parameter) not in trained_ids:
             parameter.requires_grad_(False)

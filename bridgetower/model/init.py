@@ -1,4 +1,4 @@
-"""Initial values of the parts that no pretrained tower brings."""
+"""Initial weights of the layers that do not come from a pretrained tower, and ways to skip drawing weights."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 INIT_STD = 0.02
-# transformers has torch's functions by names of its own.
-_INITIAL_MODULES = ("torch.nn.init", "transformers.initialization")
-# What timm draws from a truncated normal with, and in the end clamps.
+# transformers wraps the functions of torch.nn.init in a module of its own.
+_INIT_MODULES = ("torch.nn.init", "transformers.initialization")
+# timm draws truncated normals with these methods, and clamps the result.
 _DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
 
 
 class WithoutInitialValues(TorchFunctionMode):
-    """Leaves out drawing initial weights, which takes most of the time of building a large model."""
+    """Skips the drawing of initial weights, which takes most of the time of building a large model."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        is_drawn = getattr(func, "__module__", None) in _INITIAL_MODULES or func in _DRAWS
+        keywords = kwargs or {}
+        is_drawn = getattr(func, "__module__", None) in _INIT_MODULES or func in _DRAWS
         if is_drawn or (func is torch.Tensor.clamp_ and args[0].is_meta):
-            return given.get("tensor", args[0] if args else None)
-        return func(*args, **given)
+            return keywords.get("tensor", args[0] if args else None)
+        return func(*args, **keywords)
 
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """What is built inside has names and shapes, but no numbers."""
+    """Inside, modules are built on the meta device: with names and shapes, but without values."""
     with torch.device("meta"), WithoutInitialValues():
         yield
 
 
 class ZeroInitLinear(nn.Linear):
-    """A correction that starts as none."""
+    """A linear layer whose weights and bias start at zero, so that the correction it computes starts at zero."""
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear and embedding weights from N(0, 0.02), biases 0, norms 1 and 0, as published (HF's port has 0.05)."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=0.0 if isinstance(part, ZeroInitLinear) else INIT_STD)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
-        if isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
+    """Initialise a module in place: linear and embedding weights from N(0, 0.02), biases 0, norms 1 and 0.
+
+    Source: the published code (microsoft/BridgeTower, init_weights); the port in transformers has 0.05.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(layer.weight, std=0.0 if isinstance(layer, ZeroInitLinear) else INIT_STD)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""METER's multi-layer fusion: a gated sum of all layers of a tower takes the place of its last one.
+"""METER's multi-layer fusion: a gated sum of all layers of a tower replaces its last layer.
 
 Shapes: K layers, B pairs, N positions, D width.
 """
@@ -12,20 +12,19 @@ from torch import Tensor, nn
 
 
 class LayerGate(nn.Module):
-    """f_K + sum over k < K of g_k * f_k; g = softmax over those k of W f_k, token by token and channel by channel."""
+    """f_K + sum over k < K of g_k * f_k. The gates g are softmax(W f_k) over k < K, per token and channel."""
 
     def __init__(self, width: int) -> None:
-        """Build it."""
+        """Build the linear layer that computes the gates."""
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Fuse the layers of a tower.
+        """Return the fused layers of a tower, shape (B, N, D).
 
         Args:
-            states: of all layers, lowest first, each (B, N, D).
+            states: states of all layers, lowest first, each of shape (B, N, D).
 
-        Returns: shape (B, N, D).
         Source: METER, arXiv 2111.02387, as the BridgeTower authors re-implemented it.
         """
         if len(states) == 1:

@@ -1,4 +1,4 @@
-"""The sizes of a tower that is given by name."""
+"""Filling in the sizes of a tower that is given by name."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ Config = TypeVar("Config")
 
 
 def fill_sizes(config: Config, section: str, facts: Mapping[str, int]) -> Config:
-    """Fill in what a name stands for.
+    """Return the settings of a tower with the sizes of the named model.
 
     Args:
-        config: of a tower, with a ``name``; 0 stands for the named tower's own size.
-        section: of the settings, for errors.
-        facts: the named tower's sizes. Of ``num_layers`` a tower may have fewer.
+        config: settings of a tower with a ``name``; a size of 0 is filled in.
+        section: section of the settings, for error messages.
+        facts: sizes of the named model by field. ``num_layers`` may be set to fewer layers than it has.
 
     Raises:
-        ConfigError: a size is given that is not the named tower's.
+        ConfigError: a size differs from that of the named model.
     """
     settings: Any = config
-    given = {field: getattr(settings, field) for field in facts}
-    for field, value in given.items():
+    configured = {field: getattr(settings, field) for field in facts}
+    for field, value in configured.items():
         if field == "num_layers" and value > facts[field]:
-            raise ConfigError(f"{section}.{field}={value}: {settings.name} has {facts[field]}. Use so many or fewer.")
+            raise ConfigError(f"{section}.{field}={value}: {settings.name} has {facts[field]}. Use that many or fewer.")
         if field != "num_layers" and value not in (0, facts[field]):
             raise ConfigError(
                 f"{section}.{field}={value}, but {settings.name} has {facts[field]}. Leave it out, or use "
                 f"--{section}.name={CUSTOM} and give all sizes."
             )
-    filled: Config = dataclasses.replace(settings, **{field: given[field] or fact for field, fact in facts.items()})
+    filled: Config = dataclasses.replace(
+        settings, **{field: configured[field] or fact for field, fact in facts.items()}
+    )
     return filled

@@ -1,7 +1,7 @@
-"""Vision towers by name: ViTs of open_clip's models, its own and timm's, with their sizes and pixel statistics.
+"""Vision towers by name: the ViTs of open_clip's models (its own and timm's), their sizes and pixel statistics.
 
-open_clip and timm take seconds to import, so only the functions that need them do: a custom tower, such as that of the
-preset tiny, needs neither.
+open_clip and timm take seconds to import, so only the functions that need them import them. A custom tower, such as
+that of the preset tiny, needs neither.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from bridgetower.model.named_sizes import fill_sizes
 
 LIST_MODELS = "`python -c 'import open_clip; print(open_clip.list_models())'`"
 _CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and deviation of each channel that CLIP's ViTs were trained with, for pixels from 0 to 1."""
+"""Mean and standard deviation of each channel, for pixels in [0, 1], that CLIP's ViTs were trained with."""
 
 
 def is_clip_tower(config: VisionTowerConfig) -> bool:
     """Return True for open_clip's own ViTs, False for timm's.
 
     Raises:
-        ConfigError: the name is not open_clip's.
+        ConfigError: open_clip has no model of that name.
     """
     return is_known_vision(config.name) or "timm_model_name" not in _model_config(config.name)["vision_cfg"]
 
 
 def complete_vision_config(config: VisionTowerConfig) -> VisionTowerConfig:
-    """Fill in the sizes that a name stands for.
+    """Return the settings of a vision tower with the sizes of its named model.
 
     Raises:
-        ConfigError: the name is not open_clip's, is not of a ViT whose states can be bridged, or a size that is given
-            is not the named tower's.
+        ConfigError: open_clip has no model of that name, its image tower is not a ViT that can be bridged, or a
+            configured size differs from the model's.
     """
     if config.name == CUSTOM:
         return config
@@ -61,13 +61,13 @@ def _facts(name: str) -> dict[str, int]:
 
 
 def build_named(name: str, image_size_px: int | None) -> Any:
-    """Return the image tower of an open_clip model, without what comes after its last block's norm.
+    """Return the image tower of an open_clip model, up to the norm after its last block.
 
     Args:
-        image_size_px: None takes the model's own.
+        image_size_px: side of the images; None: the model's own size.
 
     Raises:
-        ConfigError: the name is not open_clip's, or its tower's states cannot be bridged.
+        ConfigError: open_clip has no model of that name, or its tower's states cannot be bridged.
     """
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
@@ -93,7 +93,7 @@ def _build_timm(name: str, timm_name: str, image_size_px: int | None) -> Any:
     import timm
 
     size: dict[str, Any] = {} if image_size_px is None else {"img_size": image_size_px}
-    # No pooling, so that the norm comes after the last block and not after the pool.
+    # global_pool="": with pooling, timm would put the norm after the pool instead of after the last block.
     vit = timm.create_model(timm_name, pretrained=False, num_classes=0, global_pool="", **size)
     plain_vits = timm.models.VisionTransformer, timm.models.Eva, timm.models.VisionTransformerRelPos
     if not isinstance(vit, plain_vits):
@@ -123,9 +123,10 @@ def _unfit(name: str, reason: str) -> ConfigError:
 
 
 def pixel_statistics(config: VisionTowerConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel that a tower's pixels are normalised with: those of its weights.
+    """Return mean and standard deviation of each channel, for pixels in [0, 1], that a tower was trained with.
 
-    Without weights they are those of the first weights that open_clip lists for the name; a custom tower's are CLIP's.
+    A tower without pretrained weights takes those of the first weights that open_clip lists for its name. A custom
+    tower takes CLIP's.
     """
     if config.name == CUSTOM:
         return _CLIP_STATISTICS

@@ -1,6 +1,6 @@
 """The text tower: a RoBERTa-like encoder that returns the states of its last layers.
 
-Shapes: R captions, L tokens of the longest, T tokens of all captions, D width, E width inside a feed-forward.
+Shapes: R captions, L tokens of the longest caption, T tokens of all captions, D width, E width inside a feed-forward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ROBERTA = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
 class TextTower(nn.Module):
     """A transformers encoder without its pooler, which BridgeTower never uses.
 
-    The weights are held by transformers' modules; the way through them is ours, as theirs computes padding.
+    The weights are held by transformers' modules, but the forward pass is ours: theirs would compute padding.
     """
 
     def __init__(self, config: TextTowerConfig, ops: Ops | None = None) -> None:
@@ -53,13 +53,13 @@ class TextTower(nn.Module):
             ids_RL: token ids; padding has the encoder's pad id, from which a RoBERTa counts positions.
             attention_mask_RL: True for real tokens.
             num_states: how many of the last layers to return.
-            recompute: keep only what enters a layer.
+            recompute: keep only the input of each layer, and compute the layer again in the backward pass.
 
         Returns: the states of the last layers, lowest first, each of shape (R, L, D).
         """
         position_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)
         position_RL = position_L.expand(ids_RL.shape)
-        if self._first_position:  # a RoBERTa's padding has a position of its own
+        if self._first_position:  # RoBERTa gives padding the position of its pad id
             is_real_RL = ids_RL != self.encoder.config.pad_token_id
             position_RL = is_real_RL.cumsum(dim=1) * is_real_RL + self.encoder.config.pad_token_id
         states = self._run(ids_RL.flatten(), position_RL.flatten(), padded(attention_mask_RL), num_states, recompute)
@@ -75,12 +75,12 @@ class TextTower(nn.Module):
             column_T: position of each token in its caption, from 0.
             layout: where the captions lie.
             num_states: how many of the last layers to return.
-            recompute: keep only what enters a layer.
+            recompute: keep only the input of each layer, and compute the layer again in the backward pass.
 
         Returns: the states of the last layers, lowest first, each of shape (T, D).
         """
         position_T = column_T + self._first_position
-        if layout.spans is None and self._first_position:  # padded after all: padding has a position of its own
+        if layout.spans is None and self._first_position:  # on a padded grid: padding has a position of its own
             pad_id = self.encoder.config.pad_token_id
             position_T = position_T.masked_fill(ids_T == pad_id, pad_id)
         return self._run(ids_T, position_T, layout, num_states, recompute)
@@ -125,7 +125,7 @@ class TextTower(nn.Module):
 
 def build_encoder(config: PretrainedConfig) -> Any:
     """Return a transformers encoder with random weights and no pooler."""
-    # Their modules take seconds to import, which sizes and costs do not need.
+    # These modules take seconds to import; sizes and costs do not need them.
     from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
 
     classes = dict(zip(_MODEL_TYPES, (RobertaModel, XLMRobertaModel, CamembertModel, BertModel), strict=True))
@@ -137,7 +137,7 @@ def encoder_config(config: TextTowerConfig) -> PretrainedConfig:
     """Return transformers' configuration of a text tower.
 
     Args:
-        config: complete.
+        config: complete (``complete_text_config``).
     """
     dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
     if config.name == CUSTOM:
@@ -153,11 +153,11 @@ def encoder_config(config: TextTowerConfig) -> PretrainedConfig:
 
 
 def complete_text_config(config: TextTowerConfig) -> TextTowerConfig:
-    """Fill in the sizes that a name stands for.
+    """Return the settings of a text tower with the sizes of its named encoder.
 
     Raises:
-        ConfigError: the encoder cannot be found or is not RoBERTa-like, a size that is given is not its own, or its
-            position table is shorter than the captions.
+        ConfigError: the encoder cannot be config or is not RoBERTa-like, a configured size differs from its own, or its
+            position table is too short for ``max_tokens``.
     """
     if config.name == CUSTOM:
         return config
@@ -179,13 +179,13 @@ def complete_text_config(config: TextTowerConfig) -> TextTowerConfig:
 
 
 def longest_text(config: TextTowerConfig) -> int:
-    """Return how many tokens the position table has rows for: a RoBERTa starts after its pad id."""
+    """Return the most tokens of a text: a RoBERTa's positions start after its pad id, so its table holds fewer."""
     theirs = encoder_config(config)
     return config.num_positions - (0 if theirs.model_type == "bert" else theirs.pad_token_id + 1)
 
 
 def _their_names(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of an encoder by the names that transformers gives them."""
+    """Return the sizes of an encoder under transformers' names."""
     return {
         "vocab_size": sizes["vocabulary_size"],
         "hidden_size": sizes["width"],
@@ -198,31 +198,31 @@ def _their_names(sizes: Mapping[str, int]) -> dict[str, int]:
 
 @lru_cache
 def _named(name: str) -> PretrainedConfig:
-    known = known_text_name(name)  # the most used encoders are built without the hub
+    known = known_text_name(name)  # the most used encoders need no download
     if known is not None:
         sizes = _their_names(TEXT_TOWERS[known])
         if is_bert(name):
             return BertConfig(**sizes)
         return (XLMRobertaConfig if known.startswith("xlm-") else RobertaConfig)(**_ROBERTA, **sizes)
     try:
-        found = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except Exception as error:  # the hub's client raises many kinds
         raise ConfigError(
             f"model.text.name={name} could not be found: {(str(error).strip().splitlines() or [''])[0]} Give a folder "
-            f"on disk with its config.json, a name of the hub (run once where it can be reached), {CUSTOM}, or one "
-            f"that needs no hub: {', '.join(TEXT_TOWERS)}."
+            "on disk with its config.json, a model of the Hugging Face hub (run once where there is network access), "
+            f"{CUSTOM}, or one that needs no network: {', '.join(TEXT_TOWERS)}."
         ) from error
-    if found.model_type not in _MODEL_TYPES:
+    if config.model_type not in _MODEL_TYPES:
         raise ConfigError(
-            f"model.text.name={name} is a {found.model_type}, which cannot be bridged here: its layers or positions "
+            f"model.text.name={name} is a {config.model_type}, which cannot be bridged here: its layers or positions "
             f"work differently from RoBERTa's. What fits: {', '.join(_MODEL_TYPES)}, e.g. roberta-base."
         )
-    # transformers 5.23 ignores the setting, and would build a tower that computes something else.
-    if (positions := getattr(found, "position_embedding_type", "absolute")) != "absolute":
+    # transformers 5.23 ignores this setting and would build a tower that computes something else.
+    if (positions := getattr(config, "position_embedding_type", "absolute")) != "absolute":
         raise ConfigError(
             f"model.text.name={name} has {positions} positions (position_embedding_type in its config.json), which "
-            "transformers does not build any more. Use an encoder with absolute ones, e.g. bert-base-uncased."
+            "transformers no longer supports. Use an encoder with absolute positions, e.g. bert-base-uncased."
         )
-    if getattr(found, "is_decoder", False):
+    if getattr(config, "is_decoder", False):
         raise ConfigError(f"model.text.name={name} is a decoder, which does not see later words. Use an encoder.")
-    return found
+    return config

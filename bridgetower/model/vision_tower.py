@@ -33,19 +33,19 @@ class QuickGELU(nn.Module):
 
 
 def is_quick_gelu(activation: nn.Module) -> bool:
-    """Return True for the class above and for open_clip's own, which a named tower has."""
+    """Return True for our QuickGELU and for open_clip's class of that name, which a named tower has."""
     return type(activation).__name__ == QuickGELU.__name__
 
 
 class ClipBlock(nn.Module):
-    """One pre-norm block of CLIP's ViT; its parts have the names that open_clip gives them."""
+    """One pre-norm block of CLIP's ViT, with open_clip's names for its modules."""
 
     def __init__(self, width: int, num_heads: int, activation: nn.Module, ops: Ops) -> None:
         """Build it with open_clip's initial weights."""
         super().__init__()
         self.ops = ops
         self.ln_1 = nn.LayerNorm(width)
-        # Holds the weights; its own forward pass copies queries, keys and values.
+        # Only holds the weights: its own forward pass would copy queries, keys and values.
         self.attn: Any = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.ls_1: nn.Module = nn.Identity()
         self.ln_2 = nn.LayerNorm(width)
@@ -55,7 +55,7 @@ class ClipBlock(nn.Module):
 
     @classmethod
     def adopt(cls, block: Any, ops: Ops) -> ClipBlock:
-        """Return a block made of the parts, and so the weights, of one of open_clip's."""
+        """Return a block that shares the modules, and so the weights, of an open_clip block."""
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
         adopted.ops = ops
@@ -90,13 +90,13 @@ class ClipBlock(nn.Module):
 
 
 class ClipViT(nn.Module):
-    """CLIP's ViT without pooling and projection; its parts have the names that open_clip gives them."""
+    """CLIP's ViT without pooling and projection, with open_clip's names for its modules."""
 
     def __init__(self, config: VisionTowerConfig, image_size_px: int, ops: Ops) -> None:
-        """Build it with the initial weights that open_clip's would have with the same seed.
+        """Build it with the initial weights that open_clip's ViT would have with the same seed.
 
         Args:
-            config: of a custom tower.
+            config: settings of a custom tower.
         """
         super().__init__()
         width, patch, scale = config.width, config.patch_size_px, config.width**-0.5
@@ -108,11 +108,11 @@ class ClipViT(nn.Module):
         blocks = [ClipBlock(width, config.num_heads, activation(), ops) for _ in range(config.num_layers)]
         self.transformer: Any = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_post = nn.LayerNorm(width)
-        torch.randn(width, 512)  # open_clip draws its projection next, and what is built later draws after it
+        torch.randn(width, 512)  # open_clip draws its projection here; later layers draw after it
 
     @classmethod
     def adopt(cls, vit: Any, ops: Ops) -> ClipViT:
-        """Return a ViT made of the parts, and so the weights, of one of open_clip's."""
+        """Return a ViT that shares the modules, and so the weights, of an open_clip ViT."""
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
         adopted.conv1, adopted.ln_pre, adopted.ln_post = vit.conv1, vit.ln_pre, vit.ln_post
@@ -141,37 +141,40 @@ class ClipViT(nn.Module):
 
 
 class HalfEncoded(NamedTuple):
-    """Images on their way through the vision tower."""
+    """The state of a vision tower that has run some of its blocks."""
 
     states_BPD: Tensor
-    """The stream after the last block that was run; for a timm tower still the pixels."""
+    """The residual stream after the last block that has run; for a timm tower still the pixels."""
     normed_BPD: Tensor
-    """The norm of the stream that the next block reads, where norms are joined to the block before."""
+    """ln_1 of the stream, which the next block reads; meaningful only where ``joins_norms`` is True."""
     num_states: int
+    """Number of last layers whose states are returned."""
     recompute: bool
+    """Keep only the input of each block, and compute the block again in the backward pass."""
     next_block: int = 0
+    """Index of the first block that has not run."""
     outputs: tuple[Tensor, ...] = ()
-    """States that are returned, as far as they are computed."""
+    """The returned states that are computed so far, lowest first."""
 
     def joins_norms(self, blocks: Iterable[nn.Module]) -> bool:
-        """Return True if a block's last sum and the next norm are computed as one operation.
+        """Return True if a block's last residual sum and the norm that follows are one operation.
 
-        Blocks that are recomputed, or that have a hook, are called as modules instead.
+        Blocks that are recomputed or have a hook are called as modules instead.
         """
-        plain = (
+        is_plain = (
             isinstance(block, ClipBlock)
             and isinstance(block.ls_2, nn.Identity)
             and not block._forward_hooks
             and not block._forward_pre_hooks
             for block in blocks
         )
-        return not self.recompute and all(plain)
+        return not self.recompute and all(is_plain)
 
 
 class VisionTower(nn.Module):
     """A ViT without its pooling and projection, which BridgeTower never uses.
 
-    A tower without a class token (SigLIP's) gets the mean of its patches in its place, at each layer.
+    A tower without a class token (SigLIP's) gets the mean of its patches as class token, at each layer.
     """
 
     def __init__(self, config: VisionTowerConfig, image_size_px: int, ops: Ops | None = None) -> None:
@@ -199,7 +202,7 @@ class VisionTower(nn.Module):
         Args:
             pixels_B3SS: normalised.
             num_states: how many of the last layers to return.
-            recompute: keep only what enters a block.
+            recompute: keep only the input of each block, and compute the block again in the backward pass.
 
         Returns: the states of the last layers, lowest first, each of shape (B, P, D).
         """
@@ -208,7 +211,7 @@ class VisionTower(nn.Module):
     def begin(self, pixels_B3SS: Tensor, num_states: int, *, recompute: bool = False) -> HalfEncoded:
         """Run the first third of the blocks; ``finish`` runs the others.
 
-        Between the two a caller gives a GPU other work without making it wait for the host.
+        Between the two calls the caller can launch the text tower, so that the GPU does not wait for the host.
         """
         if not isinstance(self.vit, ClipViT):
             return HalfEncoded(pixels_B3SS, pixels_B3SS, num_states, recompute)
@@ -228,8 +231,9 @@ class VisionTower(nn.Module):
     def _run_blocks(self, vit: ClipViT, stream: HalfEncoded, end: int) -> HalfEncoded:
         """Run blocks up to ``end``.
 
-        A block's last sum and the norm that reads it are one operation: the final norm of a state that is returned, or
-        the next block's own. A block that is recomputed is a unit, and so norms its input itself.
+        A block's last residual sum and the norm that reads it are one operation. That norm is ln_post for a state that
+        is returned, else the next block's ln_1. A recomputed block is checkpointed as a whole, so it norms its input
+        itself.
         """
         blocks, joins_norms = vit.blocks, stream.joins_norms(vit.blocks)
         states_BPD, normed_BPD, outputs = stream.states_BPD, stream.normed_BPD, [*stream.outputs]
@@ -263,7 +267,7 @@ class VisionTower(nn.Module):
         )
         if vit.cls_token is not None:
             return [torch.cat([prefix_BRD, patches_BND], dim=1) for patches_BND, prefix_BRD in states]
-        # Without a class token there may be registers, none of which stands for the image.
+        # Without a class token the prefix may still hold registers, none of which represents the image.
         pairs = states if vit.num_prefix_tokens else [(patches_BND, patches_BND[:, :0]) for patches_BND in states]
         return [
             torch.cat([patches_BND.mean(dim=1, keepdim=True), registers_BRD, patches_BND], dim=1)

@@ -1,4 +1,4 @@
-"""One right class of a few: SNLI-VE (contradiction, neutral, entailment) and NLVR2 (false, true).
+"""Classification with one right class: SNLI-VE (contradiction, neutral, entailment) and NLVR2 (false, true).
 
 Shapes: B pairs, C classes.
 """
@@ -12,11 +12,13 @@ from bridgetower.objectives.objective import Result, mean_metric
 
 
 def classification(name: str, logits_BC: Tensor, target_BC: Tensor) -> Result:
-    """Cross-entropy. Source: arXiv 2206.08657, section 4.3.
+    """Return the cross-entropy and the accuracy.
 
     Args:
-        name: of the task, for its metrics.
+        name: name of the task, for its metrics.
         target_BC: 1 for the right class, else 0.
+
+    Source: arXiv 2206.08657, section 4.3.
     """
     logits_BC = logits_BC.float()
     label_B = target_BC.argmax(dim=1)

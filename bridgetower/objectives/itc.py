@@ -1,6 +1,6 @@
-"""Image-text contrast: find the partner among all pairs of the micro-batches of all ranks.
+"""Image-text contrast: find the partner of each image and text among the pairs of all ranks.
 
-Shapes: B pairs on this rank, G pairs of all ranks, C contrastive width.
+Shapes: B pairs on this rank, G pairs over all ranks, C contrastive width.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from bridgetower.objectives.objective import Result, mean_metric
 
 
 def image_text_contrast(text_BC: Tensor, image_BC: Tensor, image_id_B: Tensor, temperature: Tensor) -> Result:
-    """Cross-entropy in both directions. Source: ALBEF, arXiv 2107.07651, section 3.2, without queue and momentum.
+    """Return the mean cross-entropy of both directions.
 
-    Pairs that show the same picture are all right answers, with equal shares: the identity targets of the
-    published pretraining variant would push an image's other captions away from it.
+    Every caption of an image is a positive, and the target spreads its probability evenly over them. The identity
+    targets of the published pretraining variant would push an image's other captions away from it.
 
     Args:
         text_BC: unit vectors of the captions, float32.
-        image_BC: those of their images.
-        image_id_B: equal for the same picture.
-        temperature: shape (1,).
+        image_BC: unit vectors of their images, float32.
+        image_id_B: equal for pairs that show the same image.
+        temperature: shape (1,); divides the similarities.
+
+    Source: ALBEF, arXiv 2107.07651, section 3.2, without queue and momentum encoder.
     """
     text_GC, image_GC = dist.gather_rows(text_BC), dist.gather_rows(image_BC)
     image_id_G = dist.gather_rows(image_id_B[:, None])[:, 0]

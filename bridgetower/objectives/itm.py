@@ -1,4 +1,4 @@
-"""Image-text matching: whether a caption belongs to an image.
+"""Image-text matching: decide if a caption belongs to an image.
 
 Shapes: B pairs.
 """
@@ -12,10 +12,12 @@ from bridgetower.objectives.objective import Result, mean_metric
 
 
 def image_text_matching(logits_B2: Tensor, label_B: Tensor) -> Result:
-    """Cross-entropy over match and no match. Source: arXiv 2206.08657, section 3.4.
+    """Return the cross-entropy over (no match, match), and the accuracy.
 
     Args:
-        label_B: 1 where the pair is a true one.
+        label_B: 1 for a true pair, 0 for a negative.
+
+    Source: arXiv 2206.08657, section 3.4.
     """
     logits_B2 = logits_B2.float()
     losses_B = F.cross_entropy(logits_B2, label_B, reduction="none")

@@ -13,12 +13,14 @@ from bridgetower.objectives.objective import Result, mean_metric
 
 
 def masked_language_modeling(logits_MV: Tensor, label_M: Tensor, weight_M: Tensor) -> Result:
-    """Weighted cross-entropy over the masked tokens. Source: arXiv 2206.08657, section 3.4.
+    """Return the weighted cross-entropy over the masked tokens, and the accuracy.
 
     Args:
-        logits_MV: the head's, at the masked positions; there may be none.
-        label_M: the clean id of each, or NO_TOKEN.
-        weight_M: weight of its loss; the weights of a micro-batch sum to 1.
+        logits_MV: logits of the MLM head at the masked positions; M may be 0.
+        label_M: clean id of each masked token; NO_TOKEN in padded slots.
+        weight_M: weight of each token's loss; the weights of a micro-batch sum to 1.
+
+    Source: arXiv 2206.08657, section 3.4.
     """
     logits_MV = logits_MV.float()
     losses_M = F.cross_entropy(logits_MV, label_M, reduction="none", ignore_index=NO_TOKEN)

@@ -1,6 +1,6 @@
-"""Visual question answering as a choice from a vocabulary of answers.
+"""Visual question answering as classification over a vocabulary of answers.
 
-Shapes: B pairs of a picture and a question, C answers.
+Shapes: B pairs of an image and a question, C answers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from bridgetower.objectives.objective import Result, mean_metric
 
 
 def question_answering(logits_BC: Tensor, target_BC: Tensor) -> Result:
-    """Binary cross-entropy of each answer, added up over answers: the mean over all times their number, as published.
+    """Return the binary cross-entropy (sum over answers, mean over pairs) and the VQA score of the top answer.
+
+    The published code writes the same loss as the mean over all elements, times the number of answers.
 
     Args:
-        target_BC: the soft score of each answer, 0 to 1.
+        target_BC: soft score of each answer, 0 to 1.
 
-    Returns: the score is that of the likeliest answer, as VQAv2 counts it.
     Source: microsoft/BridgeTower, src/modules/objectives.py (compute_vqa); arXiv 2206.08657, appendix A.
     """
     logits_BC = logits_BC.float()

@@ -1,10 +1,13 @@
-"""A training step recorded as CUDA graphs, once for each shape, and run from these.
+"""Training steps captured as CUDA graphs, one capture per input shape, and replayed.
 
-A step of base is some 2,500 kernels, which the host takes 90 ms and more to ask for one by one. Of 64 pairs an H200
-computes them in 69. A recorded step is asked for at once.
+A base step launches about 2,500 kernels: at least 90 ms of launch time, against 69 ms of compute for 64 pairs on an
+H200. Replaying a graph launches them all at once.
 
-A step has two stages, and its backward pass a graph for each, so that gradients of the second are there to be reduced
-while those of the first are computed.
+A captured step is three graphs: the forward pass, and one backward pass for each of its two stages. With a single
+backward graph every gradient would appear at its end. With two, DeepSpeed reduces the gradients of the second stage
+over ranks while the GPU still computes those of the first.
+
+"Recorded" means captured, everywhere in this package.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.errors import TrainingError
 from bridgetower.kernels.keys import RecordedKeys, recording
 
-# Each takes some MB of the host and the device. A run has about a dozen shapes.
+# Each recording takes a few MB on the host and on the device. A run has about a dozen shapes.
 _MOST_RECORDINGS = 64
 
 Run = Callable[[], None]
@@ -48,120 +51,137 @@ def can_be_recorded(objectives: ObjectivesConfig, compute: ComputeConfig) -> boo
 
 
 class Stages(NamedTuple):
-    """A step in two stages, which do not wait for the device. What they do on the host is done when it is recorded."""
+    """The two stages of a step. Neither may wait for the device; their host code runs only while they are captured."""
 
     encode: Callable[[Any], Sequence[Tensor]]
-    """From inputs to states."""
+    """Computes the states from the inputs."""
     finish: Callable[[Any, Sequence[Tensor]], tuple[Tensor, dict[str, Tensor]]]
-    """From inputs and states to a loss, and to metrics of one shape."""
+    """Computes the loss, and metrics that all have the same shape, from inputs and states."""
 
 
 class RecordedStep:
-    """The steps of a module, each recorded when its shape comes up for the first time.
+    """The step of a module, recorded once per input shape and replayed from then on.
 
-    Gradients of parameters are where the next backward pass leaves the next ones: who keeps one copies it. Hooks of
-    modules are not called.
+    Gradients stand in static buffers, which the next backward pass overwrites: whoever keeps a gradient copies it.
+    Hooks of modules are not called at a replay.
     """
 
     def __init__(self, module: nn.Module, stages: Stages) -> None:
-        """Record nothing yet.
+        """Start without recordings.
 
         Args:
-            module: whose weights get gradients, at least one.
+            module: owner of the weights; at least one of them gets a gradient.
         """
         self._module, self._stages = module, stages
         self.forget()
 
     def forget(self) -> None:
-        """Give up all recordings and their memory."""
+        """Drop all recordings and free their memory."""
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
         self._buffers: dict[Any, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._state: list[Any] = []
+        self._module_state: list[Any] = []
 
     def __getstate__(self) -> Any:
-        """A copy records anew."""
+        """Leave the recordings out of a copy: graphs hold addresses of the original's weights."""
         return self._module, self._stages
 
     def __setstate__(self, state: Any) -> None:
-        """Of a copy."""
+        """Start a copy without recordings."""
         self._module, self._stages = state
         self.forget()
 
     def __call__(self, inputs: Any, kind: Hashable = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the metrics. The loss can be gone back from once, and not after the next call.
+        """Return the loss and the metrics. ``backward()`` may be called once on the loss, before the next call.
 
         Args:
             inputs: nested tuples of tensors and of plain values.
-            kind: what else the step depends on.
+            kind: whatever else selects the computation; steps of another kind are recorded apart.
+
+        Raises:
+            TrainingError: the step cannot be captured.
         """
-        self._look_at_module()
+        self._check_module()
         leaves, structure = pytree.tree_flatten(inputs)
-        static = [self._load(place, leaf) for place, leaf in enumerate(leaves)]
+        static_leaves = [self._copy_to_buffer(index, leaf) for index, leaf in enumerate(leaves)]
         key = (kind, *map(_shape, leaves))
-        found = self._recordings.get(key)
-        if found is None:
-            inputs = pytree.tree_unflatten(static, structure)
-            found = _Recording(self._module, self._stages, inputs, self._gradients, self._turn)
-            try:
-                found.record(self._keys, self._pool, warm_up=not self._recordings)
-            except BaseException:
-                self.forget()  # what was left in the middle
-                raise
-            self._recordings[key] = found
+        recording_of_shape = self._recordings.get(key)
+        if recording_of_shape is None:
+            recording_of_shape = self._record(pytree.tree_unflatten(static_leaves, structure))
+            self._recordings[key] = recording_of_shape
             if len(self._recordings) > _MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
         self._keys.draw()
-        return found.run()
+        return recording_of_shape.run()
 
-    def _look_at_module(self) -> None:
-        """Forget what was recorded of other weights, of these when they were elsewhere, or in another mode."""
-        parts, weights = list(self._module.modules()), list(self._module.parameters())
-        state: list[Any] = [part.training for part in parts]
-        state += [(weight.data_ptr(), weight.requires_grad) for weight in weights]
-        state += [buffer.data_ptr() for buffer in self._module.buffers()]
-        if state != self._state:
+    def _record(self, static_inputs: Any) -> _Recording:
+        new_recording = _Recording(self._module, self._stages, static_inputs, self._gradients, self._pass_order)
+        try:
+            # One warm-up is enough: it sets up libraries (cuBLAS workspaces, Triton modules), which capturing forbids,
+            # and they stay. A later shape would run its whole step once more for nothing.
+            new_recording.record(self._keys, self._pool, warm_up=not self._recordings)
+        except BaseException:
+            self.forget()  # the shared memory pool may hold half a capture
+            raise
+        return new_recording
+
+    def _check_module(self) -> None:
+        """Forget all recordings if the module has other weights, weights at other addresses, or another mode.
+
+        A graph reads weights by address, and contains only the branches of the mode that it was captured in.
+        """
+        weights = list(self._module.parameters())
+        module_state: list[Any] = [module.training for module in self._module.modules()]
+        module_state += [(weight.data_ptr(), weight.requires_grad) for weight in weights]
+        module_state += [buffer.data_ptr() for buffer in self._module.buffers()]
+        if module_state != self._module_state:
             self.forget()
-            self._state = state
-            # Where all recordings leave them.
+            self._module_state = module_state
+            # All recordings write gradients to the same buffers, whose addresses the graphs hold. A set of buffers per
+            # recording would cost the size of the model for each shape.
             self._gradients = {weight: torch.empty_like(weight) for weight in weights if weight.requires_grad}
             device = weights[0].device
-            self._turn, self._keys = _Turn(), RecordedKeys(device)
+            self._pass_order, self._keys = _PassOrder(), RecordedKeys(device)
             self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def _load(self, place: int, leaf: Any) -> Any:
-        """Put an input where recorded steps of its shape find it."""
+    def _copy_to_buffer(self, index: int, leaf: Any) -> Any:
+        """Copy an input to the static buffer that all recordings read an input of its index and shape from."""
         if not isinstance(leaf, Tensor):
             return leaf
-        key = (place, _shape(leaf))
+        key = (index, _shape(leaf))
         if key not in self._buffers:
             self._buffers[key] = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
         return self._buffers[key].copy_(leaf, non_blocking=True)
 
 
-class _Turn:
-    """Which step was run last, and which of its parts is next: all recordings share their memory."""
+class _PassOrder:
+    """Checks that the passes of a step run once each and in order, since all recordings share their memory."""
 
-    step, part = 0, 0
+    step, next_pass = 0, 0
 
-    def begin(self) -> int:
-        """Returns: the number of the next step."""
-        self.step, self.part = self.step + 1, 1
+    def begin_step(self) -> int:
+        """Start a step with its forward pass, pass 0. Returns: the number of the step."""
+        self.step, self.next_pass = self.step + 1, 1
         return self.step
 
-    def take(self, step: int, part: int) -> None:
-        """Raises RuntimeError if it is not the turn of this part of this step."""
-        if (step, part) != (self.step, self.part):
+    def check(self, step: int, pass_index: int) -> None:
+        """Advance to the next pass.
+
+        Raises:
+            RuntimeError: another pass is due, or another step has begun.
+        """
+        if (step, pass_index) != (self.step, self.next_pass):
             raise RuntimeError(
-                "A recorded step was run again before the backward pass of the run before, or that pass was run twice, "
-                "and its states are gone. Call backward once after each step, or use compute.cuda_graphs=false."
+                "backward() was called on the loss of a recorded step after the next step had begun, or twice on the "
+                "same loss. Its states are gone, since recorded steps share their memory. Call backward() once after "
+                "each step, or use --compute.cuda_graphs=false."
             )
-        self.part += 1
+        self.next_pass += 1
 
 
 class _Recording:
-    """A step of one shape, in three parts: forward, back to the states, back to the inputs."""
+    """The step of one shape, in three passes: forward, backward to the states, backward from the states."""
 
     def __init__(
         self,
@@ -169,19 +189,19 @@ class _Recording:
         stages: Stages,
         inputs: Any,
         gradients: dict[nn.Parameter, Tensor],
-        turn: _Turn,
+        pass_order: _PassOrder,
     ) -> None:
         self._module, self._stages, self._inputs, self._gradients = module, stages, inputs, gradients
-        self._turn = turn
+        self._pass_order = pass_order
         self.loss_grad = torch.ones((), device=next(iter(gradients)).device)
-        """Of the loss, which DeepSpeed may scale."""
+        """Gradient of the loss: 1, times the factor that DeepSpeed scales the loss with."""
 
     def record(self, keys: RecordedKeys, pool: Any, *, warm_up: bool) -> None:
-        """Record it.
+        """Capture the three passes.
 
         Args:
-            pool: of a GPU's memory; None: each run computes it anew.
-            warm_up: run it once before, when what is set up at the first use is, which cannot be recorded.
+            pool: memory pool of the graphs; None on a CPU, where each run computes the passes anew.
+            warm_up: run the step once before it is captured.
         """
 
         def forward() -> None:
@@ -189,168 +209,184 @@ class _Recording:
                 self._forward()
 
         self.keep_sums()
-        self.parts: tuple[Run, ...] = forward, self._go_back_to_states, self._go_back_to_inputs
+        self.passes: tuple[Run, ...] = forward, self._backward_to_states, self._backward_from_states
         if warm_up or pool is None:
-            with _draws_kept(self.loss_grad.device):
-                for part in self.parts:
-                    part()
-            self._forget()
+            with _generator_restored(self.loss_grad.device):
+                for run_pass in self.passes:
+                    run_pass()
+            self._release_graph()
         if pool is not None:
-            self.parts = tuple(_record(part, pool) for part in self.parts)
-            self._forget()  # others may use the memory
-        self.of_encode = [parameter for parameter in self._gradients if parameter in self._from_encode]
+            self.passes = tuple(_capture(run_pass, pool) for run_pass in self.passes)
+            self._release_graph()  # other recordings may reuse the memory of the pool
+        # A parameter that both stages read gets its whole gradient with the last pass, that of the first stage.
+        self.encode_parameters = [parameter for parameter in self._gradients if parameter in self._from_encode]
         from_finish_alone = self._from_finish - self._from_encode
-        self.of_finish = [parameter for parameter in self._gradients if parameter in from_finish_alone]
+        self.finish_parameters = [parameter for parameter in self._gradients if parameter in from_finish_alone]
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the forward pass. Returns: loss and metrics, which later runs leave alone."""
-        number = self._turn.begin()
-        gate = _Encode.apply(self, number, *self.of_encode)
-        loss: Tensor = _Finish.apply(self, number, gate, *self.of_finish)
-        return loss, dict(zip(self._names, self._metrics.clone().unbind(), strict=True))
+        """Run the forward pass. Returns: loss and metrics, as copies that later runs do not overwrite."""
+        step = self._pass_order.begin_step()
+        gate = _Encode.apply(self, step, *self.encode_parameters)
+        loss: Tensor = _Finish.apply(self, step, gate, *self.finish_parameters)
+        return loss, dict(zip(self._metric_names, self._metrics.clone().unbind(), strict=True))
 
-    def go_back(self, part: int, number: int, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Run a part of the backward pass.
+    def run_backward(self, pass_index: int, step: int, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Run one backward pass. Returns: the gradients of the parameters.
 
         Raises:
-            RuntimeError: it is not that of the last run.
+            RuntimeError: the pass is not the next one of the last step.
         """
-        self._turn.take(number, part)
-        self.parts[part]()
-        # Nobody else holds these, so that autograd takes them as gradients as they are.
+        self._pass_order.check(step, pass_index)
+        self.passes[pass_index]()
+        # detach() makes new tensors over the static buffers. Autograd holds the only reference to them, and so takes
+        # them as parameter.grad without a copy.
         return [self._gradients[parameter].detach() for parameter in parameters]
 
     def keep_sums(self) -> None:
-        """Move gradients of steps before, which are added to, from the places of the next ones."""
-        for parameter, place in self._gradients.items():
-            if parameter.grad is not None and parameter.grad.data_ptr() == place.data_ptr():
+        """Copy accumulated gradients out of the static buffers, which the next backward pass overwrites."""
+        for parameter, buffer in self._gradients.items():
+            if parameter.grad is not None and parameter.grad.data_ptr() == buffer.data_ptr():
                 parameter.grad = parameter.grad.clone()
 
     def _forward(self) -> None:
-        # Autograd knows of a parameter on which stream it was first used, and hooks may hang on it; these have none.
+        # The stages compute with detached parameters. Autograd notes on which stream a parameter was first used, which
+        # would be the capturing stream, and DeepSpeed hangs hooks on parameters, which must not run while a pass is
+        # captured but after each replay. The detached ones share the memory and have neither.
         self._weights = {parameter: parameter.detach().requires_grad_() for parameter in self._gradients}
         with _replaced(self._module, self._weights):
             self._states = self._stages.encode(self._inputs)
-            self._cut = [state.detach().requires_grad_(state.requires_grad) for state in self._states]
-            self._loss, metrics = self._stages.finish(self._inputs, self._cut)
+            # Cuts autograd's graph between the stages, so that each has a backward pass of its own.
+            self._cut_states = [state.detach().requires_grad_(state.requires_grad) for state in self._states]
+            self._loss, metrics = self._stages.finish(self._inputs, self._cut_states)
         self.loss = self._loss.detach()
-        self._names, self._metrics = tuple(metrics), torch.stack(list(metrics.values()))
+        self._metric_names, self._metrics = tuple(metrics), torch.stack(list(metrics.values()))
 
-    def _go_back_to_states(self) -> None:
-        states = [state for state in self._cut if state.requires_grad]
-        read = [*states, *self._weights.values()]
-        found = torch.autograd.grad(self._loss, read, self.loss_grad, allow_unused=True)
-        self._state_grads = found[: len(states)]
-        self._from_finish = self._put(found[len(states) :], set())
+    def _backward_to_states(self) -> None:
+        states = [state for state in self._cut_states if state.requires_grad]
+        leaves = [*states, *self._weights.values()]
+        gradients = torch.autograd.grad(self._loss, leaves, self.loss_grad, allow_unused=True)
+        self._state_grads = gradients[: len(states)]
+        self._from_finish = self._write_gradients(gradients[len(states) :], set())
 
-    def _go_back_to_inputs(self) -> None:
+    def _backward_from_states(self) -> None:
         states = [state for state in self._states if state.requires_grad]
         reached = [(state, grad) for state, grad in zip(states, self._state_grads, strict=True) if grad is not None]
-        found: Sequence[Tensor | None] = [None] * len(self._gradients)
+        gradients: Sequence[Tensor | None] = [None] * len(self._gradients)
         if reached:
-            outputs, grads = zip(*reached, strict=True)
-            found = torch.autograd.grad(outputs, list(self._weights.values()), grads, allow_unused=True)
-        self._from_encode = self._put(found, self._from_finish)
+            outputs, output_grads = zip(*reached, strict=True)
+            gradients = torch.autograd.grad(outputs, list(self._weights.values()), output_grads, allow_unused=True)
+        self._from_encode = self._write_gradients(gradients, self._from_finish)
 
-    def _put(self, found: Sequence[Tensor | None], there: set[nn.Parameter]) -> set[nn.Parameter]:
-        """Leave gradients in their places; what is there already is added to. Returns: whose there are."""
-        places, grads = [], []
-        given = set()
-        for (parameter, place), grad in zip(self._gradients.items(), found, strict=True):
+    def _write_gradients(
+        self, gradients: Sequence[Tensor | None], already_written: set[nn.Parameter]
+    ) -> set[nn.Parameter]:
+        """Write gradients to their static buffers, or add to a buffer that this step has already written.
+
+        Returns: the parameters that have a gradient.
+        """
+        buffers_to_fill, grads_to_copy = [], []
+        written = set()
+        for (parameter, buffer), grad in zip(self._gradients.items(), gradients, strict=True):
             if grad is None:
                 continue
-            given.add(parameter)
-            if parameter in there:
-                place.add_(grad)
+            written.add(parameter)
+            if parameter in already_written:
+                buffer.add_(grad)
             else:
-                places.append(place)
-                grads.append(grad)
-        if places:
-            torch._foreach_copy_(places, grads)
-        return given
+                buffers_to_fill.append(buffer)
+                grads_to_copy.append(grad)
+        if buffers_to_fill:
+            torch._foreach_copy_(buffers_to_fill, grads_to_copy)
+        return written
 
-    def _forget(self) -> None:
-        """What was computed, but not what is read of it after a run."""
-        del self._weights, self._states, self._cut, self._loss, self._state_grads
+    def _release_graph(self) -> None:
+        """Drop autograd's graph and intermediate states; loss, metrics and gradients stay."""
+        del self._weights, self._states, self._cut_states, self._loss, self._state_grads
 
 
 class _Encode(torch.autograd.Function):
-    """The whole forward pass, and the backward pass of the first stage."""
+    """Runs the whole forward pass; its backward pass is that of the first stage.
+
+    Its output, the gate, is a zero that only ``_Finish`` reads. It makes autograd run the backward pass of ``_Finish``
+    before this one. Each function takes the parameters whose gradients its backward pass completes as inputs, so that
+    autograd accumulates them and calls their hooks as soon as they are there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, made: _Recording, number: int, *parameters: Tensor) -> Tensor:
-        ctx.made, ctx.number = made, number
-        made.parts[0]()
-        return torch.zeros_like(made.loss_grad)
+    def forward(ctx: Any, step_recording: _Recording, step: int, *parameters: Tensor) -> Tensor:
+        ctx.recording, ctx.step = step_recording, step
+        step_recording.passes[0]()
+        return torch.zeros_like(step_recording.loss_grad)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gate_grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.made.go_back(2, ctx.number, ctx.made.of_encode)
+        return None, None, *ctx.recording.run_backward(2, ctx.step, ctx.recording.encode_parameters)
 
 
 class _Finish(torch.autograd.Function):
-    """The loss, and the backward pass of the second stage; the gate lets it be the first to go back."""
+    """Returns the loss; its backward pass is that of the second stage, which comes first."""
 
     @staticmethod
-    def forward(ctx: Any, made: _Recording, number: int, gate: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.made, ctx.number = made, number
-        return made.loss.clone()
+    def forward(ctx: Any, step_recording: _Recording, step: int, gate: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.recording, ctx.step = step_recording, step
+        return step_recording.loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = ctx.made
-        made.loss_grad.copy_(loss_grad)
-        made.keep_sums()
-        return None, None, torch.zeros_like(loss_grad), *made.go_back(1, ctx.number, made.of_finish)
+        step_recording = ctx.recording
+        step_recording.loss_grad.copy_(loss_grad)
+        step_recording.keep_sums()
+        gradients = step_recording.run_backward(1, ctx.step, step_recording.finish_parameters)
+        return None, None, torch.zeros_like(loss_grad), *gradients
 
 
-def _record(run: Run, pool: Any) -> Run:
-    """Record what a function asks the GPU for. Returns: asks for the same again.
+def _capture(run: Run, pool: Any) -> Run:
+    """Capture the kernels that a function launches. Returns: a function that replays them.
 
     Raises:
-        TrainingError: it cannot be recorded.
+        TrainingError: the function cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        # Kernels that are new may be loaded meanwhile, and other threads may pin memory.
+        # "relaxed", since kernels may be loaded for the first time and other threads may pin memory during the capture.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
             run()
     except RuntimeError as error:
-        # The end of a recording that failed says so itself.
-        first = error.__context__ or error
-        if isinstance(first, torch.OutOfMemoryError):
-            raise first from None
-        said = (str(first).strip().splitlines() or [""])[0]
+        # Ending a failed capture raises a second error, with the cause as its context.
+        cause = error.__context__ or error
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        first_line = (str(cause).strip().splitlines() or [""])[0]
         raise TrainingError(
-            f"The step cannot be recorded as CUDA graphs with torch {torch.__version__}: {said} Ask for it kernel by "
-            "kernel, which keeps the host busier: --compute.cuda_graphs=false."
+            f"The step cannot be captured as CUDA graphs with torch {torch.__version__}: {first_line} Run without CUDA "
+            "graphs (slower on the host): --compute.cuda_graphs=false."
         ) from error
     return graph.replay
 
 
 @contextmanager
 def _replaced(module: nn.Module, weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Inside, a module computes with these in place of its parameters."""
-    places = [
-        (part._parameters, name, parameter)
-        for part in module.modules()
-        for name, parameter in part._parameters.items()
+    """Inside, a module computes with these tensors instead of its parameters."""
+    slots = [
+        (submodule._parameters, name, parameter)
+        for submodule in module.modules()
+        for name, parameter in submodule._parameters.items()
         if parameter is not None and parameter in weights
     ]
     try:
-        for found, name, parameter in places:
-            found[name] = weights[parameter]  # type: ignore[assignment]
+        for parameters, name, parameter in slots:
+            parameters[name] = weights[parameter]  # type: ignore[assignment]
         yield
     finally:
-        for found, name, parameter in places:
-            found[name] = parameter
+        for parameters, name, parameter in slots:
+            parameters[name] = parameter
 
 
 @contextmanager
-def _draws_kept(device: torch.device) -> Iterator[None]:
-    """Torch's generator is afterwards where it was, so that draws do not depend on what was recorded when."""
+def _generator_restored(device: torch.device) -> Iterator[None]:
+    """Restore torch's generator afterwards, so that random numbers do not depend on which steps were recorded when."""
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     try:

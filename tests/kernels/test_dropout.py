@@ -1,4 +1,4 @@
-"""Dropout on a CPU: what is dropped, how often, and what remains of attention and of its gradients."""
+"""Dropout on a CPU: its rate and independence, and attention with dropout, forward and backward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def projections(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
 def test_elements_are_dropped_with_the_probability_and_independently_of_their_neighbours(dropout):
     torch.manual_seed(0)
-    count = 1_000_001  # odd, and more than is drawn at once
+    count = 1_000_001  # odd, and more than one block of draws
     is_dropped = draw_dropped((count,), dropout).double()
     deviation = math.sqrt(dropout * (1 - dropout) / count)
     assert abs(is_dropped.mean() - dropout) < 4 * deviation
@@ -38,7 +38,7 @@ def test_elements_are_dropped_with_the_probability_and_independently_of_their_ne
         assert abs(both - dropout**2) < 5 * math.sqrt(dropout**2 / count)
 
 
-def test_draws_are_those_of_torchs_generator():
+def test_draws_depend_on_torchs_generator_alone():
     torch.manual_seed(1)
     first, second = draw_dropped((3, 5), 0.5), draw_dropped((3, 5), 0.5)
     torch.manual_seed(1)
@@ -65,9 +65,9 @@ def test_without_dropout_nothing_is_dropped_or_copied():
 @pytest.mark.parametrize("mask_RN", [None, MASK_RN], ids=["every key", "some keys"])
 def test_attention_with_dropout_is_its_formula_with_the_same_draws_forward_and_backward(mask_RN):
     dropout = 0.3
-    found, expected = projections(), projections()
+    ours, expected = projections(), projections()
     torch.manual_seed(3)
-    attended = attend(*found, mask_RN, dropout)
+    attended = attend(*ours, mask_RN, dropout)
     torch.manual_seed(3)
     is_kept = ~draw_dropped((R, H, Q, N), dropout)
     query, key, value = expected
@@ -79,11 +79,11 @@ def test_attention_with_dropout_is_its_formula_with_the_same_draws_forward_and_b
     gradient = torch.randn_like(plain)
     attended.backward(gradient)
     plain.backward(gradient)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_attention_with_dropout_has_the_mean_of_attention_without():
+def test_mean_of_attention_with_dropout_is_attention_without():
     parts = projections()
     torch.manual_seed(4)
     draws = torch.stack([attend(*parts, MASK_RN, 0.2).detach() for _ in range(2000)])
@@ -92,7 +92,7 @@ def test_attention_with_dropout_has_the_mean_of_attention_without():
     assert ((draws.mean(dim=0) - without).abs() < 5 * draws.std(dim=0) / math.sqrt(2000)).all()
 
 
-def test_row_that_sees_no_key_is_a_number():
+def test_row_without_a_key_has_finite_results_and_gradients():
     nothing = torch.zeros(R, N, dtype=torch.bool)
     parts = projections()
     attended = attend(*parts, nothing, 0.1)
@@ -101,7 +101,7 @@ def test_row_that_sees_no_key_is_a_number():
     assert all(part.grad is not None and part.grad.isfinite().all() for part in parts)
 
 
-def test_recomputed_attention_drops_the_same():
+def test_recomputed_attention_draws_the_same_dropout():
     gradients = []
     for recompute in (False, True):
         parts = projections()
@@ -115,14 +115,14 @@ def test_recomputed_attention_drops_the_same():
         assert torch.equal(one, other)
 
 
-def test_attention_in_bfloat16_keeps_its_probabilities_in_bfloat16_and_a_byte_each():
-    kept = []
+def test_attention_in_bfloat16_saves_probabilities_in_bfloat16_and_a_mask_of_bytes():
+    saved = []
 
     def note(tensor):
-        kept.append((tensor.dtype, tuple(tensor.shape)))
+        saved.append((tensor.dtype, tuple(tensor.shape)))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         attend(*projections(torch.bfloat16), MASK_RN, 0.1)
-    probabilities = [dtype for dtype, shape in kept if shape == (R, H, Q, N)]
+    probabilities = [dtype for dtype, shape in saved if shape == (R, H, Q, N)]
     assert probabilities == [torch.bfloat16, torch.bool]

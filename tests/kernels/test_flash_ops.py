@@ -1,4 +1,4 @@
-"""Attention of packed rows by one kernel: the way to it, with a kernel in plain torch, and the kernel on a GPU."""
+"""Attention of packed rows: with a stand-in for the kernel in plain torch, and with the kernel itself on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.small_models import EVERY_OBJECTIVE, shake, small_config
 def attend_row_by_row(
     query_THd: Tensor, key_SHd: Tensor, value_SHd: Tensor, query_spans: Spans, key_spans: Spans, dropout: float
 ) -> Tensor:
-    """What the kernel computes, without dropout."""
+    """Compute what the kernel computes without dropout, one row at a time."""
     starts = zip(query_spans.start_Z.tolist(), key_spans.start_Z.tolist(), strict=True)
     rows = []
     for (first, first_key), (end, end_key) in itertools.pairwise(starts):
@@ -36,7 +36,7 @@ def attend_row_by_row(
 
 
 class RowByRowOps(FlashOps):
-    """The way that a GPU goes, with a kernel that every device has."""
+    """FlashOps with a stand-in for the kernel that runs on every device."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -56,26 +56,26 @@ def flash_task(ops: RowByRowOps, config: ModelConfig | None = None) -> PretrainT
     return task.train()
 
 
-@pytest.mark.parametrize("kind", BATCHES)
-def test_a_kernel_for_packed_rows_changes_no_loss_and_no_gradient(kind):
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_kernel_for_packed_rows_changes_no_loss_and_no_gradient(name):
     ops = RowByRowOps()
     task = flash_task(ops)
-    assert_agrees_with_plain(task, BATCHES[kind])
-    assert_agrees_with_plain(task, BATCHES[kind], EVERY_PART)
+    assert_agrees_with_plain(task, BATCHES[name])
+    assert_agrees_with_plain(task, BATCHES[name], EVERY_PART)
     config, ops.calls = task.model.config, 0
-    fast_step(task, BATCHES[kind])
-    # Texts to themselves in both stacks, texts to images and images to texts.
+    fast_step(task, BATCHES[name])
+    # Self-attention of texts in the text tower and in the cross-modal layers, and cross-attention in both directions.
     assert ops.calls == config.text.num_layers + 3 * config.fusion.num_layers
 
 
-def test_padded_texts_go_through_a_grid():
+def test_padded_texts_are_not_attended_to_as_packed_rows():
     ops = RowByRowOps()
     task = flash_task(ops, variants()["cross_attention, padding seen"])
     fast_step(task, BATCHES["7 pairs"])
-    assert ops.calls == 1  # tokens that are read of the last layer are packed: they attend to images
+    assert ops.calls == 1  # only the tokens that are read from the last layer are packed when they attend to images
 
 
-def test_a_cpu_has_no_such_kernel():
+def test_a_cpu_has_no_kernel_for_packed_rows():
     assert not FlashOps().reads_spans(torch.zeros(3, 64, dtype=torch.bfloat16), 1)
 
 
@@ -91,5 +91,5 @@ def test_kernel_agrees_with_row_by_row():
     )
     assert FlashOps().reads_spans(query_THd.flatten(1), 12)
     expected = attend_row_by_row(query_THd.double(), key_SHd.double(), value_SHd.double(), queries, keys, 0.0)
-    found = FlashOps().attend_spans(query_THd, key_SHd, value_SHd, queries, keys, 0.0)
-    assert float((found.double() - expected).norm() / expected.norm()) < 5e-3
+    attended = FlashOps().attend_spans(query_THd, key_SHd, value_SHd, queries, keys, 0.0)
+    assert float((attended.double() - expected).norm() / expected.norm()) < 5e-3

@@ -1,6 +1,6 @@
-"""The cross-modal part as reference_spec 1.5 and 1.6 and the paper's Table 1 write it, sharing no code with the model.
+"""The cross-modal part as in reference_spec 1.5 and 1.6 and the paper's Table 1, sharing no code with the model.
 
-One pair, one head and one matrix product after another, in the precision of what is given.
+It computes one pair, one head and one matmul at a time, in the precision of its inputs.
 
 Shapes: N positions, M positions attended to, D width, L text tokens, P image positions.
 """
@@ -17,7 +17,7 @@ BRIDGE_EPS = 1e-5
 
 
 class Formulas:
-    """Works on the parameters of a module, by name."""
+    """The formulas, with the parameters of a module looked up by name."""
 
     def __init__(self, module: nn.Module, num_heads: int, layer_eps: float, masks_padding: bool = True) -> None:
         self.weights = {name: value.detach() for name, value in module.named_parameters()}
@@ -31,15 +31,15 @@ class Formulas:
         variance = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
         return (x - mean) / torch.sqrt(variance + eps) * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
 
-    def shares(self, x: Tensor, context: Tensor, mask: Tensor, name: str) -> list[Tensor]:
-        """Attention probabilities, a matrix (N, M) for each head."""
+    def probabilities(self, x: Tensor, context: Tensor, mask: Tensor, name: str) -> list[Tensor]:
+        """Return attention probabilities, one matrix (N, M) per head."""
         query, key = self.linear(x, f"{name}.query"), self.linear(context, f"{name}.key")
         size = x.shape[-1] // self.num_heads
         matrices = []
         for head in range(self.num_heads):
-            own = slice(head * size, (head + 1) * size)
-            scores = torch.exp(query[:, own] @ key[:, own].T / math.sqrt(size)) * mask.to(x.dtype)
-            matrices.append(scores / scores.sum(-1, keepdim=True))
+            channels = slice(head * size, (head + 1) * size)
+            weights = torch.exp(query[:, channels] @ key[:, channels].T / math.sqrt(size)) * mask.to(x.dtype)
+            matrices.append(weights / weights.sum(-1, keepdim=True))
         return matrices
 
     def attention(self, x: Tensor, context: Tensor, mask: Tensor, name: str) -> Tensor:
@@ -47,7 +47,7 @@ class Formulas:
         size = x.shape[-1] // self.num_heads
         heads = [
             matrix @ value[:, head * size : (head + 1) * size]
-            for head, matrix in enumerate(self.shares(x, context, mask, name))
+            for head, matrix in enumerate(self.probabilities(x, context, mask, name))
         ]
         return self.norm(x + self.linear(torch.cat(heads, dim=-1), f"{name}.output"), f"{name}.norm", self.layer_eps)
 
@@ -61,16 +61,16 @@ class Formulas:
         return self.feed_forward(b, f"{name}.feed_forward")
 
     def bridge(self, form: str, y: Tensor, x: Tensor, mask: Tensor, name: str) -> Tensor:
-        """A row of Table 1.
+        """Return the joined states of one row of Table 1.
 
         Args:
-            y: of the tower.
-            x: of the cross-modal layer before.
-            name: of the bridge, with the dot behind it.
+            y: state of the tower layer.
+            x: state of the cross-modal layer before.
+            name: prefix of the bridge's parameters, with the trailing dot.
         """
         if form in ("cross_attention", "cross_attention_ffn"):
-            seen = mask if self.masks_padding else torch.ones_like(mask)
-            attended = self.attention(x, y, seen, f"{name}attention")
+            key_mask = mask if self.masks_padding else torch.ones_like(mask)
+            attended = self.attention(x, y, key_mask, f"{name}attention")
             return attended if form == "cross_attention" else self.feed_forward(attended, f"{name}feed_forward")
         both = torch.cat([y, x], dim=-1)
         if form == "add":
@@ -96,19 +96,26 @@ class Formulas:
     def fuse(
         self, form: str, texts: Sequence[Tensor], images: Sequence[Tensor], mask: Tensor, bridged: int, layers: int
     ) -> tuple[Tensor, Tensor]:
-        """From transformed tower states of one pair, lowest bridged layer first; the last ones if none is bridged."""
+        """Return the last text and image states of one pair.
+
+        Args:
+            texts: transformed states of the tower layers that are read, lowest first.
+            images: transformed states of the vision tower, likewise.
+            bridged: number of bridged layers; 0: only the last tower states are read.
+            layers: number of cross-modal layers.
+        """
         everywhere = torch.ones(len(images[0]), dtype=torch.bool)
         x, y = texts[0], images[0]
         if bridged:
             x = self.norm(x, "cross_modal.text_norm", BRIDGE_EPS)
             y = self.norm(y, "cross_modal.image_norm", BRIDGE_EPS)
-        for number in range(layers):
-            if 1 <= number < bridged:
-                x = self.bridge(form, texts[number], x, mask, f"cross_modal.text_bridges.{number - 1}.")
-                y = self.bridge(form, images[number], y, everywhere, f"cross_modal.image_bridges.{number - 1}.")
+        for index in range(layers):
+            if 1 <= index < bridged:
+                x = self.bridge(form, texts[index], x, mask, f"cross_modal.text_bridges.{index - 1}.")
+                y = self.bridge(form, images[index], y, everywhere, f"cross_modal.image_bridges.{index - 1}.")
             x, y = (
-                self.layer(x, mask, y, everywhere, f"cross_modal.text_layers.{number}"),
-                self.layer(y, everywhere, x, mask, f"cross_modal.image_layers.{number}"),
+                self.layer(x, mask, y, everywhere, f"cross_modal.text_layers.{index}"),
+                self.layer(y, everywhere, x, mask, f"cross_modal.image_layers.{index}"),
             )
         return x, y
 
@@ -119,7 +126,7 @@ class Formulas:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact, not its tanh approximation."""
+    """Return the exact GELU, not its tanh approximation."""
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 

@@ -1,4 +1,4 @@
-"""The nine bridge forms of the paper's Table 1: values, sizes, starting values, gradients and padding."""
+"""The nine bridge forms of the paper's Table 1: values, sizes, initial weights, gradients and padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small
 
 FORMS = get_args(BridgeForm)
 WITH_ATTENTION = ("cross_attention", "cross_attention_ffn")
-# The softmax takes a bias of the keys out again: it adds the same to all scores of a query.
+# The key bias adds the same number to all scores of a query, so it cancels in the softmax.
 WITHOUT_EFFECT = "key.bias"
 
 # Reference_spec 1.5: parameters of base's ten bridges and of the two norms before the first layer.
@@ -57,22 +57,22 @@ def formulas_of(module, fusion: FusionConfig) -> Formulas:
     return Formulas(module, fusion.num_heads, fusion.layer_norm_eps, fusion.bridge_masks_padding)
 
 
-def test_there_are_the_nine_rows_of_table_1():
+def test_the_forms_are_the_nine_rows_of_table_1():
     assert tuple(TABLE_1) == FORMS
 
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_bridge_equals_its_formula(form):
-    fusion = config_with(form, layer_norm_eps=1e-3).fusion  # so that an epsilon in the wrong place shows
+    fusion = config_with(form, layer_norm_eps=1e-3).fusion  # large, so that a wrong epsilon would show
     bridge = build_bridge(fusion, TorchOps()).double().eval()
     shake(bridge)
     tower, cross = states(3, 7, 40, seed=0), states(3, 7, 40, seed=1)
     _, mask = random_texts(3, 7)
-    found = bridge(tower.flatten(0, 1), cross.flatten(0, 1), padded(mask)).unflatten(0, (3, 7))
+    joined = bridge(tower.flatten(0, 1), cross.flatten(0, 1), padded(mask)).unflatten(0, (3, 7))
     formulas = formulas_of(bridge, fusion)
     for row in range(3):
-        close(found[row], formulas.bridge(form, tower[row], cross[row], mask[row], ""))
+        close(joined[row], formulas.bridge(form, tower[row], cross[row], mask[row], ""))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,7 +91,7 @@ def test_forward_pass_with_each_bridge_equals_the_formulas(form):
 
 
 def parameters_of_one(form: str, width: int) -> int:
-    """A formula for each row: matrices, biases and norms."""
+    """Return the parameters of one bridge of a form: matrices, biases and norms."""
     norm = 2 * width
     attention = 4 * (width * width + width) + norm
     feed_forward = (4 * width * width + 4 * width) + (4 * width * width + width) + norm
@@ -114,8 +114,8 @@ def test_bridges_of_base_have_the_parameter_count_of_table_1(form):
     with torch.device("meta"):
         encoder = CrossModalEncoder(FusionConfig(bridge=form), TorchOps(), absorb=True)
     layers = (encoder.text_layers, encoder.image_layers)
-    found = count(encoder) - sum(count(part) for part in layers)
-    assert found == 10 * parameters_of_one(form, 768) + 2 * 2 * 768 == TABLE_1[form]
+    num_parameters = count(encoder) - sum(count(part) for part in layers)
+    assert num_parameters == 10 * parameters_of_one(form, 768) + 2 * 2 * 768 == TABLE_1[form]
 
 
 def count(module) -> int:
@@ -123,7 +123,7 @@ def count(module) -> int:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bridges_start_as_published(form):
+def test_bridges_have_the_published_initial_weights(form):
     torch.manual_seed(0)
     fusion = replace(small_config().fusion, width=128, num_heads=4, num_layers=2, bridge=form)
     model = BridgeTower(replace(small_config(), fusion=fusion))
@@ -140,7 +140,7 @@ def test_bridges_start_as_published(form):
                 assert abs(spread / 0.02 - 1) < 0.05 and abs(mean) < 1e-3
 
 
-def test_row_i_starts_as_row_a_bit_for_bit_and_its_correction_learns():
+def test_form_i_starts_as_form_a_bit_for_bit_and_its_correction_learns():
     torch.manual_seed(0)
     added, corrected = BridgeTower(config_with("add")), BridgeTower(config_with("linear_residual"))
     report = corrected.load_state_dict(added.state_dict(), strict=False)
@@ -179,7 +179,7 @@ def longer(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_no_bridge_looks_at_padding(form):
+def test_no_bridge_depends_on_padding(form):
     model = model_with(form)
     (ids, mask), pixels = random_texts(3, 8), random_pixels(3)
     short, long = model(pixels, ids, mask), model(pixels, *longer(ids, mask))
@@ -190,7 +190,7 @@ def test_no_bridge_looks_at_padding(form):
 
 @pytest.mark.parametrize("form", WITH_ATTENTION)
 @torch.no_grad()
-def test_bridges_with_attention_look_at_padding_where_that_is_asked_for(form):
+def test_bridges_with_attention_attend_to_padding_without_bridge_masks_padding(form):
     model, masking = model_with(form, bridge_masks_padding=False), model_with(form)
     masking.load_state_dict(model.state_dict(), strict=True)
     (ids, mask), pixels = random_texts(3, 8), random_pixels(3)
@@ -217,15 +217,15 @@ def test_in_float32_neither_padding_nor_other_pairs_change_a_pair_by_more_than_1
     close(padded.text_states[:, :8][mask], together.text_states[mask], 1e-5)
     close(padded.image_states, together.image_states, 1e-5)
     for row in range(5):
-        own, length = slice(row, row + 1), int(mask[row].sum())
-        alone = model(pixels[own], ids[own, :length], mask[own, :length])
-        close(alone.pooled, together.pooled[own], 1e-5)
-        close(alone.text_states, together.text_states[own, :length], 1e-5)
-        close(alone.image_states, together.image_states[own], 1e-5)
+        only, length = slice(row, row + 1), int(mask[row].sum())
+        alone = model(pixels[only], ids[only, :length], mask[only, :length])
+        close(alone.pooled, together.pooled[only], 1e-5)
+        close(alone.text_states, together.text_states[only, :length], 1e-5)
+        close(alone.image_states, together.image_states[only], 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dropout_of_bridges_is_that_of_the_cross_modal_layers(form):
+def test_only_bridges_with_attention_have_dropout_and_only_in_training(form):
     bridge = build_bridge(config_with(form, dropout=0.5).fusion, TorchOps())
     tower, cross = states(2, 5, 40, seed=0).float(), states(2, 5, 40, seed=1).float()
     bridge.eval()

@@ -1,4 +1,4 @@
-"""The forward pass against two implementations that share no code with it: formulas written out, and Hugging Face's."""
+"""The forward pass against two implementations that share no code with it: explicit formulas, and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ from transformers import (
 
 from bridgetower.config.model import CUSTOM, FusionConfig, ModelConfig, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.bridgetower import BridgeTower
+from tests.model.formulas import close
 from tests.small_models import PAD_ID, random_pixels, random_texts, shake, small_config, small_model
 
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
-    assert one.shape == other.shape
-    assert (one - other).abs().max() <= tolerance
-
-
-# The cross-modal part as reference_spec 1.5 writes it, one pair, one head and one matrix product after another.
+# The published cross-modal part (reference_spec 1.5), one pair, one head and one matmul at a time. Unlike
+# tests/model/formulas.py it starts from raw tower states and masks by adding -10,000, as the published code does.
 
 
 class Formulas:
@@ -51,11 +47,11 @@ class Formulas:
         size = self.fusion.width // self.fusion.num_heads
         heads = []
         for head in range(self.fusion.num_heads):
-            own = slice(head * size, (head + 1) * size)
-            # Added, as published, and not a choice of keys.
-            scores = query[:, own] @ key[:, own].T / math.sqrt(size) + (1 - context_mask.double()) * -10_000
-            shares = torch.exp(scores - scores.max(-1, keepdim=True).values)
-            heads.append(shares / shares.sum(-1, keepdim=True) @ value[:, own])
+            channels = slice(head * size, (head + 1) * size)
+            # The mask is added to the scores, as published.
+            scores = query[:, channels] @ key[:, channels].T / math.sqrt(size) + (1 - context_mask.double()) * -10_000
+            weights = torch.exp(scores - scores.max(-1, keepdim=True).values)
+            heads.append(weights / weights.sum(-1, keepdim=True) @ value[:, channels])
         result = self.linear(torch.cat(heads, dim=-1), f"{name}.output")
         return self.norm(x + result, f"{name}.norm", self.fusion.layer_norm_eps)
 
@@ -68,19 +64,19 @@ class Formulas:
         return self.norm(b + outer, f"{name}.feed_forward.norm", self.fusion.layer_norm_eps)
 
     def fuse(self, texts: list[Tensor], images: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From raw tower states of one pair, lowest bridged layer first."""
-        kinds = self.weights["modality_embedding.weight"]
-        texts = [self.linear(state, "text_transform") + kinds[0] for state in texts]
-        images = [self.linear(state, "image_transform") + kinds[1] for state in images]
+        """Return text states, image states and pooled pair, from raw tower states of one pair, lowest layer first."""
+        modality = self.weights["modality_embedding.weight"]
+        texts = [self.linear(state, "text_transform") + modality[0] for state in texts]
+        images = [self.linear(state, "image_transform") + modality[1] for state in images]
         everywhere = torch.ones(len(images[0]), dtype=torch.bool)
         x, y = self.norm(texts[0], "cross_modal.text_norm", 1e-5), self.norm(images[0], "cross_modal.image_norm", 1e-5)
-        for number in range(self.fusion.num_layers):
-            if number:
-                x = self.norm(x + texts[number], f"cross_modal.text_bridges.{number - 1}.norm", 1e-5)
-                y = self.norm(y + images[number], f"cross_modal.image_bridges.{number - 1}.norm", 1e-5)
+        for index in range(self.fusion.num_layers):
+            if index:
+                x = self.norm(x + texts[index], f"cross_modal.text_bridges.{index - 1}.norm", 1e-5)
+                y = self.norm(y + images[index], f"cross_modal.image_bridges.{index - 1}.norm", 1e-5)
             x, y = (
-                self.layer(x, mask, y, everywhere, f"cross_modal.text_layers.{number}"),
-                self.layer(y, everywhere, x, mask, f"cross_modal.image_layers.{number}"),
+                self.layer(x, mask, y, everywhere, f"cross_modal.text_layers.{index}"),
+                self.layer(y, everywhere, x, mask, f"cross_modal.image_layers.{index}"),
             )
         pooled = [
             torch.tanh(self.linear(states[:1], f"{name}_pooler"))[0] for name, states in (("text", x), ("image", y))
@@ -104,7 +100,7 @@ def test_forward_pass_equals_the_published_formulas():
 
 
 # Hugging Face's port, whose graph is the published one (reference_spec section 6). It ties sizes together: one width,
-# 64 channels a head, as many layers in both towers, and an epsilon of 1e-5 everywhere.
+# 64 channels per head, as many layers in both towers, and an epsilon of 1e-5 everywhere.
 
 WIDTH, HEADS, LAYERS, BRIDGED, VOCABULARY = 128, 2, 4, 3, 50
 
@@ -181,12 +177,12 @@ def our_name(theirs: str) -> str:
 
 @pytest.fixture(scope="module")
 def theirs_and_ours():
-    """Both implementations with one set of random weights, in float64."""
+    """Return both implementations with the same random weights, in float64."""
     theirs = BridgeTowerForMaskedLM(their_config()).double().eval()
     shake(theirs)
     ours = BridgeTower(our_config(), ("mlm", "itm")).double().eval()
     weights = {our_name(name): value for name, value in theirs.bridgetower.named_parameters()}
-    # The pooler that nothing reads. All else has its place, and nothing is left over.
+    # Their text pooler, which nothing reads, has no counterpart; all other weights have one.
     assert weights.pop("text_tower.encoder.pooler.dense.weight").shape == (WIDTH, WIDTH)
     assert weights.pop("text_tower.encoder.pooler.dense.bias").shape == (WIDTH,)
     report = ours.load_state_dict(weights, strict=False)
@@ -241,7 +237,7 @@ def test_match_logits_equal_hugging_faces(theirs_and_ours, inputs):
 
 
 @torch.no_grad()
-def test_epsilon_of_the_cross_modal_layers_is_the_settings_and_that_of_bridges_is_not():
+def test_layer_norm_eps_applies_to_cross_modal_layers_and_not_to_bridges():
     (ids, mask), pixels = random_texts(2, 6), random_pixels(2)
     published, ported = small_model(), small_model(small_config(layer_norm_eps=1e-5))
     assert published(pixels, ids, mask).pooled.ne(ported(pixels, ids, mask).pooled).any()
@@ -253,20 +249,20 @@ def test_epsilon_of_the_cross_modal_layers_is_the_settings_and_that_of_bridges_i
 
 
 @torch.no_grad()
-def test_bridged_are_the_last_layers_of_each_tower_lowest_first():
+def test_the_last_layers_of_each_tower_are_bridged_lowest_first():
     model = small_model()
     (ids, mask), pixels = random_texts(2, 6), random_pixels(2)
     text, image = model.encode_text(ids, mask), model.encode_image(pixels)
     every_text, every_image = model.text_tower(ids, mask, 5), model.vision_tower(pixels, 4)
-    kinds = model.modality_embedding.weight
+    modality = model.modality_embedding.weight
     assert len(text.states_KBND) == len(image.states_KBND) == model.config.fusion.num_layers == 3
-    for number in range(3):
-        close(text.states_KBND[number], model.text_transform(every_text[2 + number]) + kinds[0])
-        close(image.states_KBND[number], model.image_transform(every_image[1 + number]) + kinds[1])
+    for index in range(3):
+        close(text.states_KBND[index], model.text_transform(every_text[2 + index]) + modality[0])
+        close(image.states_KBND[index], model.image_transform(every_image[1 + index]) + modality[1])
 
 
 @torch.no_grad()
-def test_contrast_reads_the_class_tokens_as_they_leave_the_towers():
+def test_contrast_reads_the_last_class_tokens_of_the_towers():
     model = small_model()
     (ids, mask), pixels = random_texts(2, 6), random_pixels(2)
     close(model.encode_text(ids, mask).class_BD, model.text_tower(ids, mask, 1)[-1][:, 0])
@@ -285,15 +281,15 @@ def test_more_padding_changes_nothing():
 
 
 @torch.no_grad()
-def test_a_pair_gives_the_same_alone_as_among_others():
+def test_a_pair_has_the_same_output_alone_and_in_a_batch():
     model = small_model()
     (ids, mask), pixels = random_texts(3, 8), random_pixels(3)
     together = model(pixels, ids, mask)
     for row in range(3):
-        own = slice(row, row + 1)
-        alone = model(pixels[own], ids[own], mask[own])
-        close(alone.pooled, together.pooled[own])
-        close(alone.text_states[mask[own]], together.text_states[own][mask[own]])
+        only = slice(row, row + 1)
+        alone = model(pixels[only], ids[only], mask[only])
+        close(alone.pooled, together.pooled[only])
+        close(alone.text_states[mask[only]], together.text_states[only][mask[only]])
 
 
 @torch.no_grad()
@@ -309,13 +305,13 @@ def test_both_modalities_reach_each_half_of_the_pooled_pair():
 
 
 @torch.no_grad()
-def test_mask_of_numbers_is_read_as_one_of_booleans():
+def test_an_integer_mask_is_read_as_a_boolean_one():
     model = small_model()
     (ids, mask), pixels = random_texts(2, 8), random_pixels(2)
     close(model(pixels, ids, mask.long()).pooled, model(pixels, ids, mask).pooled, tolerance=0)
 
 
-def test_pixels_are_normalised_as_clips_and_given_in_the_precision_of_the_weights():
+def test_pixels_are_normalised_with_clips_statistics_in_the_precision_of_the_weights():
     model = BridgeTower(small_config())
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
@@ -334,7 +330,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
         assert torch.equal(model.eval()(pixels, ids, mask).pooled, model(pixels, ids, mask).pooled)
 
 
-def test_new_parts_start_as_published():
+def test_new_layers_have_the_published_initial_weights():
     # Reference_spec 1.7: N(0, 0.02), biases 0, norms 1 and 0; a port has 0.05.
     torch.manual_seed(0)
     model = BridgeTower(our_config())

@@ -1,4 +1,4 @@
-"""The heads: what each computes, how large it is and how it starts (reference_spec 1.7)."""
+"""The heads: what each computes, its size and its initial weights (reference_spec 1.7)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config_with(**heads) -> ModelConfig:
 
 
 def equal_widths(**heads) -> ModelConfig:
-    """With a text tower as wide as the fusion."""
+    """Return small_config with a text tower as wide as the cross-modal layers."""
     config = small_config()
     config = replace(config, text=replace(config.text, width=D, num_heads=4))
     return replace(config, heads=HeadsConfig(**heads))
@@ -53,15 +53,15 @@ def norm(x: Tensor, weights, name: str, eps: float) -> Tensor:
     return (x - mean) / torch.sqrt(variance + eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def test_heads_have_names():
+def test_names_of_the_heads():
     assert HEADS == ("mlm", "itm", "itc", "vqa", "snli_ve", "nlvr2", "rank")
 
 
-# Each against its formula.
+# Each head equals its formula.
 
 
 @torch.no_grad()
-def test_mlm_head_equals_its_formula_and_has_a_decoder_of_its_own():
+def test_mlm_head_equals_its_formula_and_has_its_own_decoder():
     head, weights = head_of("mlm")
     x = states(5, D)
     inner = norm(gelu(linear(x, weights, "transform")), weights, "norm", 1e-12)
@@ -71,7 +71,7 @@ def test_mlm_head_equals_its_formula_and_has_a_decoder_of_its_own():
 
 
 @torch.no_grad()
-def test_tied_mlm_head_has_no_matrix_of_its_own_and_decodes_with_the_one_that_it_is_given():
+def test_tied_mlm_head_has_no_decoder_and_uses_the_word_embeddings():
     head, weights = head_of("mlm", equal_widths(mlm_tied=True))
     x, words = states(5, D), states(WORDS, D, seed=1)
     inner = norm(gelu(linear(x, weights, "transform")), weights, "norm", 1e-12)
@@ -100,7 +100,7 @@ def test_itc_head_projects_each_towers_class_token_to_the_unit_sphere():
 
 
 @pytest.mark.parametrize(("raw", "expected"), [(0.07, 0.07), (0.9, 0.5), (-1.0, 0.001), (1e-4, 0.001)])
-def test_temperature_is_clamped_and_learns_its_way_back(raw, expected):
+def test_temperature_is_clamped_and_its_gradient_passes_the_clamp(raw, expected):
     head: Any = build_head("itc", config_with())
     torch.nn.init.constant_(head.temperature, raw)
     used = head.clamped_temperature()
@@ -110,15 +110,15 @@ def test_temperature_is_clamped_and_learns_its_way_back(raw, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "inside", "hidden", "classes"),
+    ("name", "in_features", "hidden", "classes"),
     [("vqa", 2 * D, 4 * D, 7), ("snli_ve", 2 * D, 4 * D, 3), ("nlvr2", 4 * D, 3 * D, 2)],
 )
 @torch.no_grad()
-def test_classifiers_are_linear_norm_gelu_linear(name, inside, hidden, classes):
+def test_classifiers_are_linear_norm_gelu_linear(name, in_features, hidden, classes):
     head, weights = head_of(name)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    assert shapes["expand.weight"] == (hidden, inside) and shapes["classifier.weight"] == (classes, hidden)
-    x = states(5, inside)
+    assert shapes["expand.weight"] == (hidden, in_features) and shapes["classifier.weight"] == (classes, hidden)
+    x = states(5, in_features)
     inner = gelu(norm(linear(x, weights, "expand"), weights, "norm", 1e-5))
     close(head(x), linear(inner, weights, "classifier"))
     rounded = head.to(torch.bfloat16)(x.to(torch.bfloat16))
@@ -130,10 +130,10 @@ def test_hidden_width_of_vqa_and_snli_ve_is_a_setting_and_that_of_nlvr2_is_not()
         assert head_of(name, classifier_scale=1.0)[1]["norm.weight"].shape == (hidden,)
 
 
-def test_only_nlvr2_drops_some_of_its_input_and_only_in_training():
-    for name, inside in (("vqa", 2 * D), ("snli_ve", 2 * D), ("nlvr2", 4 * D)):
+def test_only_the_nlvr2_head_has_dropout_and_only_in_training():
+    for name, in_features in (("vqa", 2 * D), ("snli_ve", 2 * D), ("nlvr2", 4 * D)):
         head, _ = head_of(name)
-        x = states(5, inside)
+        x = states(5, in_features)
         assert torch.equal(head(x), head(x))
         head.train()
         assert torch.equal(head(x), head(x)) == (name != "nlvr2")
@@ -164,18 +164,18 @@ def test_head_of_base_has_the_parameters_of_its_formula(name):
         assert sum(value.numel() for value in build_head(name, config).parameters()) == sizes(768)[name]
 
 
-def test_tied_mlm_head_of_base_has_one_matrix_less():
+def test_tied_mlm_head_of_base_has_no_decoder_matrix():
     config = complete_model_config(replace(base(), heads=HeadsConfig(mlm_tied=True)))
     with torch.device("meta"):
-        found = sum(value.numel() for value in build_head("mlm", config).parameters())
-    assert found == 39_245_913 - 50_265 * 768
+        num_parameters = sum(value.numel() for value in build_head("mlm", config).parameters())
+    assert num_parameters == 39_245_913 - 50_265 * 768
 
 
 # Initial values.
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_start_as_published(name):
+def test_heads_have_the_published_initial_weights(name):
     torch.manual_seed(0)
     config = small_config()
     wide = replace(config, fusion=replace(config.fusion, width=256, num_heads=4))
@@ -192,7 +192,7 @@ def test_heads_start_as_published(name):
             assert abs(value.mean()) < 5 * error and abs(value.std() - 0.02) < 5 * error
 
 
-def test_two_matrices_of_a_head_do_not_start_alike():
+def test_two_matrices_of_a_head_have_different_initial_weights():
     head: Any = build_head("itc", replace(small_config(), text=replace(small_config().text, width=48, num_heads=3)))
     assert head.text.weight.shape == head.image.weight.shape and head.text.weight.ne(head.image.weight).any()
 
@@ -200,7 +200,7 @@ def test_two_matrices_of_a_head_do_not_start_alike():
 # In the model.
 
 
-def test_tied_mlm_head_reads_the_text_towers_words_and_trains_them():
+def test_tied_mlm_head_reads_and_trains_the_text_towers_word_embeddings():
     model = BridgeTower(equal_widths(mlm_tied=True), ("mlm",))
     shake(model)
     model = model.double().eval()
@@ -211,14 +211,14 @@ def test_tied_mlm_head_reads_the_text_towers_words_and_trains_them():
     logits = model.word_logits(x)
     close(logits, inner @ words.T + weights["bias"])
     logits.logsumexp(-1).sum().backward()
-    assert words.grad is not None and (words.grad.abs().amax(dim=-1) > 0).all()  # words that no text had, too
-    # The tower's matrix is saved once.
+    assert words.grad is not None and (words.grad.abs().amax(dim=-1) > 0).all()  # also of words that no text contains
+    # The state_dict holds the matrix once.
     assert [key for key, value in model.state_dict().items() if value.shape == (WORDS, D)] == [
         "text_tower.encoder.embeddings.word_embeddings.weight"
     ]
 
 
-def test_untied_mlm_head_leaves_the_text_towers_words_alone():
+def test_untied_mlm_head_does_not_train_the_text_towers_word_embeddings():
     model = BridgeTower(equal_widths(), ("mlm",))
     model.word_logits(states(5, D).float()).sum().backward()
     assert model.text_tower.encoder.embeddings.word_embeddings.weight.grad is None
@@ -233,7 +233,7 @@ def test_tied_mlm_head_needs_equal_widths_and_the_repair_that_the_error_names_is
     assert equal_widths(mlm_tied=True)
 
 
-def test_nlvr2_head_brings_a_third_type_row_that_starts_as_the_images():
+def test_nlvr2_head_adds_a_third_modality_row_that_starts_as_the_one_of_images():
     model = BridgeTower(small_config())
     shake(model)
     rows = model.modality_embedding.weight.detach().clone()
@@ -279,8 +279,8 @@ def test_rank_head_starts_as_the_match_row_of_the_itm_head_and_does_not_share_it
     assert match.weight[1].ne(0).all()
 
 
-def test_a_head_takes_precision_and_mode_of_the_model_that_it_is_added_to():
-    # NLVR2's drops some of its input in training.
+def test_an_added_head_gets_the_precision_and_mode_of_the_model():
+    # The NLVR2 head has dropout, so its mode matters.
     model = BridgeTower(small_config()).double().eval()
     model.add_head("nlvr2")
     assert not any(module.training for module in model.modules())
@@ -311,6 +311,6 @@ def test_use_of_a_head_that_is_missing_is_refused_and_the_repair_that_the_error_
     assert getattr(model, use)(output).shape == ((2, 7, WORDS) if name == "mlm" else (2, 2))
 
 
-def test_a_head_that_does_not_exist_is_refused_with_those_that_do():
+def test_an_unknown_head_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"no head 'vqaa'\. Use one of mlm, itm, itc, vqa, snli_ve, nlvr2, rank"):
         BridgeTower(small_config(), ("vqaa",))

@@ -46,7 +46,7 @@ def test_vision_tower_has_the_sizes_that_open_clip_builds(name):
         "num_heads": block.attn.num_heads,
     }
     assert vision_mlp_width(name, facts["width"]) == block.mlp.c_fc.out_features
-    # What the formulas take for granted: every norm, learned positions, and no layer scale.
+    # The cost formulas assume every norm, learned positions, and no layer scale.
     assert {parameter.split(".")[0] for parameter, _ in vit.named_parameters()} == NORMS_AND_EMBEDDINGS
     assert vit.positional_embedding.requires_grad and "gamma" not in {
         parameter.split(".")[-1] for parameter, _ in block.named_parameters()
@@ -74,7 +74,7 @@ def test_text_tower_has_the_sizes_that_transformers_has(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_named_model_is_completed_as_by_the_libraries(name):
+def test_tables_complete_a_named_model_as_the_libraries_do(name):
     config = MODELS[name]()
     vision, text = complete_vision_config(config.vision), complete_text_config(config.text)
     assert complete_known_model(config) == dataclasses.replace(config, vision=vision, text=text)
@@ -85,7 +85,7 @@ def test_padding_id_of_a_known_tower_is_its_encoders(config):
     assert known_padding_id(config.name) == encoder_config(config).pad_token_id
 
 
-def test_owner_of_a_text_tower_may_stand_before_its_name_and_a_folder_is_not_in_the_table(tmp_path, monkeypatch):
+def test_a_name_may_have_its_owner_in_front_and_a_folder_is_not_a_known_name(tmp_path, monkeypatch):
     assert known_text_name("FacebookAI/roberta-large") == "roberta-large" and known_text_name(CUSTOM) is None
     (tmp_path / "roberta-base").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -96,19 +96,10 @@ def test_owner_of_a_text_tower_may_stand_before_its_name_and_a_folder_is_not_in_
     ("part", "changes"),
     [("vision", {"name": "ViT-B-16-SigLIP"}), ("text", {"name": "some/encoder"}), ("text", {"max_tokens": 513})],
 )
-def test_what_is_not_in_the_tables_is_left_to_the_model(part, changes):
+def test_models_that_are_not_in_the_tables_are_not_completed(part, changes):
     model = MODELS["base"]()
-    assert (
-        complete_known_model(
-            dataclasses.replace(
-                model,
-                **{part: dataclasses.replace(model.vision, **changes)}
-                if part == "vision"
-                else {part: dataclasses.replace(model.text, **changes)},
-            )
-        )
-        is None
-    )
+    changed = dataclasses.replace(getattr(model, part), **changes)
+    assert complete_known_model(dataclasses.replace(model, **{part: changed})) is None
 
 
 def test_a_size_that_is_not_the_named_towers_is_refused():

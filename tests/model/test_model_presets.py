@@ -1,4 +1,4 @@
-"""Every model by name: its size to the parameter, a gradient for each of them, and external layers as formulas."""
+"""Every named model: its exact number of parameters, a gradient for each, and external layers against formulas."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from bridgetower.tasks.pretraining import PretrainTask
 from tests.model.formulas import Formulas, close
 from tests.small_models import random_batch, random_pixels, random_texts, shake, small_config
 
-# Sizes, by formulas.
+# Numbers of parameters, by formulas.
 
 
 def norm(width: int) -> int:
     return 2 * width
 
 
-def linear(inside: int, outside: int) -> int:
-    return inside * outside + outside
+def linear(in_features: int, out_features: int) -> int:
+    return in_features * out_features + out_features
 
 
 def block(width: int) -> int:
-    """Of either tower: attention, feed-forward and two norms."""
+    """Return the parameters of a layer of either tower: attention, feed-forward and two norms."""
     return 4 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + 2 * norm(width)
 
 
 def vision(width: int, layers: int, patch: int, side: int) -> int:
-    """Patches without a bias, class token, positions, a norm before and after."""
+    """Return those of a vision tower: patches (no bias), class token, positions, norms before and after, blocks."""
     return 3 * patch**2 * width + width + ((side // patch) ** 2 + 1) * width + 2 * norm(width) + layers * block(width)
 
 
 def text(width: int, layers: int, words: int, positions: int) -> int:
-    """Words, positions, the one token type, a norm; no pooler."""
+    """Return those of a text tower: words, positions, one token type, a norm, layers; no pooler."""
     return (words + positions + 1) * width + norm(width) + layers * block(width)
 
 
 def cross_layer(width: int) -> int:
-    """Two attentions and a feed-forward, each with its norm."""
+    """Return those of a cross-modal layer: two attentions and a feed-forward, each with its norm."""
     return 8 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + 3 * norm(width)
 
 
@@ -64,7 +64,7 @@ BRIDGE = {
 
 
 def joint(width: int, layers: int = 6, external: int = 0, form: str = "add", gates: bool = False) -> int:
-    """What stands on towers of the same width."""
+    """Return those of all that comes after towers of the same width."""
     total = 2 * linear(width, width)  # poolers
     if layers:
         total += 2 * linear(width, width) + 2 * width  # transforms and the modality embedding
@@ -95,21 +95,21 @@ def count(module) -> int:
 
 
 def test_the_formulas_give_the_published_sizes():
-    # Reference_spec 1.8, less the RoBERTa pooler that nothing reads and that does not exist here.
+    # Reference_spec 1.8, less the RoBERTa pooler, which nothing reads and which does not exist here.
     assert SIZES["base"] == 326_347_008 - linear(768, 768)
     assert SIZES["large"] == 864_514_048 - linear(1024, 1024)
     assert [cross_layer(width) for width in (768, 1024)] == [9_451_776, 16_796_672]
-    # Tables 2 and 3 in millions, as the paper has them.
+    # Table 2 of the paper, in millions.
     table_2 = [layers * 2 * cross_layer(768) for layers in (2, 4, 6, 8, 10, 12)]
     assert [total // 10**5 / 10 for total in table_2] == [37.8, 75.6, 113.4, 151.2, 189.0, 226.8]
 
 
-def test_every_model_by_name_has_its_size_stated_here():
+def test_every_named_model_is_in_the_table_above():
     assert set(SIZES) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_model_by_name_has_exactly_its_parameters(name):
+def test_named_model_has_exactly_its_number_of_parameters(name):
     with torch.device("meta"):
         assert count(BridgeTower(MODELS[name]())) == SIZES[name]
 
@@ -123,26 +123,26 @@ def test_each_row_of_table_2_adds_two_cross_modal_layers_and_their_bridges():
 
 
 def published_total(config: ModelConfig) -> int:
-    """Of a published pretraining checkpoint, with what nothing reads: reference_spec 1.8 and 1.9."""
+    """Return the parameters of a published pretraining checkpoint, unused ones included: reference_spec 1.8 and 1.9."""
     width = config.fusion.width
     clip_text_width = {768: 512, 1024: 768}[width]
-    left_overs = 77 * clip_text_width + norm(clip_text_width)
+    unused_clip_text = 77 * clip_text_width + norm(clip_text_width)
     pooler, temperature, position_ids = linear(width, width), 1, 0  # position_ids is a buffer
     with torch.device("meta"):
         model = BridgeTower(config, ("mlm", "itm"))
-    return count(model) + pooler + left_overs + temperature + position_ids
+    return count(model) + pooler + unused_clip_text + temperature + position_ids
 
 
 @pytest.mark.parametrize(("preset", "total"), [(base, 365_636_444), (large, 917_152_092)])
-def test_model_with_its_pretraining_heads_has_the_published_total_less_what_nothing_reads(preset, total):
+def test_model_with_its_pretraining_heads_has_the_published_total_without_unused_parameters(preset, total):
     assert published_total(preset()) == total
 
 
-# A gradient for every parameter, so that nothing is trained, saved and sent between ranks for nothing.
+# Every parameter gets a gradient, so that none is stored and reduced over ranks for nothing.
 
 
 def scaled_down(config: ModelConfig) -> ModelConfig:
-    """The same variant on towers of 24 channels, for the batches of small_models."""
+    """Return the variant with towers of 24 channels, for the batches of small_models."""
     return replace(
         config,
         image_size_px=24,
@@ -163,9 +163,9 @@ def scaled_down(config: ModelConfig) -> ModelConfig:
     )
 
 
-# A softmax takes out again what is added to all of its inputs: a bias of attention's keys (to all scores of a query),
-# and the bias of METER's gate (to a channel of all layers). They get a gradient, which is zero but for rounding. Both
-# are the published code's.
+# What is added to all inputs of a softmax cancels: attention's key bias (added to all scores of a query) and the bias
+# of METER's gate (added to a channel of all layers). Their gradient is zero but for rounding. The published code has
+# both.
 WITHOUT_EFFECT = ("key.bias", "_gate.linear.bias")
 
 
@@ -199,7 +199,7 @@ def small_with(**fusion) -> BridgeTower:
 
 
 def raw_states(model: BridgeTower, ids: Tensor, mask: Tensor, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Of all layers of both towers, lowest first."""
+    """Return the raw states of all layers of both towers, lowest first."""
     return model.text_tower(ids, mask, 5), model.vision_tower(pixels, 4)
 
 
@@ -208,15 +208,15 @@ def formulas_of(model: BridgeTower) -> Formulas:
 
 
 def check_against_formulas(model: BridgeTower, texts: list[Tensor], images: list[Tensor], bridged: int) -> None:
-    """Whole forward pass, from raw states of the tower layers that are read."""
+    """Compare the whole forward pass with the formulas, given raw states of the tower layers that are read."""
     (ids, mask), pixels = random_texts(3, 9), random_pixels(3)
     output = model(pixels, ids, mask)
     formulas = formulas_of(model)
-    kinds, layers = formulas.weights["modality_embedding.weight"], model.config.fusion.num_layers
+    modality, layers = formulas.weights["modality_embedding.weight"], model.config.fusion.num_layers
     for row in range(3):
-        own_texts = [formulas.linear(state[row], "text_transform") + kinds[0] for state in texts]
-        own_images = [formulas.linear(state[row], "image_transform") + kinds[1] for state in images]
-        x, y = formulas.fuse("add", own_texts, own_images, mask[row], bridged, layers)
+        row_texts = [formulas.linear(state[row], "text_transform") + modality[0] for state in texts]
+        row_images = [formulas.linear(state[row], "image_transform") + modality[1] for state in images]
+        x, y = formulas.fuse("add", row_texts, row_images, mask[row], bridged, layers)
         close(output.text_states[row][mask[row]], x[mask[row]])
         close(output.image_states[row], y)
         close(output.pooled[row].view(2, -1), formulas.pool(x, y))
@@ -243,7 +243,7 @@ def test_meter_reads_the_last_layers_without_a_norm(layers):
 
 
 def gated_sum(formulas: Formulas, layers: list[Tensor], name: str) -> Tensor:
-    """f_L + sum over k < L of softmax_k(W f_k + b) * f_k, for one row."""
+    """Return f_L + sum over k < L of softmax_k(W f_k + b) * f_k, for one pair."""
     scores = [torch.exp(formulas.linear(layer, name)) for layer in layers[:-1]]
     total = sum(scores[1:], start=scores[0])
     fused = layers[-1]
@@ -253,7 +253,7 @@ def gated_sum(formulas: Formulas, layers: list[Tensor], name: str) -> Tensor:
 
 
 @torch.no_grad()
-def test_meters_fusion_adds_a_gated_sum_of_the_layers_below_to_the_last_one_before_the_transform():
+def test_meters_multi_layer_fusion_adds_a_gated_sum_of_lower_layers_to_the_last_before_the_transform():
     model = small_with(num_layers=3, num_external_layers=3, multi_layer_fusion=True)
     (ids, mask), pixels = random_texts(3, 9), random_pixels(3)
     texts, images = raw_states(model, ids, mask, pixels)
@@ -265,13 +265,13 @@ def test_meters_fusion_adds_a_gated_sum_of_the_layers_below_to_the_last_one_befo
         [gated_sum(formulas, [layer[row] for layer in images], "image_gate.linear") for row in range(3)]
     )
     check_against_formulas(model, [fused_texts], [fused_images], 0)
-    # ITC reads the last layers themselves.
+    # ITC reads the last layers without the gated sum.
     close(model.encode_text(ids, mask).class_BD, texts[-1][:, 0])
     close(model.encode_image(pixels).class_BD, images[-1][:, 0])
 
 
 @torch.no_grad()
-def test_without_cross_modal_layers_the_poolers_read_the_towers_class_tokens_as_they_are():
+def test_without_cross_modal_layers_the_poolers_read_the_towers_class_tokens_unchanged():
     config = small_config()
     config = replace(
         config,
@@ -309,14 +309,14 @@ def test_original_meter_leaves_out_the_last_visual_block_and_norms_the_eleventh(
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_model_by_name_stays_the_same_when_it_is_completed_twice(name):
+def test_completing_a_named_model_twice_changes_nothing(name):
     once = complete_model_config(MODELS[name]())
     assert complete_model_config(once) == once
 
 
 def test_vqa_model_has_the_published_size():
-    # Reference_spec 1.8 counts the pooler, CLIP's left-overs and the temperature, and neither pretraining head. Its
-    # images are of the pretraining size there.
+    # Reference_spec 1.8 counts the pooler, CLIP's unused text parameters and the temperature, but no pretraining head,
+    # at the image size of pretraining.
     for preset, total in ((base, 340_730_682), (large, 885_795_130)):
         config = complete_model_config(preset())
         with torch.device("meta"):

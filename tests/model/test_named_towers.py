@@ -1,4 +1,4 @@
-"""Towers by name: their real shapes, from their configurations, with random weights and without a network."""
+"""Towers by name have their published shapes, with random weights and without a network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def more_clip_models(tmp_path_factory):
-    """Registers open_clip models with what its published ones have, in a small tower, and with other towers of timm."""
+    """Register small open_clip models with every option of the published ones, and models with other towers of timm."""
     folder = tmp_path_factory.mktemp("open_clip")
     vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 4, "head_width": 16}
     towers = {
@@ -51,7 +51,7 @@ def more_clip_models(tmp_path_factory):
 
 
 NO_PLAIN_VITS = ("davit_tiny", "maxvit_tiny_tf_224", "xcit_nano_12_p16_224", "hiera_tiny_224", "beit_base_patch16_224")
-REGISTERS = "vit_medium_patch16_reg4_gap_256"  # four registers and no class token
+REGISTERS = "vit_medium_patch16_reg4_gap_256"  # has four registers and no class token
 
 
 def vision(name: str, **changes) -> VisionTowerConfig:
@@ -142,22 +142,22 @@ def test_towers_of_unequal_depth_and_width_and_of_any_image_size_are_bridged(ima
     ids, mask = random_texts(2, 7)
     pixels = normal(2, 3, side, side)
     encoded_image, encoded_text = model.encode_image(pixels), model.encode_text(ids, mask)
-    places = (side // model.config.vision.patch_size_px) ** 2 + 1
-    assert encoded_image.states_KBND.shape == (layers, 2, places, 64)
+    num_positions = (side // model.config.vision.patch_size_px) ** 2 + 1
+    assert encoded_image.states_KBND.shape == (layers, 2, num_positions, 64)
     assert encoded_text.states_KBND.shape == (layers, 2, 7, 64)
     assert encoded_image.class_BD.shape == (2, model.config.vision.width)
-    # The last layers of each, lowest first, whatever their number.
+    # The bridged states are those of the last tower layers, lowest first.
     for number, state in enumerate(model.vision_tower(pixels, layers)):
-        # Products of the same numbers that lie elsewhere in memory may be added up in another order.
-        own = model.image_transform(state) + model.modality_embedding.weight[1]
-        close(encoded_image.states_KBND[number], own, tolerance=1e-5)
+        # Matmuls of the same numbers at other addresses may sum in another order.
+        expected = model.image_transform(state) + model.modality_embedding.weight[1]
+        close(encoded_image.states_KBND[number], expected, tolerance=1e-5)
     output = model(pixels, ids, mask)
     assert output.pooled.shape == (2, 128) and output.pooled.isfinite().all()
     other = model(pixels.flip(0), ids, mask)
     assert (other.pooled - output.pooled).abs().max() > 1e-5
 
 
-# The states are those of timm, open_clip and transformers.
+# States equal those of timm, open_clip and transformers.
 
 OF_TIMM = {
     "ViT-B-16-SigLIP": False,
@@ -176,7 +176,7 @@ def test_states_of_timms_towers_are_its_blocks_outputs_normed(name, has_class_to
     config = vision(name, num_layers=3)
     side = 4 * config.patch_size_px
     tower = VisionTower(config, side).eval()
-    torch.nn.init.normal_(tower.vit.norm.weight, mean=1, std=0.3)  # so that a norm left out shows
+    torch.nn.init.normal_(tower.vit.norm.weight, mean=1, std=0.3)  # so that leaving the norm out would show
     outputs: list[Tensor] = []
     for layer in tower.vit.blocks:
         layer.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -188,19 +188,19 @@ def test_states_of_timms_towers_are_its_blocks_outputs_normed(name, has_class_to
     norm = tower.vit.norm
     for state, raw in zip(states, expected[1:], strict=True):
         spread = (raw - raw.mean(-1, keepdim=True)) / (raw.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-        own = spread * norm.weight + norm.bias
-        close(state[:, int(not has_class_token) :], own, 1e-4)
+        normed = spread * norm.weight + norm.bias
+        close(state[:, int(not has_class_token) :], normed, 1e-4)
         registers = 4 if "reg4" in name else 0
         if not has_class_token:
-            # The mean of the patches takes the place of the class token.
+            # The mean of the patches replaces the class token.
             assert state.shape[1] == 1 + registers + 16
-            close(state[:, 0], own[:, registers:].mean(dim=1), 1e-4)
+            close(state[:, 0], normed[:, registers:].mean(dim=1), 1e-4)
     close(states[-1][:, int(not has_class_token) :], last, 1e-5)
 
 
 @torch.no_grad()
 def test_named_timm_tower_is_the_one_that_open_clip_would_build():
-    # Through open_clip's own wrapper, which pools and projects after it.
+    # With the arguments of open_clip's wrapper, which pools and projects after the tower.
     config = vision("PE-Core-T-16-384")
     theirs = timm.create_model("vit_pe_core_tiny_patch16_384", num_classes=512, global_pool="map", img_size=64).eval()
     tower = VisionTower(config, 64).eval()
@@ -208,20 +208,20 @@ def test_named_timm_tower_is_the_one_that_open_clip_would_build():
     assert lacking.missing_keys == []
     assert all(key.startswith(("attn_pool.", "head.")) for key in lacking.unexpected_keys)
     pixels = normal(2, 3, 64, 64)
-    own: Any = theirs
-    close(tower(pixels, 1)[0], own.forward_features(pixels), 1e-5)
+    timm_vit: Any = theirs
+    close(tower(pixels, 1)[0], timm_vit.forward_features(pixels), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["option-clipa", "option-sines", "option-scales", "option-pooled"])
 @torch.no_grad()
-def test_states_of_open_clips_towers_are_its_own_whatever_their_options(name):
+def test_states_of_open_clips_towers_equal_its_own_with_every_option(name):
     tower = VisionTower(vision(name), 24)
     shake(tower)
     tower.eval()
     pixels = normal(2, 3, 24, 24)
     theirs = build_named(vision(name).name, 24).eval()
     theirs.load_state_dict(tower.vit.state_dict(), strict=True)
-    found = theirs.forward_intermediates(
+    intermediates = theirs.forward_intermediates(
         pixels,
         indices=3,
         normalize_intermediates=True,
@@ -231,9 +231,9 @@ def test_states_of_open_clips_towers_are_its_own_whatever_their_options(name):
     )
     states = tower(pixels, 3)
     for number, state in enumerate(states):
-        close(state[:, :1], found["image_intermediates_prefix"][number], 1e-5)
-        close(state[:, 1:], found["image_intermediates"][number], 1e-5)
-    tower.train()  # no patch is dropped, so that each image keeps its number of positions
+        close(state[:, :1], intermediates["image_intermediates_prefix"][number], 1e-5)
+        close(state[:, 1:], intermediates["image_intermediates"][number], 1e-5)
+    tower.train()  # patch dropout is off, so that each image keeps its number of positions
     assert tower(pixels, 1)[0].shape == (2, 10, 48)
 
 
@@ -271,7 +271,7 @@ def test_text_tower_from_a_folder_equals_transformers_hidden_states(kind, tmp_pa
 
 @pytest.mark.parametrize(("kind", "first"), [("bert", 0), ("roberta", 2), ("xlm-roberta", 2), ("camembert", 2)])
 @torch.no_grad()
-def test_a_roberta_counts_positions_from_behind_its_padding_id_and_a_bert_from_zero(kind, first, tmp_path):
+def test_positions_of_a_roberta_start_after_its_padding_id_and_those_of_a_bert_at_zero(kind, first, tmp_path):
     config = text(folder_of(kind, tmp_path), max_tokens=12)
     tower = TextTower(config)
     shake(tower)
@@ -281,20 +281,20 @@ def test_a_roberta_counts_positions_from_behind_its_padding_id_and_a_bert_from_z
     ids = torch.randint(5, 50, (1, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids, dtype=torch.bool)
     table = tower.encoder.embeddings.position_embeddings.weight
-    read = []
+    rows_read = []
     before = tower(ids[:, :6], mask[:, :6], 1)[0]
     for row in range(20):
         saved = table[row].clone()
         table[row, 0] += 1
         if (tower(ids[:, :6], mask[:, :6], 1)[0] != before).any():
-            read.append(row)
+            rows_read.append(row)
         table[row] = saved
-    assert read == list(range(first, first + 6))
+    assert rows_read == list(range(first, first + 6))
     assert tower(ids, mask, 1)[0].shape == (1, length, 32)  # the longest text fits
 
 
 @torch.no_grad()
-def test_text_tower_by_name_may_leave_out_its_last_layers(tmp_path):
+def test_text_tower_by_name_can_be_built_without_its_last_layers(tmp_path):
     name = folder_of("xlm-roberta", tmp_path)
     whole, cut = (
         TextTower(text(name, max_tokens=12)).eval(),
@@ -308,7 +308,7 @@ def test_text_tower_by_name_may_leave_out_its_last_layers(tmp_path):
         close(one[mask], other[mask], 1e-5)
 
 
-# Nothing is there that nothing reads.
+# Every parameter is used.
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_every_parameter_of_a_named_text_tower_gets_a_gradient(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16", "PE-Core-T-16-384", "coca_base", "ViT-H-14-CLIPA"])
-def test_pools_and_projections_of_named_vision_towers_do_not_exist(name):
+def test_named_vision_towers_have_no_pool_and_no_projection(name):
     with torch.device("meta"):
         names = [key for key, _ in VisionTower(vision(name), 8 * vision(name).patch_size_px).named_parameters()]
     assert not [key for key in names if "pool" in key or "head." in key or key in ("vit.proj", "vit.fc_norm.weight")]
@@ -346,8 +346,8 @@ def test_pools_and_projections_of_named_vision_towers_do_not_exist(name):
 
 
 @lru_cache
-def verdict(name: str) -> str:
-    """What is said of a name: nothing if it fits."""
+def refusal(name: str) -> str:
+    """Return the error message for a tower of this name; empty if it can be bridged."""
     try:
         complete_vision_config(VisionTowerConfig(name=name))
     except ConfigError as error:
@@ -360,40 +360,40 @@ MUST_BE_REFUSED = ("RN", "convnext", "swin", "coca_ViT", "MobileCLIP-S", "Mobile
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_model_of_open_clip_fits_or_is_refused_with_the_reason_and_what_fits(name):
-    said = verdict(name)
-    assert bool(said) == name.startswith(MUST_BE_REFUSED)
-    if said:
-        assert f"model.vision.name={name} cannot be bridged: " in said
-        reason = said.split("cannot be bridged: ")[1].split(".")[0]
+def test_every_model_of_open_clip_is_bridged_or_refused_with_the_reason_and_with_models_that_fit(name):
+    message = refusal(name)
+    assert bool(message) == name.startswith(MUST_BE_REFUSED)
+    if message:
+        assert f"model.vision.name={name} cannot be bridged: " in message
+        reason = message.split("cannot be bridged: ")[1].split(".")[0]
         family = {"RN": "ResNet", "conv": "ConvNeXt", "swin": "SwinTransformer", "coca": "attention pool"}
         assert any(word in reason for start, word in family.items() if name.startswith(start)) or "FastVit" in reason
-        assert "What fits: open_clip's ViT-*" in said
+        assert "What fits: open_clip's ViT-*" in message
 
 
-def test_the_names_that_an_error_offers_fit():
-    offered = verdict("RN50").split("e.g. ")[1].rstrip(".").split(" or ")
-    assert len(offered) == 2 and not any(verdict(name) for name in offered)
+def test_the_names_that_an_error_suggests_can_be_bridged():
+    offered = refusal("RN50").split("e.g. ")[1].rstrip(".").split(" or ")
+    assert len(offered) == 2 and not any(refusal(name) for name in offered)
     families = ("ViT-", "EVA", "PE-", "MobileCLIP-B")
-    assert not any(verdict(name) for name in PUBLISHED if name.startswith(families) or "-SigLIP" in name)
+    assert not any(refusal(name) for name in PUBLISHED if name.startswith(families) or "-SigLIP" in name)
 
 
 @pytest.mark.parametrize("name", NO_PLAIN_VITS)
 def test_a_tower_of_timm_that_is_no_plain_vit_is_refused_whatever_its_name(name):
-    assert f"its image tower is timm's {name}, a " in verdict(f"timm-{name}")
+    assert f"its image tower is timm's {name}, a " in refusal(f"timm-{name}")
 
 
-def test_a_wrong_name_is_answered_with_those_near_it():
-    assert "The nearest names are: ViT-B-32" in verdict("ViT-B32")
-    assert "The nearest names are: none; `python -c 'import open_clip" in verdict("zzzz")
-    assert "custom takes the sizes from the settings" in verdict("zzzz")
+def test_an_unknown_name_is_refused_with_the_nearest_names():
+    assert "The nearest names are: ViT-B-32" in refusal("ViT-B32")
+    assert "The nearest names are: none; `python -c 'import open_clip" in refusal("zzzz")
+    assert "custom takes the sizes from the settings" in refusal("zzzz")
 
 
-# Text encoders that do not fit.
+# Text encoders that cannot be bridged.
 
 
-def refused(said: str, name) -> None:
-    with pytest.raises(ConfigError, match=said):
+def assert_refused(message: str, name) -> None:
+    with pytest.raises(ConfigError, match=message):
         text(name)
 
 
@@ -410,23 +410,27 @@ def refused(said: str, name) -> None:
 def test_folder_of_another_family_is_refused_with_those_that_fit(content, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     kind = content["model_type"]
-    refused(rf"is a {kind}, which cannot be bridged here: .*What fits: roberta, xlm-roberta, camembert, bert", tmp_path)
+    assert_refused(
+        rf"is a {kind}, which cannot be bridged here: .*What fits: roberta, xlm-roberta, camembert, bert", tmp_path
+    )
 
 
 def test_folder_of_a_decoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "is_decoder": True}))
-    refused("is a decoder, which does not see later words. Use an encoder", tmp_path)
+    assert_refused("is a decoder, which does not see later words. Use an encoder", tmp_path)
 
 
 def test_folder_with_relative_positions_is_refused(tmp_path):
     content = {"model_type": "bert", "position_embedding_type": "relative_key_query"}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    refused("has relative_key_query positions .* Use an encoder with absolute ones", tmp_path)
+    assert_refused("has relative_key_query positions .* Use an encoder with absolute positions", tmp_path)
 
 
 def test_folder_without_a_configuration_and_a_name_of_the_hub_without_network_are_refused(tmp_path):
     for name in (tmp_path, "somebody/some-roberta-that-is-not-here", "roberta-bse"):
-        refused(f"model.text.name={name} could not be found: .* Give a folder .*that needs no hub: roberta-base", name)
+        assert_refused(
+            f"model.text.name={name} could not be found: .* Give a folder .*that needs no network: roberta-base", name
+        )
 
 
 def test_a_text_longer_than_the_named_towers_table_is_refused_with_the_length_that_fits():
@@ -482,6 +486,8 @@ def test_a_siglip_model_normalises_pixels_with_one_half():
     config = replace(small_config(), image_size_px=32, vision=VisionTowerConfig(name="ViT-B-16-SigLIP"))
     with torch.device("meta"):
         model = BridgeTower(config)
-    model.text_pooler = torch.nn.Linear(1, 1)  # the one real tensor, whose type and place pixels get
+    model.text_pooler = torch.nn.Linear(
+        1, 1
+    )  # the only tensor that is not on the meta device: pixels take its type and device
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
     close(model.normalize(pixels)[0, 2, 0], torch.tensor([-1.0, -0.6, 1.0]), 1e-6)

@@ -1,4 +1,4 @@
-"""The published sizes, to the parameter, on torch's meta device, where a model takes no memory."""
+"""The published numbers of parameters, exactly. Models are built on torch's meta device and take no memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bridgetower.model.heads import build_head
 from bridgetower.model.sizes import complete_model_config
 from pretrain.presets import PRESETS
 
-# Reference_spec 1.8: published counts. The backbone's has RoBERTa's pooler in it, which no published code ever calls
-# and which does not exist here: a square matrix and its bias.
+# Reference_spec 1.8: published counts. That of the backbone includes RoBERTa's pooler (a square matrix and its bias),
+# which the published code never calls and which does not exist here.
 BACKBONE = {"base_4m": 326_347_008, "large_4m": 864_514_048}
 POOLER = {"base_4m": 768 * 768 + 768, "large_4m": 1024 * 1024 + 1024}
 PARTS = {
@@ -56,7 +56,7 @@ def backbone(preset) -> BridgeTower:
 
 
 @pytest.mark.parametrize("preset", BACKBONE)
-def test_backbone_has_the_published_count_without_the_pooler_that_nothing_reads(preset):
+def test_backbone_has_the_published_count_less_the_unused_pooler(preset):
     assert count(backbone(preset)) + POOLER[preset] == BACKBONE[preset]
 
 
@@ -64,7 +64,7 @@ def test_backbone_has_the_published_count_without_the_pooler_that_nothing_reads(
 def test_each_part_has_its_published_count(preset):
     model = backbone(preset)
     fusion = model.cross_modal
-    found = {
+    counts = {
         "text_tower": count(model.text_tower),
         "vision_tower": count(model.vision_tower),
         "transforms": count(model.text_transform, model.image_transform),
@@ -73,8 +73,8 @@ def test_each_part_has_its_published_count(preset):
         "modality_embedding": count(model.modality_embedding),
         "norms": count(fusion.text_norm, fusion.image_norm, fusion.text_bridges, fusion.image_bridges),
     }
-    assert found == PARTS[preset]
-    assert sum(found.values()) == count(model)
+    assert counts == PARTS[preset]
+    assert sum(counts.values()) == count(model)
 
 
 @pytest.mark.parametrize("preset", MLM_HEAD)
@@ -92,6 +92,6 @@ def test_vision_tower_has_no_projection_and_text_tower_no_pooler(preset):
 
 
 @pytest.mark.parametrize("preset", BACKBONE)
-def test_no_parameter_is_without_a_dimension(preset):
-    # DeepSpeed 0.19.8 refuses those.
+def test_every_parameter_has_a_dimension(preset):
+    # DeepSpeed 0.19.8 refuses parameters without one.
     assert all(parameter.ndim for parameter in backbone(preset).parameters())

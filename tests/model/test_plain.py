@@ -1,4 +1,4 @@
-"""The fast path beside the model in plain torch (``bridgetower/model/plain.py``): same losses and gradients."""
+"""The fast path has the losses and gradients of the model in plain torch (``bridgetower/model/plain.py``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Gradients = dict[str, Tensor]
 
 
 def plain_model(task: PretrainTask) -> PlainBridgeTower:
-    """The plain model with a task's weights, in its mode."""
+    """Return the plain model with the weights and the mode of a task."""
     weight = task.model.text_pooler.weight
     plain = PlainBridgeTower(task.model.config, task.objectives.heads).to(weight.device, weight.dtype)
     plain.load_state_dict(task.model.state_dict(), strict=True)
@@ -31,7 +31,7 @@ def plain_model(task: PretrainTask) -> PlainBridgeTower:
 
 
 def plain_step(task: PretrainTask, batch: PretrainBatch) -> tuple[Losses, Gradients]:
-    """Losses and gradients of the plain model, by the task's names."""
+    """Return losses and gradients of the plain model, under the task's names."""
     plain = plain_model(task)
     losses = plain.losses(task.model.normalize(batch.pixels_N3SS), batch)
     torch.stack(list(losses.values())).sum().backward()
@@ -40,7 +40,7 @@ def plain_step(task: PretrainTask, batch: PretrainBatch) -> tuple[Losses, Gradie
 
 
 def fast_step(task: PretrainTask, batch: PretrainBatch) -> tuple[Losses, Gradients]:
-    """Losses and gradients of the task."""
+    """Return losses and gradients of the task."""
     task.zero_grad()
     loss, metrics = task(batch)
     loss.backward()
@@ -49,7 +49,7 @@ def fast_step(task: PretrainTask, batch: PretrainBatch) -> tuple[Losses, Gradien
 
 
 def assert_agrees_with_plain(task: PretrainTask, batch: PretrainBatch, recompute: tuple[str, ...] = ()) -> None:
-    """Losses to 1e-5, gradients to 1e-4 of their norm."""
+    """Compare the task with the plain model: losses to 1e-5, gradients to 1e-4 of their norm."""
     losses, gradients = plain_step(task, batch)
     scale = max(float(gradient.norm()) for gradient in gradients.values())
     task.model.recompute = recompute
@@ -57,12 +57,12 @@ def assert_agrees_with_plain(task: PretrainTask, batch: PretrainBatch, recompute
     task.model.recompute = ()
     assert fast_losses == pytest.approx(losses, abs=1e-5)
     trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
-    # What no loss reads has no gradient here, and none or zeros there.
-    unread = gradients.keys() - fast_gradients.keys()
-    assert fast_gradients.keys() <= gradients.keys() and fast_gradients.keys() == gradients.keys() & trained, unread
-    assert all(float(gradients[name].norm()) == 0 for name in unread & trained)
+    # Parameters that no loss reads have no gradient on the fast path, and zeros or none in the plain model.
+    unused = gradients.keys() - fast_gradients.keys()
+    assert fast_gradients.keys() <= gradients.keys() and fast_gradients.keys() == gradients.keys() & trained, unused
+    assert all(float(gradients[name].norm()) == 0 for name in unused & trained)
     for name, gradient in fast_gradients.items():
-        if name.endswith("key.bias"):  # it cancels in the softmax, so that its gradient is nothing but rounding
+        if name.endswith("key.bias"):  # it cancels in the softmax, so its gradient is zero but for rounding
             assert max(float(gradient.norm()), float(gradients[name].norm())) < 1e-6 * scale, name
             continue
         error = float((gradient - gradients[name]).norm()) / (float(gradients[name].norm()) + 1e-5 * scale)
@@ -70,7 +70,7 @@ def assert_agrees_with_plain(task: PretrainTask, batch: PretrainBatch, recompute
 
 
 def with_masks(batch: PretrainBatch, counts: list[int]) -> PretrainBatch:
-    """The batch with so many masked tokens in each caption."""
+    """Return the batch with the given number of masked tokens in each caption."""
     length = batch.clean_ids_BL.shape[1]
     index = torch.tensor(
         [row * length + 1 + n for row, count in enumerate(counts) for n in range(count)], dtype=torch.int64
@@ -97,19 +97,19 @@ BATCHES |= {
 BATCHES["no masked token at all"] = with_masks(random_batch(7), [0] * 7)
 BATCHES["captions without a masked token"] = with_masks(random_batch(7), [0, 2, 0, 1, 1, 0, 1])
 BATCHES["one masked token"] = with_masks(random_batch(7), [0, 0, 0, 1, 0, 0, 0])
-# Images that are there only as negatives, as data.itm_negatives=corpus has them.
+# Some images serve only as negatives, as with data.itm_negatives=corpus.
 BATCHES["negatives of the corpus"] = random_batch(4)._replace(
     pixels_N3SS=random_batch(8).pixels_N3SS, itm_image_B=torch.tensor([0, 4, 7, 3])
 )
 EVERY_PART = ("vision", "text", "fusion")
 
 
-@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("objectives", [EVERY_OBJECTIVE, ObjectivesConfig()], ids=["with ITC", "published"])
-def test_losses_and_gradients_are_those_of_the_plain_model(kind, objectives):
+def test_losses_and_gradients_are_those_of_the_plain_model(name, objectives):
     task = small_task(objectives)
-    assert_agrees_with_plain(task, BATCHES[kind])
-    assert_agrees_with_plain(task, BATCHES[kind], EVERY_PART)
+    assert_agrees_with_plain(task, BATCHES[name])
+    assert_agrees_with_plain(task, BATCHES[name], EVERY_PART)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_fewer_objectives_agree(objectives):
 
 
 def variants() -> dict[str, ModelConfig]:
-    """Every bridge form, and what else changes the way through the model."""
+    """Return a configuration for every bridge form and for every other setting that changes the forward pass."""
     config = small_config(dropout=0.0)
     fusion = config.fusion
     changes: dict[str, dict[str, Any]] = {
@@ -161,13 +161,13 @@ def test_every_form_of_the_model_agrees(name, pairs):
     task = PretrainTask(BridgeTower(variants()[name], EVERY_OBJECTIVE.heads), EVERY_OBJECTIVE)
     shake(task)
     nn.init.constant_(task.model.itc_head.temperature, 0.07)
-    task.double().train()  # so that small gradients are more than rounding
+    task.double().train()  # float64, so that small gradients exceed rounding
     assert_agrees_with_plain(task, BATCHES[f"{pairs} pairs"])
     assert_agrees_with_plain(task, BATCHES[f"{pairs} pairs, every other one without a masked token"], EVERY_PART)
 
 
 def dropped_losses(step, draws: int) -> Tensor:
-    """Losses of MLM and ITM with dropout, drawn anew each time."""
+    """Return the MLM and ITM losses of several steps, each with its own dropout, shape (draws, 2)."""
     losses = []
     for seed in range(draws):
         torch.manual_seed(seed)
@@ -183,11 +183,11 @@ def test_with_dropout_the_losses_have_the_same_distribution():
     plain = dropped_losses(lambda: [float(loss) for loss in reference.losses(pixels, batch).values()], draws)
     fast = dropped_losses(lambda: [float(task(batch)[1][f"loss/{name}"][0]) for name in ("mlm", "itm")], draws)
     spread = plain.std(dim=0)
-    # Means within four standard errors; spreads alike.
+    # Means agree within four standard errors, and standard deviations within a quarter.
     assert ((fast.mean(dim=0) - plain.mean(dim=0)).abs() < 4 * spread * (2 / draws) ** 0.5).all()
     assert (fast.std(dim=0) / spread).tolist() == pytest.approx([1, 1], abs=0.25)
 
 
-def test_it_is_short_enough_to_be_read_at_once():
+def test_plain_model_is_shorter_than_350_lines():
     lines = (REPO / "bridgetower/model/plain.py").read_text().splitlines()
     assert len(lines) < 350

@@ -1,4 +1,4 @@
-"""Weights of the towers from real files: whole, in their places and computing what they were trained for, or none."""
+"""Tower weights from real files are loaded completely and compute what they were trained for, or are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.small_models import random_texts, shake, small_config
 
 @pytest.fixture(scope="module", autouse=True)
 def clip_models(tmp_path_factory):
-    """Registers open_clip models whose vision towers are those of small_config, of 24 pixels."""
+    """Register open_clip models whose vision towers have the sizes of small_config, for images of 24 pixels."""
     folder = tmp_path_factory.mktemp("open_clip")
     vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 4, "head_width": 16}
     text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
@@ -39,7 +39,7 @@ def clip_models(tmp_path_factory):
 
 
 def clip_file(folder, name="small-quickgelu"):
-    """An open_clip model with random weights and the file they lie in."""
+    """Return an open_clip model with random weights, and the path of a file with these weights."""
     model = open_clip.create_model(name)
     shake(model)
     torch.save(model.state_dict(), folder / "clip.pt")
@@ -47,7 +47,7 @@ def clip_file(folder, name="small-quickgelu"):
 
 
 def roberta_folder(folder, kind=RobertaModel, **changes):
-    """A RoBERTa of the sizes of small_config with random weights, as transformers saves it."""
+    """Save a RoBERTa with the sizes of small_config and random weights to a folder, and return it."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
     more = {"intermediate_size": 128, "max_position_embeddings": 20, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     model = kind(RobertaConfig(**{**sizes, **more, **changes}))
@@ -57,13 +57,13 @@ def roberta_folder(folder, kind=RobertaModel, **changes):
 
 
 def configured(**changes) -> ModelConfig:
-    """small_config with settings such as vision__weights."""
+    """Return small_config with changed settings; ``vision__weights`` stands for ``vision.weights``."""
     content = to_dict(small_config())
     for name, value in changes.items():
         *sections, leaf = name.split("__")
         section = content
-        for part in sections:
-            section = section[part]
+        for parent in sections:
+            section = section[parent]
         section[leaf] = value
     return from_dict(ModelConfig, content)
 
@@ -75,8 +75,8 @@ def loaded(**changes) -> BridgeTower:
     return model.eval()
 
 
-def refused(said, **changes):
-    with pytest.raises(ConfigError, match=said):
+def assert_refused(message, **changes):
+    with pytest.raises(ConfigError, match=message):
         loaded(**changes)
 
 
@@ -126,27 +126,29 @@ def test_weights_of_one_tower_leave_the_other_and_the_new_parts_as_they_were(tmp
         assert torch.equal(value, before[name]) != name.startswith("text_tower."), name
 
 
-def test_unknown_clip_model_is_answered_with_those_near_it():
+def test_unknown_clip_model_is_refused_with_the_nearest_names():
     named = {"vision__name": "ViT-B-16-quikgelu", "vision__weights": "openai"}
-    refused(r"name=ViT-B-16-quikgelu is not a model of open_clip\. The nearest names are: ViT-B-16-quickgelu", **named)
+    assert_refused(
+        r"name=ViT-B-16-quikgelu is not a model of open_clip\. The nearest names are: ViT-B-16-quickgelu", **named
+    )
 
 
-def test_unknown_clip_weights_are_answered_with_those_there_are():
+def test_unknown_clip_weights_are_refused_with_the_available_ones():
     sizes = dict.fromkeys(("vision__width", "vision__num_heads", "vision__patch_size_px", "vision__num_layers"), 0)
     named = {"vision__name": "ViT-B-16-quickgelu", "vision__weights": "opnai", "image_size_px": 32, **sizes}
-    refused(r"model\.vision\.weights=opnai is neither a file nor .*: openai, .* none for\s+random", **named)
+    assert_refused(r"model\.vision\.weights=opnai is neither a file nor .*: openai, .* none for\s+random", **named)
 
 
 def test_sizes_that_are_not_the_named_towers_are_refused():
-    for size, said in (
+    for size, message in (
         ({"vision__width": 96}, r"model\.vision\.width=96, but small-quickgelu has 48\. Leave it out"),
         ({"vision__num_heads": 2}, r"model\.vision\.num_heads=2, but small-quickgelu has 3"),
-        ({"vision__num_layers": 5}, r"model\.vision\.num_layers=5: small-quickgelu has 4\. Use so many or fewer"),
+        ({"vision__num_layers": 5}, r"model\.vision\.num_layers=5: small-quickgelu has 4\. Use that many or fewer"),
     ):
-        refused(said, vision__name="small-quickgelu", **size)
+        assert_refused(message, vision__name="small-quickgelu", **size)
 
 
-def test_sizes_that_are_left_out_are_the_named_towers():
+def test_sizes_that_are_left_out_are_filled_in_from_the_named_tower():
     sizes = dict.fromkeys(("width", "num_layers", "num_heads", "patch_size_px"), 0)
     named = {f"vision__{name}": value for name, value in sizes.items()}
     assert loaded(vision__name="small-quickgelu", **named).config.vision == replace(
@@ -166,14 +168,16 @@ def test_top_blocks_of_a_named_tower_can_be_left_out(tmp_path):
 
 
 def test_weights_for_a_custom_vision_tower_are_refused(tmp_path):
-    refused(r"model\.vision\.name=custom\. Give its name", vision__weights=clip_file(tmp_path)[1])
+    assert_refused(r"model\.vision\.name=custom\. Set model\.vision\.name", vision__weights=clip_file(tmp_path)[1])
 
 
 def test_weights_trained_with_the_other_gelu_are_refused_before_they_are_fetched():
-    # open_clip only warns.
+    # open_clip would only warn.
     named = {"vision__name": "ViT-B-16", "vision__weights": "openai", "image_size_px": 32}
     sizes = dict.fromkeys(("width", "num_layers", "num_heads", "patch_size_px"), 0)
-    refused("Use --model.vision.name=ViT-B-16-quickgelu", **named, **{f"vision__{n}": v for n, v in sizes.items()})
+    assert_refused(
+        "Use --model.vision.name=ViT-B-16-quickgelu", **named, **{f"vision__{n}": v for n, v in sizes.items()}
+    )
 
 
 def test_clip_file_that_lacks_a_tensor_is_refused(tmp_path):
@@ -181,11 +185,13 @@ def test_clip_file_that_lacks_a_tensor_is_refused(tmp_path):
     weights = torch.load(file)
     del weights["visual.ln_pre.weight"]
     torch.save(weights, file)
-    refused("could not be loaded", vision__name="small-quickgelu", vision__weights=file)
+    assert_refused("could not be loaded", vision__name="small-quickgelu", vision__weights=file)
 
 
 def test_clip_model_whose_norm_comes_after_a_pool_of_another_width_is_refused():
-    refused("cannot be bridged: the only norm after its blocks is one of the attention", vision__name="small-pooled")
+    assert_refused(
+        "cannot be bridged: the only norm after its blocks is one of the attention", vision__name="small-pooled"
+    )
 
 
 def test_clip_model_that_is_no_vit_of_open_clip_is_refused(tmp_path):
@@ -193,12 +199,12 @@ def test_clip_model_that_is_no_vit_of_open_clip_is_refused(tmp_path):
     text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
     (tmp_path / "small-resnet.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": config, "text_cfg": text}))
     open_clip.add_model_config(tmp_path / "small-resnet.json")
-    refused("cannot be bridged: its image tower is a ResNet.*What fits: .*ViT-", vision__name="small-resnet")
+    assert_refused("cannot be bridged: its image tower is a ResNet.*What fits: .*ViT-", vision__name="small-resnet")
 
 
-def test_text_weights_that_are_nowhere_are_refused_with_the_ways_to_get_them(tmp_path, monkeypatch):
+def test_missing_text_weights_are_refused_with_the_ways_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused("could not be loaded.*Give a folder on disk", text__weights=str(tmp_path / "none"))
+    assert_refused("could not be loaded.*Give a folder on disk", text__weights=str(tmp_path / "none"))
 
 
 def edit(folder, change):
@@ -207,27 +213,29 @@ def edit(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_text_file_that_lacks_a_tensor_is_refused_which_transformers_fills_with_random_numbers(tmp_path):
+def test_text_file_that_lacks_a_tensor_is_refused_instead_of_filled_with_random_numbers(tmp_path):
     roberta_folder(tmp_path)
     edit(tmp_path, lambda weights: weights.pop("encoder.layer.3.output.dense.weight"))
-    refused(r"lack 1 tensor\(s\) such as encoder\.layer\.3\.output\.dense\.weight", text__weights=str(tmp_path))
+    assert_refused(r"lack 1 tensor\(s\) such as encoder\.layer\.3\.output\.dense\.weight", text__weights=str(tmp_path))
 
 
 def test_text_file_with_more_layers_than_its_config_says_is_refused(tmp_path):
     roberta_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    refused(r"beyond their config\.json 16 tensor\(s\) such as encoder\.layer\.4\.", text__weights=str(tmp_path))
+    assert_refused(r"beyond their config\.json 16 tensor\(s\) such as encoder\.layer\.4\.", text__weights=str(tmp_path))
 
 
 def test_text_weights_of_another_size_are_refused(tmp_path):
     roberta_folder(tmp_path)
-    refused(r"another shape \d+ tensor\(s\) such as embeddings\.Lay", text__weights=str(tmp_path), text__width=64)
-    refused(r"lack 16 tensor\(s\) such as encoder\.layer\.5\.", text__weights=str(tmp_path), text__num_layers=6)
+    assert_refused(
+        r"another shape \d+ tensor\(s\) such as embeddings\.Lay", text__weights=str(tmp_path), text__width=64
+    )
+    assert_refused(r"lack 16 tensor\(s\) such as encoder\.layer\.5\.", text__weights=str(tmp_path), text__num_layers=6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"num_attention_heads": 4}, "model.text.num_heads = 4, the configured tower has 2"),
         ({"hidden_act": "relu"}, "activation (not a setting) = relu"),
@@ -235,16 +243,16 @@ def test_text_weights_of_another_size_are_refused(tmp_path):
         ({"pad_token_id": 0}, "padding id (not a setting) = 0"),
     ],
 )
-def test_text_weights_that_fit_but_compute_something_else_are_refused(tmp_path, changes, said):
+def test_text_weights_that_fit_but_compute_something_else_are_refused(tmp_path, changes, message):
     roberta_folder(tmp_path, **changes)
-    refused(re.escape(said), text__weights=str(tmp_path))
+    assert_refused(re.escape(message), text__weights=str(tmp_path))
 
 
 # Position tables.
 
 
 def cubic(distance):
-    """The kernel of bicubic interpolation with a = -0.75, as torch and the published code have it."""
+    """Return the kernel of bicubic interpolation with a = -0.75, as in torch and in the published code."""
     x, a = abs(distance), -0.75
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
@@ -252,17 +260,17 @@ def cubic(distance):
 
 
 def bicubic_matrix(old, new):
-    """Weights of the old places for each new one: corners not aligned, edges repeated, no antialiasing."""
+    """Return the weight of each old position for each new one: corners not aligned, edges repeated, no antialiasing."""
     matrix = np.zeros((new, old))
-    for place in range(new):
-        centre = (place + 0.5) * old / new - 0.5
+    for position in range(new):
+        centre = (position + 0.5) * old / new - 0.5
         for neighbour in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            matrix[place, min(max(neighbour, 0), old - 1)] += cubic(centre - neighbour)
+            matrix[position, min(max(neighbour, 0), old - 1)] += cubic(centre - neighbour)
     return matrix
 
 
-# CLIP's 224 pixels to other sizes, then those of the paper: 224 to 288, 384, 576 (patch 16) and to 294, 574 (patch 14),
-# and fine-tuning from 288 to 384 and 576, from 384 to 576, and from 294 to 574.
+# Grid sides of CLIP's 224 pixels and other sizes, then those of the paper: 224 to 288, 384, 576 (patch 16) and to 294,
+# 574 (patch 14), and fine-tuning from 288 to 384 and 576, from 384 to 576, and from 294 to 574.
 GRIDS = [(14, 2), (14, 5), (14, 18), (14, 24), (14, 36), (16, 21), (16, 41), (18, 24), (18, 36), (24, 36), (21, 41)]
 
 
@@ -274,7 +282,7 @@ def test_resized_positions_equal_bicubic_interpolation_written_out(old, side):
     expected = np.einsum("yi,xj,ijd->yxd", matrix, matrix, grid).reshape(side * side, 6)
     resized = resize_positions(table, side)
     assert np.abs(resized[1:].numpy() - expected).max() < 1e-5
-    assert torch.equal(resized[0], table[0])  # the class token has no place
+    assert torch.equal(resized[0], table[0])  # the class token has no position in the grid
 
 
 def test_positions_of_the_same_grid_stay_bit_for_bit():

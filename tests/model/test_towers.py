@@ -11,12 +11,8 @@ from transformers import RobertaConfig, RobertaModel
 from bridgetower.config.model import CUSTOM, TextTowerConfig, VisionTowerConfig
 from bridgetower.model.text_tower import TextTower
 from bridgetower.model.vision_tower import VisionTower
+from tests.model.formulas import close
 from tests.small_models import random_pixels, random_texts, shake, small_config
-
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-10) -> None:
-    assert one.shape == other.shape
-    assert (one - other).abs().max() <= tolerance
 
 
 def vision_tower(**changes) -> VisionTower:
@@ -48,20 +44,20 @@ def test_vision_tower_equals_open_clips_own_forward_pass(activation, layer):
     theirs.load_state_dict(tower.vit.state_dict(), strict=True)
     pixels = random_pixels(2)
     # Each layer's output, normed by ln_post.
-    found = theirs.forward_intermediates(
+    intermediates = theirs.forward_intermediates(
         pixels, indices=4, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
     )["image_intermediates"]
     states = tower(pixels, 4)
-    for state, expected in zip(states, found, strict=True):
+    for state, expected in zip(states, intermediates, strict=True):
         close(state[:, 1:], expected)
-    # open_clip hands out the class token of the last layer only, apart from the patches.
+    # open_clip returns the class token of the last layer only, separately from the patches.
     class_token, patches = theirs(pixels)
     close(states[-1][:, 0], class_token)
     close(states[-1][:, 1:], patches)
 
 
 @torch.no_grad()
-def test_norm_of_the_states_handed_out_does_not_enter_the_next_layer():
+def test_norm_of_returned_states_does_not_enter_the_next_layer():
     tower, pixels = vision_tower(), random_pixels(2)
     inputs: list[Tensor] = []
     tower.vit.transformer.resblocks[3].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -73,12 +69,12 @@ def test_norm_of_the_states_handed_out_does_not_enter_the_next_layer():
 
 
 @torch.no_grad()
-def test_vision_tower_hands_out_its_last_states_lowest_first():
+def test_vision_tower_returns_its_last_states_lowest_first():
     tower, pixels = vision_tower(), random_pixels(2)
     every = tower(pixels, 4)
     for number, state in enumerate(tower(pixels, 2)):
         close(state, every[2 + number], tolerance=0)
-    # Depth shows: what stands first does not depend on the last layer.
+    # The order is by depth: the first state does not depend on the last layer.
     tower.vit.transformer.resblocks[3].mlp.c_proj.bias[0] += 1
     changed = tower(pixels, 2)
     close(changed[0], every[2], tolerance=0)
@@ -92,7 +88,7 @@ def test_class_token_stands_first_and_patches_row_by_row():
     other = pixels.clone()
     other[:, :, 8:16, 16:24] += 1  # the patch in the second row and third column
     first_layer = tower.vit.transformer.resblocks[0]
-    first_layer.attn.out_proj.weight.zero_()  # so that positions do not see each other
+    first_layer.attn.out_proj.weight.zero_()  # so that no position attends to another
     differs = (tower(pixels, 1)[0] - tower(other, 1)[0]).abs().amax(dim=-1)[0] > 1e-9
     assert differs.nonzero().flatten().tolist() == [1 + 3 + 2]
 
@@ -114,7 +110,7 @@ def test_text_tower_equals_transformers_hidden_states():
     theirs = RobertaModel(config, add_pooling_layer=False).double().eval()
     theirs.load_state_dict(tower.encoder.state_dict(), strict=True)
     ids, mask = random_texts(3, 9)
-    # A mask of two dimensions, of numbers: transformers builds its own from it.
+    # transformers builds its own mask from a two-dimensional one of integers.
     expected = theirs(ids, mask.long(), output_hidden_states=True).hidden_states
     assert len(expected) == 6  # the embeddings first
     states = tower(ids, mask, 3)
@@ -125,7 +121,7 @@ def test_text_tower_equals_transformers_hidden_states():
 
 @torch.no_grad()
 def test_text_positions_count_from_two_over_real_tokens():
-    # Reference_spec 1.2: padding index 1 plus the running count, so that the first row read is 2.
+    # Reference_spec 1.2: padding index 1 plus the running count, so that the first row that is read is 2.
     tower = text_tower()
     ids, mask = random_texts(1, 6)
     before = tower(ids, mask, 1)[0]
@@ -138,7 +134,7 @@ def test_text_positions_count_from_two_over_real_tokens():
 
 
 @torch.no_grad()
-def test_longest_caption_that_the_settings_allow_has_a_position():
+def test_the_longest_caption_that_the_settings_allow_can_be_encoded():
     config = TextTowerConfig(
         name=CUSTOM, vocabulary_size=50, max_tokens=18, width=32, num_layers=1, num_heads=2, num_positions=20
     )

@@ -1,4 +1,4 @@
-"""Input that the model cannot read gets an error that names the value and a cure, and the cure is accepted."""
+"""Wrong input raises an error that names the value and a repair, and the repair is accepted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridgetower.model.bridgetower import BridgeTower
 from tests.model.formulas import close
 from tests.small_models import PAD_ID, random_texts, shake, small_config
 
-LONGEST, WORDS, SIDE = 18, 50, 24  # of small_config: 20 rows of positions, of which a RoBERTa's texts read 18
+LONGEST, WORDS, SIDE = 18, 50, 24  # of small_config: a RoBERTa's tokens read 18 of its 20 rows of positions
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,15 @@ IDS, MASK = random_texts(3, 9)
 PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def refused(kind: type[BridgeTowerError], said: str, call) -> str:
-    with pytest.raises(kind, match=said) as caught, torch.no_grad():
+def assert_refused(error: type[BridgeTowerError], message: str, call) -> str:
+    """Call, and return the message of the error that must be raised."""
+    with pytest.raises(error, match=message) as caught, torch.no_grad():
         call()
     return str(caught.value)
 
 
 @torch.no_grad()
-def accepted(model, pixels=PIXELS, ids=IDS, mask=MASK) -> None:
+def assert_accepted(model, pixels=PIXELS, ids=IDS, mask=MASK) -> None:
     assert model(pixels, ids, mask).pooled.isfinite().all()
 
 
@@ -44,15 +45,15 @@ def accepted(model, pixels=PIXELS, ids=IDS, mask=MASK) -> None:
 
 @pytest.mark.parametrize("side", [30, 25, 4, 1, 0, -8])
 def test_image_size_that_the_patch_does_not_divide_is_refused_with_sizes_that_fit(side):
-    said = refused(
+    message = assert_refused(
         ConfigError,
         rf"image_size_px={side} is not a multiple of model.vision.patch_size_px=8",
         lambda: replace(small_config(), image_size_px=side),
     )
-    repairs = [int(number) for number in re.findall(r"Use (\d+) or (\d+)", said)[0]]
+    repairs = [int(number) for number in re.findall(r"Use (\d+) or (\d+)", message)[0]]
     for repair in repairs:
         model = BridgeTower(replace(small_config(), image_size_px=repair)).eval()
-        accepted(model, torch.zeros(3, 3, repair, repair))
+        assert_accepted(model, torch.zeros(3, 3, repair, repair))
 
 
 def with_layers(layers: int, external: int = 0) -> ModelConfig:
@@ -62,15 +63,15 @@ def with_layers(layers: int, external: int = 0) -> ModelConfig:
 
 @pytest.mark.parametrize(("layers", "external"), [(5, 0), (9, 2), (12, 0)])
 def test_more_bridged_layers_than_a_tower_has_are_refused_with_a_number_that_fits(layers, external):
-    said = refused(
+    message = assert_refused(
         ConfigError,
         rf"num_layers={layers} with {external} external bridges {layers - external} layers, .*vision tower has \(4\)",
         lambda: with_layers(layers, external),
     )
-    repair = int(re.findall(r"--model.fusion.num_layers=(\d+) or fewer", said)[0])
+    repair = int(re.findall(r"--model.fusion.num_layers=(\d+) or fewer", message)[0])
     assert repair == 4 + external
-    accepted(BridgeTower(with_layers(repair, external)).eval())
-    accepted(BridgeTower(with_layers(layers, layers - 4)).eval())  # more of them external
+    assert_accepted(BridgeTower(with_layers(repair, external)).eval())
+    assert_accepted(BridgeTower(with_layers(layers, layers - 4)).eval())  # enough external layers
 
 
 # Images.
@@ -79,45 +80,47 @@ def test_more_bridged_layers_than_a_tower_has_are_refused_with_a_number_that_fit
 @pytest.mark.parametrize("side", [16, 32, 48])
 def test_images_of_another_size_are_refused_with_a_size_that_the_model_can_be_loaded_with(model, side):
     pixels = torch.randn(3, 3, side, side)
-    said = refused(
+    message = assert_refused(
         DataError,
         rf"shape \(3, 3, {side}, {side}\), the model reads \(pairs, 3, 24, 24\)",
         lambda: model(pixels, IDS, MASK),
     )
-    repair = int(re.findall(r"image_size_px=(\d+)", said)[0])
+    repair = int(re.findall(r"image_size_px=(\d+)", message)[0])
     assert repair == side
-    accepted(BridgeTower(replace(small_config(), image_size_px=repair)).eval(), pixels)
+    assert_accepted(BridgeTower(replace(small_config(), image_size_px=repair)).eval(), pixels)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 25, 25), (3, 3, 24, 32), (3, 3, 32, 24), (3, 3, 7, 7), (3, 3, 0, 0)])
-def test_images_that_no_model_of_this_patch_reads_are_to_be_resized(model, shape):
-    said = refused(DataError, re.escape(f"shape {shape}"), lambda: model(torch.zeros(shape), IDS, MASK))
-    assert said.endswith("Resize the images to 24 x 24 pixels.")
+def test_images_whose_size_the_patch_does_not_divide_have_to_be_resized(model, shape):
+    message = assert_refused(DataError, re.escape(f"shape {shape}"), lambda: model(torch.zeros(shape), IDS, MASK))
+    assert message.endswith("Resize the images to 24 x 24 pixels.")
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (3, 1, 24, 24), (3, 24, 24, 3), (3, 3, 3, 24, 24), (0, 3, 24, 24), ()])
-def test_what_is_no_batch_of_rgb_images_is_refused(model, shape):
-    said = refused(DataError, re.escape(f"shape {shape}"), lambda: model(torch.zeros(shape), IDS, MASK))
-    assert said.endswith("Give one or more RGB images, channels before height and width.")
+def test_tensors_that_are_not_a_batch_of_rgb_images_are_refused(model, shape):
+    message = assert_refused(DataError, re.escape(f"shape {shape}"), lambda: model(torch.zeros(shape), IDS, MASK))
+    assert message.endswith("Give one or more RGB images, channels before height and width.")
 
 
-def test_pixels_of_whole_numbers_are_refused_and_can_be_normalised(model):
+def test_integer_pixels_are_refused_and_can_be_normalised(model):
     pixels = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     for wrong in (pixels, pixels.long()):
-        refused(DataError, rf"pixel_values are {wrong.dtype}, .*model\.normalize", lambda x=wrong: model(x, IDS, MASK))
-    accepted(model, model.normalize(pixels))
+        assert_refused(
+            DataError, rf"pixel_values are {wrong.dtype}, .*model\.normalize", lambda x=wrong: model(x, IDS, MASK)
+        )
+    assert_accepted(model, model.normalize(pixels))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_pixels_of_another_precision_are_refused_with_the_cast_that_helps(model, dtype):
-    said = (
+def test_pixels_of_another_precision_are_refused_with_the_right_cast(model, dtype):
+    message = (
         rf"pixel_values are {dtype}, the weights are torch.float32. Use pixel_values.to\(torch.float32\), or torch.auto"
     )
-    refused(DataError, said, lambda: model(PIXELS.to(dtype), IDS, MASK))
-    accepted(model, PIXELS.to(dtype).to(torch.float32))
+    assert_refused(DataError, message, lambda: model(PIXELS.to(dtype), IDS, MASK))
+    assert_accepted(model, PIXELS.to(dtype).to(torch.float32))
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype=dtype):
-            accepted(model, PIXELS.to(dtype))
+            assert_accepted(model, PIXELS.to(dtype))
 
 
 # Texts.
@@ -125,41 +128,43 @@ def test_pixels_of_another_precision_are_refused_with_the_cast_that_helps(model,
 
 def test_text_longer_than_the_position_table_is_refused_with_the_length_that_fits(model):
     ids = torch.randint(5, WORDS, (3, LONGEST + 1), generator=torch.Generator().manual_seed(0))
-    said = refused(DataError, "input_ids have 19 tokens", lambda: model(PIXELS, ids, torch.ones_like(ids)))
-    longest = int(re.findall(r"positions for (\d+)", said)[0])
-    accepted(model, ids=ids[:, :longest], mask=torch.ones_like(ids)[:, :longest])
-    refused(DataError, "input_ids have 19 tokens", lambda: model.encode_text(ids, torch.ones_like(ids)))
+    message = assert_refused(DataError, "input_ids have 19 tokens", lambda: model(PIXELS, ids, torch.ones_like(ids)))
+    longest = int(re.findall(r"positions for (\d+)", message)[0])
+    assert_accepted(model, ids=ids[:, :longest], mask=torch.ones_like(ids)[:, :longest])
+    assert_refused(DataError, "input_ids have 19 tokens", lambda: model.encode_text(ids, torch.ones_like(ids)))
 
 
 @pytest.mark.parametrize("wrong", [WORDS, 50_264, -1, -100])
-def test_ids_out_of_the_vocabulary_are_refused_with_the_ids_that_there_are(model, wrong):
+def test_ids_outside_the_vocabulary_are_refused_with_the_valid_range(model, wrong):
     ids = IDS.clone()
     ids[1, 1] = wrong
     for call in (lambda: model(PIXELS, ids, MASK), lambda: model.encode_text(ids, MASK)):
-        refused(DataError, rf"input_ids hold {wrong}, the vocabulary has ids from 0 to 49\. Use the tokenizer", call)
+        assert_refused(
+            DataError, rf"input_ids hold {wrong}, the vocabulary has ids from 0 to 49\. Use the tokenizer", call
+        )
     ids[1, 1] = 49
-    accepted(model, ids=ids)
+    assert_accepted(model, ids=ids)
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.float, torch.Tensor.bool, torch.Tensor.byte, lambda ids: ids[0]])
 def test_ids_of_another_type_or_shape_are_refused(model, change):
     ids = change(IDS)
-    said = re.escape(f"input_ids have shape {tuple(ids.shape)} and type {ids.dtype}")
+    message = re.escape(f"input_ids have shape {tuple(ids.shape)} and type {ids.dtype}")
     for call in (lambda: model(PIXELS, ids, MASK), lambda: model.encode_text(ids, MASK)):
-        assert "Give the tokenizer's ids, one row per text" in refused(DataError, said, call)
-    accepted(model, ids=IDS.int())
+        assert "Give the tokenizer's ids, one row per text" in assert_refused(DataError, message, call)
+    assert_accepted(model, ids=IDS.int())
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 9)])
 def test_texts_without_a_token_are_refused(model, shape):
     ids = torch.ones(shape, dtype=torch.long)
-    refused(DataError, re.escape(f"shape {shape}"), lambda: model(PIXELS[: shape[0] or 3], ids, ids.bool()))
+    assert_refused(DataError, re.escape(f"shape {shape}"), lambda: model(PIXELS[: shape[0] or 3], ids, ids.bool()))
 
 
 @pytest.mark.parametrize("change", [lambda m: m[:, :8], lambda m: m[:2], lambda m: m[:, None, None, :], lambda m: m[0]])
 def test_mask_of_another_shape_is_refused_with_both_shapes(model, change):
     mask = change(MASK)
-    said = re.escape(f"attention_mask has shape {tuple(mask.shape)}, the tokens (3, 9). Give one value per token")
+    message = re.escape(f"attention_mask has shape {tuple(mask.shape)}, the tokens (3, 9). Give one value per token")
     encoded = model.encode_text(IDS, MASK).states_KBND
     image = model.encode_image(PIXELS).states_KBND
     for call in (
@@ -167,12 +172,12 @@ def test_mask_of_another_shape_is_refused_with_both_shapes(model, change):
         lambda: model.encode_text(IDS, mask),
         lambda: model.fuse(encoded, image, mask),
     ):
-        refused(DataError, said, call)
+        assert_refused(DataError, message, call)
 
 
 @torch.no_grad()
-def test_mask_of_numbers_is_a_mask_in_every_public_part(model):
-    # Attention would add one of floating-point numbers to its scores.
+def test_an_integer_mask_is_accepted_by_every_public_method(model):
+    # Passed on as it is, attention would add it to its scores.
     image = model.encode_image(PIXELS).states_KBND
     text = model.encode_text(IDS, MASK)
     for mask in (MASK.long(), MASK.byte(), MASK.int()):
@@ -181,7 +186,7 @@ def test_mask_of_numbers_is_a_mask_in_every_public_part(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_mask_of_floating_point_numbers_is_refused_as_those_that_are_added_say_the_opposite(model, dtype):
+def test_a_floating_point_mask_is_refused_since_additive_masks_mean_the_opposite(model, dtype):
     added = (1 - MASK.to(dtype)) * -10_000
     text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS).states_KBND
     for call in (
@@ -189,12 +194,12 @@ def test_mask_of_floating_point_numbers_is_refused_as_those_that_are_added_say_t
         lambda: model.encode_text(IDS, added),
         lambda: model.fuse(text, image, added),
     ):
-        refused(DataError, rf"attention_mask is {dtype}\. .*mask\.bool\(\) or mask == 0", call)
-    accepted(model, mask=added == 0)
+        assert_refused(DataError, rf"attention_mask is {dtype}\. .*mask\.bool\(\) or mask == 0", call)
+    assert_accepted(model, mask=added == 0)
 
 
 @torch.no_grad()
-def test_what_padding_holds_does_not_matter_where_positions_do_not_count_it(model):
+def test_states_of_padding_do_not_matter(model):
     assert (IDS[~MASK] == PAD_ID).all() and (~MASK).any()
     text = model.encode_text(IDS, MASK).states_KBND
     image = model.encode_image(PIXELS).states_KBND
@@ -207,31 +212,35 @@ def test_what_padding_holds_does_not_matter_where_positions_do_not_count_it(mode
 
 
 def test_different_numbers_of_images_and_texts_are_refused_with_both_numbers(model):
-    said = r"There are 2 images and 3 texts; .* Repeat\s+the images, or encode both apart"
-    refused(DataError, said, lambda: model(PIXELS[:2], IDS, MASK))
-    accepted(model, PIXELS[[0, 0, 1]])
+    message = r"There are 2 images and 3 texts; .* Repeat\s+the images, or encode both apart"
+    assert_refused(DataError, message, lambda: model(PIXELS[:2], IDS, MASK))
+    assert_accepted(model, PIXELS[[0, 0, 1]])
     text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS[:2]).states_KBND
-    said = r"states of 2 images and 3 texts; .* states_KBND\[:, rows\]"
-    refused(DataError, said, lambda: model.fuse(text, image, MASK))
+    message = r"states of 2 images and 3 texts; .* states_KBND\[:, rows\]"
+    assert_refused(DataError, message, lambda: model.fuse(text, image, MASK))
     assert model.fuse(text, image[:, [0, 0, 1]], MASK).pooled.shape == (3, 80)
 
 
 def test_states_of_other_layers_or_another_width_are_refused(model):
     text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS).states_KBND
     for wrong in (text[:2], torch.cat([text, text]), text[0], text[..., :32]):
-        said = re.escape(f"text states have shape {tuple(wrong.shape)}, the cross-modal encoder reads (3, pairs, posit")
-        refused(DataError, said, lambda x=wrong: model.fuse(x, image, MASK))
-        refused(DataError, "The image states have shape", lambda x=wrong: model.fuse(text, x, MASK))
+        message = re.escape(
+            f"text states have shape {tuple(wrong.shape)}, the cross-modal encoder reads (3, pairs, posit"
+        )
+        assert_refused(DataError, message, lambda x=wrong: model.fuse(x, image, MASK))
+        assert_refused(DataError, "The image states have shape", lambda x=wrong: model.fuse(text, x, MASK))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
-def test_states_of_another_precision_are_refused_with_the_cast_that_helps(model, dtype):
-    # As features are that were cached in half of the memory.
+def test_states_of_another_precision_are_refused_with_the_right_cast(model, dtype):
+    # Cached features may be stored in half precision.
     with torch.no_grad():
         text, image = model.encode_text(IDS, MASK).states_KBND, model.encode_image(PIXELS).states_KBND
-    said = rf"states are {dtype}, the weights are torch.float32. Use states_KBND.to\(torch.float32\), or torch.autocast"
-    refused(DataError, f"The text {said}", lambda: model.fuse(text.to(dtype), image, MASK))
-    refused(DataError, f"The image {said}", lambda: model.fuse(text, image.to(dtype), MASK))
+    message = (
+        rf"states are {dtype}, the weights are torch.float32. Use states_KBND.to\(torch.float32\), or torch.autocast"
+    )
+    assert_refused(DataError, f"The text {message}", lambda: model.fuse(text.to(dtype), image, MASK))
+    assert_refused(DataError, f"The image {message}", lambda: model.fuse(text, image.to(dtype), MASK))
     assert model.fuse(text.to(dtype).float(), image.to(dtype).float(), MASK).pooled.isfinite().all()
     if dtype == torch.bfloat16:
         with torch.autocast("cpu", dtype=dtype):

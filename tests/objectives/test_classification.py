@@ -1,4 +1,4 @@
-"""The loss and accuracy of SNLI-VE and NLVR2 beside a formula of their own."""
+"""The loss and accuracy of SNLI-VE and NLVR2 against an explicit formula."""
 
 from __future__ import annotations
 

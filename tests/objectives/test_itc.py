@@ -1,4 +1,4 @@
-"""Image-text contrast: over the pairs of all ranks, with every caption of a picture a right answer for it."""
+"""Image-text contrast over the pairs of all ranks, with every caption of an image as a positive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridgetower.model.heads import MAX_TEMPERATURE, MIN_TEMPERATURE, ITCHead
 from bridgetower.objectives.itc import image_text_contrast
 from tests.ranks import run_on_ranks
 
-# No model is built here: its libraries would be imported in every process below.
+# No model is built here, since every rank below would import its libraries.
 WIDTH, TEMPERATURE = 12, 0.07
 CONFIG = ModelConfig(
     vision=VisionTowerConfig(width=48, num_heads=3),
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
 
 
 class Contrast(nn.Module):
-    """The heads, and the loss of their embeddings."""
+    """The ITC head, and the loss of its embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def features(pairs: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def similarities(objective):
-    """Cosines of each text with each image, from the weights of the heads, in float64."""
+    """Return the cosine of each text with each image, from the weights of the head, in float64."""
     text, image = features()
     heads = objective.head
     text = text.double() @ heads.text.weight.double().T + heads.text.bias.double()
@@ -61,14 +61,14 @@ def similarities(objective):
 
 
 def written_out_loss(objective, image_ids):
-    """Each text and each image asks for its partner; pairs of one picture share the answer equally."""
+    """Return the mean cross-entropy of all texts and images; pairs of the same image are equally good answers."""
     odds_TI = torch.exp(similarities(objective) / objective.head.temperature.double())
-    parts = []
+    losses = []
     for row in range(6):
-        right = [other for other in range(6) if image_ids[other] == image_ids[row]]
+        positives = [other for other in range(6) if image_ids[other] == image_ids[row]]
         for odds in (odds_TI[row], odds_TI[:, row]):
-            parts.append(torch.stack([-torch.log(odds[place] / odds.sum()) for place in right]).mean())
-    return torch.stack(parts).mean()
+            losses.append(torch.stack([-torch.log(odds[other] / odds.sum()) for other in positives]).mean())
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def written_out_loss(objective, image_ids):
     [[0, 1, 2, 3, 4, 5], [7, 7, 2, 3, 7, 5], [4, 4, 4, 4, 4, 4]],
     ids=["all differ", "some are the same", "all are the same"],
 )
-def test_loss_and_gradients_are_those_of_cross_entropy_in_both_directions_with_every_right_answer(image_ids):
+def test_loss_and_gradients_are_those_of_cross_entropy_in_both_directions_with_every_positive(image_ids):
     objective, plain = make_objective(), make_objective()
-    found, expected = objective(*features(), torch.tensor(image_ids)).loss, written_out_loss(plain, image_ids)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    found.backward()
+    loss, expected = objective(*features(), torch.tensor(image_ids)).loss, written_out_loss(plain, image_ids)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
     expected.backward()
     for one, other in zip(objective.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
-def test_accuracy_counts_images_whose_best_caption_is_one_of_theirs():
+def test_accuracy_counts_images_whose_top_caption_is_one_of_theirs():
     objective = make_objective()
     best = similarities(objective).argmax(dim=0).tolist()
     for image_ids in ([0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1]):
@@ -128,7 +128,7 @@ def test_embeddings_are_unit_vectors_in_float32_also_under_bfloat16():
         torch.testing.assert_close(embedded.norm(dim=1), torch.ones(6))
 
 
-# Two ranks of three pairs each, of which pairs 1 and 4 show one picture, against one process with all six.
+# Two ranks with three pairs each against one process with all six; pairs 1 and 4 show the same image.
 
 IMAGE_IDS = torch.tensor([10, 11, 12, 13, 11, 15])
 
@@ -151,7 +151,7 @@ def test_two_ranks_equal_one_process_with_all_pairs_in_loss_accuracy_and_every_g
     run_on_ranks(on_each_rank, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     joined = loss_and_gradients(slice(None))
-    # DeepSpeed takes the mean over ranks of every gradient; so it is taken here.
+    # As DeepSpeed does, take the mean over ranks of every gradient.
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, joined["loss"], rtol=1e-5, atol=1e-6)
     assert torch.equal(first["accuracy/itc"] + second["accuracy/itc"], joined["accuracy/itc"])
     for name, gradient in joined["weights"].items():
@@ -160,5 +160,5 @@ def test_two_ranks_equal_one_process_with_all_pairs_in_loss_accuracy_and_every_g
         )
     for name in ("text", "image"):
         torch.testing.assert_close(torch.cat([first[name], second[name]]) / 2, joined[name], rtol=1e-5, atol=1e-6)
-    # Without the other rank's pairs it would be another loss.
+    # The other rank's pairs do change the loss.
     assert float(F.mse_loss(first["loss"], joined["loss"])) > 1e-4

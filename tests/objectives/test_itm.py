@@ -14,7 +14,7 @@ from tests.small_models import shake, small_config
 
 
 class Matching(nn.Module):
-    """The head and what is made of its logits."""
+    """The ITM head, and the loss of its logits."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ LABELS = torch.tensor([1, 0, 0, 1, 1, 0])
 
 
 def probabilities(objective):
-    """Of a match, from the weights of the head."""
+    """Return the probability of a match of each pair, from the weights of the head."""
     weight, bias = objective.head.classifier.weight.double(), objective.head.classifier.bias.double()
     odds = torch.exp((POOLED.double() @ weight[1] + bias[1]) - (POOLED.double() @ weight[0] + bias[0]))
     return (odds / (1 + odds)).tolist()
@@ -45,15 +45,17 @@ def probabilities(objective):
 @torch.no_grad()
 def test_loss_is_the_mean_negative_log_probability_of_the_right_class(objective):
     expected = [
-        -math.log(share if label else 1 - share)
-        for share, label in zip(probabilities(objective), LABELS.tolist(), strict=True)
+        -math.log(probability if label else 1 - probability)
+        for probability, label in zip(probabilities(objective), LABELS.tolist(), strict=True)
     ]
     assert float(objective(POOLED, LABELS).loss) == pytest.approx(sum(expected) / 6, rel=1e-5)
 
 
 @torch.no_grad()
-def test_accuracy_counts_the_pairs_that_are_judged_right(objective):
-    right = [(share > 0.5) == bool(label) for share, label in zip(probabilities(objective), LABELS, strict=True)]
+def test_accuracy_counts_the_pairs_that_are_classified_correctly(objective):
+    right = [
+        (probability > 0.5) == bool(label) for probability, label in zip(probabilities(objective), LABELS, strict=True)
+    ]
     assert 0 < sum(right) < 6
     assert objective(POOLED, LABELS).metrics["accuracy/itm"].tolist() == [sum(right), 6]
 

@@ -37,11 +37,11 @@ def objective():
     return objective
 
 
-def masked(pairs, tokens, share=0.3, seed=0):
-    """States, and the flat indices and labels of masked tokens."""
+def masked(pairs, tokens, masked_fraction=0.3, seed=0):
+    """Return states, and the flat indices and labels of masked tokens."""
     rng = torch.Generator().manual_seed(seed)
     states = torch.randn(pairs, tokens, WIDTH, generator=rng)
-    index = torch.nonzero(torch.rand(pairs * tokens, generator=rng) < share).flatten()
+    index = torch.nonzero(torch.rand(pairs * tokens, generator=rng) < masked_fraction).flatten()
     return states, index, torch.randint(0, 50, (len(index),), generator=rng)
 
 
@@ -49,9 +49,9 @@ def weights_of(index, tokens, pairs, group):
     return torch.from_numpy(mlm_weights(index.numpy(), tokens, pairs, group))
 
 
-def nats(objective, states, place, label):
-    """The loss of one token, from its probability."""
-    row, column = divmod(int(place), states.shape[1])
+def token_loss(objective, states, position, label):
+    """Return the loss of one token in nats, from its probability."""
+    row, column = divmod(int(position), states.shape[1])
     logits = objective.head(states[row, column][None], NOT_TIED)[0].double()
     return -float(torch.log(torch.exp(logits) / torch.exp(logits).sum())[label])
 
@@ -59,7 +59,9 @@ def nats(objective, states, place, label):
 @torch.no_grad()
 def test_loss_is_the_mean_of_negative_log_probabilities_over_the_masked_tokens(objective):
     states, index, labels = masked(4, 6)
-    expected = np.mean([nats(objective, states, place, label) for place, label in zip(index, labels, strict=True)])
+    expected = np.mean(
+        [token_loss(objective, states, position, label) for position, label in zip(index, labels, strict=True)]
+    )
     result = objective(states, index, labels, weights_of(index, 6, 4, group=4))
     assert float(result.loss) == pytest.approx(expected, rel=1e-5)
 
@@ -69,23 +71,24 @@ def test_loss_is_the_mean_over_groups_of_the_mean_in_each(objective):
     # Published: the mean over a micro-batch, averaged over micro-batches. A group stands for such a micro-batch.
     states, index, labels = masked(6, 5)
     groups: list[list[float]] = [[], [], []]
-    for place, label in zip(index.tolist(), labels, strict=True):
-        groups[place // 5 // 2].append(nats(objective, states, place, label))
-    assert len({len(group) for group in groups}) > 1, "groups of one size would not tell"
+    for position, label in zip(index.tolist(), labels, strict=True):
+        groups[position // 5 // 2].append(token_loss(objective, states, position, label))
+    assert len({len(group) for group in groups}) > 1, "groups of equal size could not show the difference"
     result = objective(states, index, labels, weights_of(index, 5, 6, group=2))
     assert float(result.loss) == pytest.approx(np.mean([np.mean(group) for group in groups]), rel=1e-5)
 
 
 @torch.no_grad()
-def test_loss_does_not_depend_on_how_a_batch_is_cut(objective):
+def test_loss_does_not_depend_on_how_a_batch_is_split(objective):
     states, index, labels = masked(8, 5)
     whole = objective(states, index, labels, weights_of(index, 5, 8, group=2)).loss
-    parts = []
+    losses = []
     for first in (0, 4):
-        is_own = (index // 5 >= first) & (index // 5 < first + 4)
-        own = index[is_own] - first * 5
-        parts.append(objective(states[first : first + 4], own, labels[is_own], weights_of(own, 5, 4, group=2)).loss)
-    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+        is_in_half = (index // 5 >= first) & (index // 5 < first + 4)
+        half_index, half_labels = index[is_in_half] - first * 5, labels[is_in_half]
+        weights = weights_of(half_index, 5, 4, group=2)
+        losses.append(objective(states[first : first + 4], half_index, half_labels, weights).loss)
+    torch.testing.assert_close(torch.stack(losses).mean(), whole)
 
 
 def test_loss_is_float32_and_reaches_only_the_states_of_masked_tokens(objective):
@@ -99,7 +102,7 @@ def test_loss_is_float32_and_reaches_only_the_states_of_masked_tokens(objective)
 
 
 @torch.no_grad()
-def test_accuracy_counts_the_tokens_whose_likeliest_word_is_right(objective):
+def test_accuracy_counts_the_tokens_whose_top_word_is_right(objective):
     states, index, _ = masked(4, 6)
     best = objective.logits(states, index).argmax(dim=-1)
     labels = best.clone()

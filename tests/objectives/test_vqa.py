@@ -1,4 +1,4 @@
-"""The loss and score of VQA beside a formula of their own."""
+"""The loss and score of VQA against an explicit formula."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def random_case(pairs: int = 6, answers: int = 9):
 def test_loss_is_the_mean_binary_cross_entropy_times_the_number_of_answers():
     logits, target = random_case()
     probability = 1 / (1 + np.exp(-logits))
-    every = -(target * np.log(probability) + (1 - target) * np.log(1 - probability))
+    losses = -(target * np.log(probability) + (1 - target) * np.log(1 - probability))
     result = question_answering(torch.tensor(logits), torch.tensor(target, dtype=torch.float32))
-    assert result.loss.item() == pytest.approx(every.mean() * every.shape[1], rel=1e-5)
-    assert result.values["loss/vqa"].tolist() == pytest.approx(every.sum(axis=1).tolist(), rel=1e-5)
+    assert result.loss.item() == pytest.approx(losses.mean() * losses.shape[1], rel=1e-5)
+    assert result.values["loss/vqa"].tolist() == pytest.approx(losses.sum(axis=1).tolist(), rel=1e-5)
 
 
-def test_score_is_what_the_likeliest_answer_is_worth():
+def test_score_is_the_soft_score_of_the_top_answer():
     logits, target = random_case()
     result = question_answering(torch.tensor(logits), torch.tensor(target, dtype=torch.float32))
-    worth = [float(target[row, logits[row].argmax()]) for row in range(len(logits))]
-    assert result.values["score/vqa"].tolist() == pytest.approx(worth)
-    assert result.metrics["score/vqa"].tolist() == pytest.approx([sum(worth), len(worth)])
-    assert 0 < sum(worth) < len(worth)
+    scores = [float(target[row, logits[row].argmax()]) for row in range(len(logits))]
+    assert result.values["score/vqa"].tolist() == pytest.approx(scores)
+    assert result.metrics["score/vqa"].tolist() == pytest.approx([sum(scores), len(scores)])
+    assert 0 < sum(scores) < len(scores)

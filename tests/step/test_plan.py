@@ -1,4 +1,4 @@
-"""The plan of a packed step: nothing for padding, nothing twice, and layers that are frozen or compiled."""
+"""The plan of a packed step leaves padding out, and steps with compiled operations or frozen layers agree with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_nothing_is_computed_for_padding():
         assert text.tolist() == batch.clean_ids_BL[pair, : batch.num_tokens[pair]].tolist()
 
 
-def test_what_is_read_of_the_last_layer_are_the_class_tokens_and_the_masked_ones():
+def test_only_class_tokens_and_masked_tokens_are_read_from_the_last_layer():
     batch = random_batch(7)
     plan = plan_step(batch, ObjectivesConfig())
     read_ids = plan.ids_T[plan.fusion.tokens][plan.fusion.read.token_Q]
@@ -50,20 +50,20 @@ def test_a_bucket_pads_every_size_and_says_which_slots_are_padding():
     assert plan.layout.spans is not None and not plan.layout.spans.covers
 
 
-# Inductor's own kernels, which take a minute to build, are run by benchmarks/step.py.
+# Inductor takes a minute to build its kernels; benchmarks/step.py runs those.
 def test_compiled_operations_agree_and_are_compiled_once_for_captions_of_any_length():
     eager = small_task(ObjectivesConfig())
     ops = CompiledOps(CpuOps(has_matrix_units=False), backend="aot_eager")
     compiled = PretrainTask(BridgeTower(small_config(), ("mlm", "itm"), ops=ops), ObjectivesConfig())
     compiled.load_state_dict(eager.state_dict(), strict=True)
-    for kind in ("7 pairs", "captions without a masked token"):
-        losses, gradients = fast_step(eager, BATCHES[kind])
-        compiled_losses, compiled_gradients = fast_step(compiled.train(), BATCHES[kind])
+    for name in ("7 pairs", "captions without a masked token"):
+        losses, gradients = fast_step(eager, BATCHES[name])
+        compiled_losses, compiled_gradients = fast_step(compiled.train(), BATCHES[name])
         assert compiled_losses == pytest.approx(losses, abs=1e-5)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(compiled_gradients[parameter], gradient, rtol=1e-3, atol=1e-5)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(3):  # other lengths, other numbers of masked tokens
+        for seed in range(3):  # batches with other lengths and numbers of masked tokens
             fast_step(compiled, random_batch(7, seed=100 + seed))
 
 
@@ -89,6 +89,6 @@ def test_frozen_layers_are_not_trained_and_cost_no_backward_pass():
     assert all("tower" in name for name in frozen)
 
 
-def test_more_frozen_layers_than_there_are_is_refused():
+def test_freezing_more_layers_than_a_tower_has_is_refused():
     with pytest.raises(ConfigError, match=r"optim\.frozen_text_layers=9, but the text tower has \d layers.*-1 for"):
         freeze_layers(small_task().model, vision=0, text=9)

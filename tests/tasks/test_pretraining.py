@@ -1,4 +1,4 @@
-"""The pretraining step: what is computed once, what each objective sees, and what gets a gradient."""
+"""The pretraining step: work that objectives share, the inputs of each objective, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.small_models import random_batch, shake, small_config, small_task
 COMBINATIONS = [
     ObjectivesConfig(mlm=mlm, itm=itm, itc=itc) for mlm, itm, itc in product((True, False), repeat=3) if mlm or itm
 ]
-# Softmax does not change with the bias of its keys, so their gradient is 0 but for rounding.
+# The key bias cancels in the softmax, so its gradient is zero but for rounding.
 KEY_BIAS = "key.bias"
 
 
@@ -27,7 +27,7 @@ def name_of(objectives: ObjectivesConfig) -> str:
 
 
 @pytest.mark.parametrize("objectives", COMBINATIONS, ids=name_of)
-def test_gradient_reaches_each_trainable_parameter_also_without_cross_modal_layers(objectives):
+def test_without_cross_modal_layers_each_trainable_parameter_still_gets_a_gradient(objectives):
     config = small_config()
     config = replace(
         config,
@@ -51,17 +51,17 @@ def losses_of(task: PretrainTask) -> dict[str, float]:
 def test_gradient_reaches_each_trainable_parameter(objectives):
     task = small_task(objectives)
     task(random_batch())[0].backward()
-    without = [
+    without_gradient = [
         name
         for name, parameter in task.named_parameters()
         if parameter.requires_grad
         and (parameter.grad is None or not (name.endswith(KEY_BIAS) or parameter.grad.count_nonzero()))
     ]
-    assert without == []
+    assert without_gradient == []
 
 
 @pytest.mark.parametrize("objectives", COMBINATIONS, ids=name_of)
-def test_frozen_are_exactly_the_parameters_that_no_loss_reads(objectives):
+def test_exactly_the_parameters_that_no_loss_reads_are_frozen(objectives):
     task = small_task(objectives)
     frozen = {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
     task.requires_grad_(True)
@@ -73,18 +73,18 @@ def test_frozen_are_exactly_the_parameters_that_no_loss_reads(objectives):
 def test_loss_is_the_sum_of_the_active_objectives_and_none_depends_on_another(objectives):
     everything = losses_of(small_task())
     task = small_task(objectives)
-    # Heads draw their values one after another: give this task those of the whole one.
+    # Initial values depend on which heads are drawn before, so copy those of the task with all heads.
     whole = small_task().state_dict()
     task.load_state_dict({name: whole[name] for name in task.state_dict()})
     loss, _ = task(random_batch())
-    own = losses_of(task)
-    assert set(own) == set(name_of(objectives).split("+"))
-    assert own == pytest.approx({name: everything[name] for name in own}, rel=1e-5)
-    assert float(loss.detach()) == pytest.approx(sum(own.values()), rel=1e-6)
+    losses = losses_of(task)
+    assert set(losses) == set(name_of(objectives).split("+"))
+    assert losses == pytest.approx({name: everything[name] for name in losses}, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(sum(losses.values()), rel=1e-6)
 
 
 def plain_losses(task: PretrainTask) -> tuple[Tensor, Tensor]:
-    """MLM and ITM as published: two passes through both towers and the cross-modal encoder."""
+    """Return the MLM and ITM losses as published: two passes through both towers and the cross-modal encoder."""
     batch, model = random_batch(), task.model
     pixels = model.normalize(batch.pixels_N3SS)
     masked = model(pixels, batch.masked_ids_BL, batch.attention_mask_BL)
@@ -127,7 +127,7 @@ def test_logits_over_the_vocabulary_are_computed_at_masked_positions_only():
     assert rows == [len(batch.mlm_index_M)] and rows[0] < batch.clean_ids_BL.numel() / 2
 
 
-def test_matching_sees_clean_captions_and_masked_words_are_predicted_with_the_true_image():
+def test_itm_reads_clean_captions_and_mlm_reads_the_true_image():
     task, batch = small_task(), random_batch()
     before = task(batch)[1]
     other_masks = task(batch._replace(masked_ids_BL=(batch.masked_ids_BL + 3) % 45 + 5))[1]
@@ -139,7 +139,7 @@ def test_matching_sees_clean_captions_and_masked_words_are_predicted_with_the_tr
     assert other_negatives["loss/mlm"][0] == pytest.approx(float(before["loss/mlm"][0]), rel=1e-6)
 
 
-def test_batch_without_a_masked_word_has_a_loss_of_zero_and_gradients_for_all():
+def test_batch_without_a_masked_token_has_a_loss_of_zero_and_gradients_for_all_parameters():
     task = small_task(ObjectivesConfig(mlm=True, itm=False))
     none = torch.zeros(0, dtype=torch.long)
     batch = random_batch()._replace(
@@ -152,15 +152,15 @@ def test_batch_without_a_masked_word_has_a_loss_of_zero_and_gradients_for_all():
 
 
 @torch.no_grad()
-def test_scores_for_the_evaluation_are_those_of_the_training_step():
+def test_evaluation_computes_the_scores_of_the_training_step():
     task, batch = small_task().eval(), random_batch()
     pixels, mask = task.model.normalize(batch.pixels_N3SS), batch.attention_mask_BL
     image, text = task.image_features(batch.pixels_N3SS), task.text_features(batch.clean_ids_BL, mask)
     logits = task.model.itm_logits(task.model(pixels, batch.clean_ids_BL, mask))
-    own = torch.arange(4)
-    torch.testing.assert_close(task.match_logits(text.states_KBND, mask, image.states_KBND, own), logits)
+    rows = torch.arange(4)
+    torch.testing.assert_close(task.match_logits(text.states_KBND, mask, image.states_KBND, rows), logits)
     masked = task.text_features(batch.masked_ids_BL, mask)
-    words = task.masked_logits(masked.states_KBND, mask, image.states_KBND, own, batch.mlm_index_M)
+    words = task.masked_logits(masked.states_KBND, mask, image.states_KBND, rows, batch.mlm_index_M)
     loss = (F.cross_entropy(words, batch.mlm_label_M, reduction="none") * batch.mlm_weight_M).sum()
     assert float(loss) == pytest.approx(float(task(batch)[1]["loss/mlm"][0]), rel=1e-5)
     assert image.embedding_BC is not None and text.embedding_BC is not None
@@ -169,7 +169,7 @@ def test_scores_for_the_evaluation_are_those_of_the_training_step():
 
 
 @torch.no_grad()
-def test_pairs_are_ranked_by_logits_that_bfloat16_did_not_round():
+def test_match_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16():
     task, batch = small_task().to(torch.bfloat16).eval(), random_batch()
     mask = batch.attention_mask_BL
     image, text = task.image_features(batch.pixels_N3SS), task.text_features(batch.clean_ids_BL, mask)
@@ -178,23 +178,23 @@ def test_pairs_are_ranked_by_logits_that_bfloat16_did_not_round():
 
 
 @torch.no_grad()
-def test_without_contrast_there_are_no_embeddings_to_retrieve_by():
+def test_without_contrast_there_are_no_embeddings():
     task = small_task(ObjectivesConfig()).eval()
     assert task.image_features(random_batch().pixels_N3SS).embedding_BC is None
 
 
 @torch.no_grad()
-def test_words_look_at_patches_from_left_to_right_and_from_top_to_bottom():
+def test_word_attention_is_laid_out_as_the_patches_of_the_image():
     task = small_task().eval()
     batch = random_batch()
     mask = batch.attention_mask_BL
     text, image = task.text_features(batch.clean_ids_BL, mask), task.image_features(batch.pixels_N3SS)
-    shares_RLYX = task.word_attention(text.states_KBND, mask, image.states_KBND)
-    assert shares_RLYX is not None and shares_RLYX.shape == (*mask.shape, 3, 3)  # 24 px in patches of 8
+    probability_RLYX = task.word_attention(text.states_KBND, mask, image.states_KBND)
+    assert probability_RLYX is not None and probability_RLYX.shape == (*mask.shape, 3, 3)  # 24 px in patches of 8
     maps = task.model.fuse(text.states_KBND, image.states_KBND, mask, return_attention=True).attention
     assert maps is not None
     last_RLP = maps.text_to_image[-1].mean(dim=1)
     for row, column in product(range(3), range(3)):
         # Position 0 is the class token.
-        assert torch.equal(shares_RLYX[..., row, column], last_RLP[..., 1 + 3 * row + column])
-    assert (shares_RLYX.sum(dim=(-2, -1)) + last_RLP[..., 0] - 1).abs().max() < 1e-5
+        assert torch.equal(probability_RLYX[..., row, column], last_RLP[..., 1 + 3 * row + column])
+    assert (probability_RLYX.sum(dim=(-2, -1)) + last_RLP[..., 0] - 1).abs().max() < 1e-5

@@ -1,7 +1,7 @@
-"""The parts of a layer as functions with gradients, by the kernels of ``bridgetower.kernels.triton.layer_kernels``.
+"""Autograd functions around the kernels of ``bridgetower.kernels.triton.layer_kernels``.
 
-Imported only where there is Triton. Each takes as much of a layer as its gradients have to do with each other, so that
-the host has little to do for it: a step of base is two thousand launches.
+Imported only where Triton is installed. Each function spans all operations of a layer whose gradients can be computed
+together, so that the host launches fewer kernels: a base step has about 2,500.
 
 Shapes: N positions of all rows, D width, E width inside a feed-forward, R rows, P positions.
 """
@@ -20,24 +20,24 @@ from torch.nn import functional as F
 from bridgetower.kernels.keys import Key, draw_key, no_key, odds
 from bridgetower.kernels.triton import layer_kernels as kernels
 
-# Programs of a kernel that sums over all rows, for each of the GPU's multiprocessors: enough to keep them busy, few
-# enough for their sums to be small. Those of norms have one warp, with most of the registers that it can have.
+# Programs per multiprocessor of a kernel that sums over all rows. There are enough to keep the GPU busy, and few enough
+# that their partial sums are cheap to add. A program of a norm is one warp, which needs most of its registers.
 _PROGRAMS, _PROGRAMS_OF_NORMS = 16, 8
-# Of a tile of the activations, and of rows that are read or joined.
+# Rows and columns of a tile of activations or joined projections, and positions per program of ``take``.
 _TILE_ROWS, _TILE_COLUMNS = 16, 128
-_TAKEN_POSITIONS = 4
+_TAKE_POSITIONS = 4
 
 Gradients = tuple[Tensor | None, ...]
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps x, and two numbers a row."""
+    """LN(x). Saves x, and mean and inverse deviation per row."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, gain: Tensor, shift: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         states = states.contiguous()
-        _, normed, *kept = _norm(states, None, None, gain, shift, epsilon)
-        ctx.save_for_backward(states, *kept, gain)
+        _, normed, *saved = _norm(states, None, None, gain, shift, epsilon)
+        ctx.save_for_backward(states, *saved, gain)
         ctx.set_materialize_grads(False)
         return states.view_as(states), normed
 
@@ -51,12 +51,12 @@ class _Norm(torch.autograd.Function):
 
 
 class _AddNorm(torch.autograd.Function):
-    """Keeps the sum, and two numbers a row."""
+    """LN(x + u). Saves the sum, and mean and inverse deviation per row."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, update: Tensor, gain: Tensor, shift: Tensor, epsilon: float) -> Tensor:
-        total, normed, *kept = _norm(states.contiguous(), update.contiguous(), None, gain, shift, epsilon)
-        ctx.save_for_backward(total, *kept, gain)
+        total, normed, *saved = _norm(states.contiguous(), update.contiguous(), None, gain, shift, epsilon)
+        ctx.save_for_backward(total, *saved, gain)
         return normed
 
     @staticmethod
@@ -67,7 +67,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 class _ProjectAddNorm(torch.autograd.Function):
-    """Keeps what is projected, the sum, and two numbers a row."""
+    """S = x + Dropout(W h + b), and LN(s). Saves h, s, and mean and inverse deviation per row, but no dropout mask."""
 
     @staticmethod
     def forward(
@@ -83,8 +83,8 @@ class _ProjectAddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         key = draw_key(states.device) if dropout else None
         update = F.linear(inner, weight)
-        total, normed, *kept = _norm(states.contiguous(), update, bias, gain, shift, epsilon, dropout, key)
-        ctx.save_for_backward(inner, weight, total, *kept, gain)
+        total, normed, *saved = _norm(states.contiguous(), update, bias, gain, shift, epsilon, dropout, key)
+        ctx.save_for_backward(inner, weight, total, *saved, gain)
         ctx.dropout, ctx.key = dropout, key
         ctx.set_materialize_grads(False)
         return total, normed
@@ -92,18 +92,18 @@ class _ProjectAddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, total_grad: Tensor | None, normed_grad: Tensor | None) -> Gradients:
-        inner, weight, *kept = ctx.saved_tensors
+        inner, weight, *saved = ctx.saved_tensors
         if normed_grad is None:
-            normed_grad = torch.zeros_like(kept[0])
+            normed_grad = torch.zeros_like(saved[0])
         states_grad, update_grad, (gain_grad, shift_grad, bias_grad) = _norm_gradients(
-            normed_grad, total_grad, *kept, dropout=ctx.dropout, key=ctx.key, shifts=True
+            normed_grad, total_grad, *saved, dropout=ctx.dropout, key=ctx.key, shifts=True
         )
-        inner_grad, weight_grad = product_gradients(update_grad.flatten(0, -2), inner, weight)
+        inner_grad, weight_grad = linear_gradients(update_grad.flatten(0, -2), inner, weight)
         return states_grad, inner_grad, weight_grad, bias_grad, gain_grad, shift_grad, None, None
 
 
 class _Expand(torch.autograd.Function):
-    """Keeps x and W x."""
+    """GELU(W x + b). Saves x and W x; the bias is added again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, is_quick: bool) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class _Expand(torch.autograd.Function):
         outer = torch.empty_like(inner)
         if num_rows:
             grid = triton.cdiv(num_rows, _TILE_ROWS), triton.cdiv(width, _TILE_COLUMNS)
-            kernels.activation_forward[grid](inner, bias, outer, num_rows, **_tiles(width), IS_QUICK=is_quick)
+            kernels.activation_forward[grid](inner, bias, outer, num_rows, **_tile_constants(width), IS_QUICK=is_quick)
         ctx.save_for_backward(states, weight, bias, inner)
         ctx.is_quick = is_quick
         ctx.set_materialize_grads(False)
@@ -129,14 +129,21 @@ class _Expand(torch.autograd.Function):
         programs, columns = _tile_grid(num_rows, width, inner.device)
         partial = torch.empty(programs, width, dtype=torch.float32, device=inner.device)
         kernels.activation_backward[programs, columns](
-            outer_grad.contiguous(), inner, bias, inner_grad, partial, num_rows, **_tiles(width), IS_QUICK=ctx.is_quick
+            outer_grad.contiguous(),
+            inner,
+            bias,
+            inner_grad,
+            partial,
+            num_rows,
+            **_tile_constants(width),
+            IS_QUICK=ctx.is_quick,
         )
-        states_grad, weight_grad = product_gradients(inner_grad.flatten(0, -2), states, weight, states_grad)
+        states_grad, weight_grad = linear_gradients(inner_grad.flatten(0, -2), states, weight, states_grad)
         return states_grad, weight_grad, partial.sum(dim=0).to(bias.dtype), None
 
 
 class _Project(torch.autograd.Function):
-    """Keeps x."""
+    """Projections of x that share one matmul. Saves x."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, num_parts: int) -> tuple[Tensor, ...]:
@@ -150,13 +157,13 @@ class _Project(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         shape = *states.shape[:-1], len(weight) // len(part_grads)
         parts = [states.new_zeros(shape) if part is None else part for part in part_grads]
-        joined_NE, bias_grad = _joined([part.flatten(0, -2) for part in parts])
-        states_grad, weight_grad = product_gradients(joined_NE, states, weight, states_grad)
+        joined_NE, bias_grad = _concatenate_and_sum([part.flatten(0, -2) for part in parts])
+        states_grad, weight_grad = linear_gradients(joined_NE, states, weight, states_grad)
         return states_grad, weight_grad, bias_grad, None
 
 
 class _Take(torch.autograd.Function):
-    """Keeps none of the states."""
+    """Rows of states by index. Saves the order in which gradients are summed, and no states."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, index_R: Tensor, order_R: Tensor, start_Z: Tensor) -> Tensor:
@@ -164,9 +171,9 @@ class _Take(torch.autograd.Function):
         if states.stride(2) != 1:
             states = states.contiguous()
         taken = states.new_empty(len(index_R), num_positions, width)
-        kernels.take_forward[len(index_R), triton.cdiv(num_positions, _TAKEN_POSITIONS)](
+        kernels.take_forward[len(index_R), triton.cdiv(num_positions, _TAKE_POSITIONS)](
             states, index_R, taken, states.stride(0), states.stride(1), num_positions,
-            **_blocks(width), POSITIONS=_TAKEN_POSITIONS,
+            **_block_constants(width), POSITIONS=_TAKE_POSITIONS,
         )  # fmt: skip
         ctx.save_for_backward(order_R, start_Z)
         return taken
@@ -177,21 +184,27 @@ class _Take(torch.autograd.Function):
         order_R, start_Z = ctx.saved_tensors
         _, num_positions, width = gradient.shape
         states_grad = gradient.new_empty(len(start_Z) - 1, num_positions, width)
-        kernels.take_backward[len(states_grad), triton.cdiv(num_positions, _TAKEN_POSITIONS)](
+        kernels.take_backward[len(states_grad), triton.cdiv(num_positions, _TAKE_POSITIONS)](
             gradient.contiguous(), order_R, start_Z, states_grad, num_positions,
-            **_blocks(width), POSITIONS=_TAKEN_POSITIONS,
+            **_block_constants(width), POSITIONS=_TAKE_POSITIONS,
         )  # fmt: skip
         return states_grad, None, None, None
 
 
 def norm(states: Tensor, layer: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """X as it is, so that both gradients are added where they are at hand, and LN(x)."""
-    found: tuple[Tensor, Tensor] = _Norm.apply(states, layer.weight, layer.bias, layer.eps)
-    return found
+    """Return x and LN(x).
+
+    Use the returned x from here on, so that the backward kernel sums both gradients of x.
+
+    Args:
+        states: x, shape (..., D).
+    """
+    results: tuple[Tensor, Tensor] = _Norm.apply(states, layer.weight, layer.bias, layer.eps)
+    return results
 
 
 def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm) -> Tensor:
-    """LN(x + u)."""
+    """Return LN(x + u), shape (..., D)."""
     normed: Tensor = _AddNorm.apply(states, update, layer.weight, layer.bias, layer.eps)
     return normed
 
@@ -199,27 +212,51 @@ def add_norm(states: Tensor, update: Tensor, layer: nn.LayerNorm) -> Tensor:
 def project_add_norm(
     states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.LayerNorm, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """X + Dropout(W h + b), and LN of that."""
-    found: tuple[Tensor, Tensor] = _ProjectAddNorm.apply(
+    """Return s = x + Dropout(W h + b), and LN(s), both of shape (..., D).
+
+    Args:
+        states: x, shape (..., D).
+        inner: h, shape (..., width of h).
+    """
+    results: tuple[Tensor, Tensor] = _ProjectAddNorm.apply(
         states, inner, linear.weight, linear.bias, layer.weight, layer.bias, layer.eps, dropout
     )
-    return found
+    return results
 
 
 def expand(states: Tensor, linear: nn.Linear, *, quick: bool) -> tuple[Tensor, Tensor]:
-    """X as it is, so that its gradients are added in the product that gives one of them, and GELU(W x + b)."""
-    found: tuple[Tensor, Tensor] = _Expand.apply(states, linear.weight, linear.bias, quick)
-    return found
+    """Return x, shape (..., D), and GELU(W x + b), shape (..., E).
+
+    Use the returned x from here on: the matmul that gives this layer's gradient of x then adds the other one for free.
+
+    Args:
+        quick: CLIP's x * sigmoid(1.702 x) instead of GELU.
+    """
+    results: tuple[Tensor, Tensor] = _Expand.apply(states, linear.weight, linear.bias, quick)
+    return results
 
 
 def project(states: Tensor, weight: Tensor, bias: Tensor, num_parts: int) -> tuple[Tensor, ...]:
-    """X as it is, so that its gradients are added in the product that gives one of them, and W x + b in parts."""
-    found: tuple[Tensor, ...] = _Project.apply(states, weight, bias, num_parts)
-    return found
+    """Return x, and W x + b split along its width into projections of equal width.
+
+    Use the returned x from here on: the matmul that gives this layer's gradient of x then adds the other one for free.
+
+    Args:
+        num_parts: number of projections that are stacked in ``weight``.
+    """
+    results: tuple[Tensor, ...] = _Project.apply(states, weight, bias, num_parts)
+    return results
 
 
 def take(states: Tensor, index_R: Tensor, order_R: Tensor, start_Z: Tensor) -> Tensor:
-    """Rows of states, whose gradients are added up in one order."""
+    """Return ``states[index_R]``; the gradients of a row that is read more than once are summed in a fixed order.
+
+    Args:
+        states: the rows that are read, shape (..., P, D).
+        order_R: positions in ``index_R``, sorted by the row that they read.
+        start_Z: where the readers of each row begin in ``order_R``, and the end of the last row's: one entry per row,
+            plus one.
+    """
     taken: Tensor = _Take.apply(states, index_R, order_R, start_Z)
     return taken
 
@@ -234,15 +271,15 @@ def _norm(
     dropout: float = 0.0,
     key: Key | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, its norm, and for each row the mean and the inverse deviation."""
+    """Return the sum x + u, its norm, and mean and inverse deviation per row."""
     width, num_rows = states.shape[-1], states.numel() // states.shape[-1]
     total, normed = states if update is None else torch.empty_like(states), torch.empty_like(states)
     mean, inverse = torch.empty(2, num_rows, dtype=torch.float32, device=states.device)
     if num_rows:
         kernels.norm_forward[(num_rows,)](
-            states, _or(update, states), _or(update_bias, shift), gain, shift, *(key or no_key(states)),
+            states, _or_unread(update, states), _or_unread(update_bias, shift), gain, shift, *(key or no_key(states)),
             total, normed, mean, inverse, epsilon, *odds(dropout),
-            **_row_of(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
+            **_row_constants(width), ADDS=update is not None, SHIFTS=update_bias is not None, DROPS=dropout > 0.0,
         )  # fmt: skip
     return total, normed, mean, inverse
 
@@ -259,34 +296,39 @@ def _norm_gradients(
     key: Key | None = None,
     shifts: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Gradients of states and update, and of the norm's gain and shift, and, where it shifts, of the update's bias."""
+    """Return the gradients of states, of update, and of (gain, shift), with ``shifts`` also of the update's bias."""
     width, num_rows = total.shape[-1], mean.numel()
     normed_grad = normed_grad.contiguous()
     states_grad = torch.empty_like(total)
     update_grad = torch.empty_like(total) if dropout else states_grad
-    programs = max(1, min(num_rows, _PROGRAMS_OF_NORMS * _processors(total.device)))
+    programs = max(1, min(num_rows, _PROGRAMS_OF_NORMS * _num_multiprocessors(total.device)))
     partial = torch.empty(2 + shifts, programs, width, dtype=torch.float32, device=total.device)
     kernels.norm_backward[(programs,)](
         normed_grad, normed_grad if total_grad is None else total_grad.contiguous(),
         total, mean, inverse, gain, *(key or no_key(total)), states_grad, update_grad, partial, num_rows,
         *odds(dropout),
-        **_row_of(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
+        **_row_constants(width), SHIFTS=shifts, DROPS=dropout > 0.0, HAS_TOTAL_GRAD=total_grad is not None,
     )  # fmt: skip
     return states_grad, update_grad, partial.sum(dim=1).to(gain.dtype).unbind()
 
 
-def product_gradients(
+def linear_gradients(
     result_NE: Tensor, states: Tensor, weight_ED: Tensor, states_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, that of its other readers included, and of W, from that of W x."""
+    """Return the gradients of x and W, given the gradient of W x.
+
+    Args:
+        result_NE: gradient of W x.
+        states_grad: gradient of x from its other readers, which is added.
+    """
     weight_grad = result_NE.t() @ states.flatten(0, -2)
     if states_grad is None:
         return (result_NE @ weight_ED).view(states.shape), weight_grad
     return torch.addmm(states_grad.flatten(0, -2), result_NE, weight_ED).view(states.shape), weight_grad
 
 
-def _joined(parts_ND: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Parts of equal width beside each other, and the sum of their rows."""
+def _concatenate_and_sum(parts_ND: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenate gradients of equal width along the width. Returns: the result, and its sum over rows."""
     num_rows, width = parts_ND[0].shape
     if len(parts_ND) not in (2, 3) or width % _TILE_COLUMNS or not num_rows:
         joined = parts_ND[0] if len(parts_ND) == 1 else torch.cat(parts_ND, dim=-1)
@@ -296,38 +338,38 @@ def _joined(parts_ND: list[Tensor]) -> tuple[Tensor, Tensor]:
     joined = parts_ND[0].new_empty(num_rows, num_parts * width)
     programs, columns = _tile_grid(num_rows, num_parts * width, joined.device)
     partial = torch.empty(programs, num_parts * width, dtype=torch.float32, device=joined.device)
-    three = (parts_ND + parts_ND[:1] * 2)[:3]
-    kernels.join[programs, columns](*three, joined, partial, num_rows, num_parts, **_tiles(width))
+    three_parts = (parts_ND + parts_ND[:1] * 2)[:3]  # the kernel has three pointers, of which it may read two
+    kernels.join[programs, columns](*three_parts, joined, partial, num_rows, num_parts, **_tile_constants(width))
     return joined, partial.sum(dim=0).to(joined.dtype)
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Another pointer in place of one that the kernel does not read."""
+def _or_unread(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """Return a stand-in pointer for an argument that the kernel does not read."""
     return other if tensor is None else tensor
 
 
-def _row_of(width: int) -> dict[str, int]:
-    """For a program that has whole rows: a warp, unless rows are wide."""
+def _row_constants(width: int) -> dict[str, int]:
+    """Return the constants of a program that holds whole rows: one warp, or more for rows wider than 1,024."""
     block = max(4, triton.next_power_of_2(width))
     return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // 1024)}
 
 
-def _blocks(width: int) -> dict[str, int]:
+def _block_constants(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
-def _tiles(width: int) -> dict[str, int]:
+def _tile_constants(width: int) -> dict[str, int]:
     return {"WIDTH": width, "ROWS": _TILE_ROWS, "COLUMNS": _TILE_COLUMNS, "num_warps": 4}
 
 
 def _tile_grid(num_rows: int, width: int, device: torch.device) -> tuple[int, int]:
-    """Programs that go through the rows, and columns of tiles."""
+    """Return the grid: programs that loop over the rows, and columns of tiles."""
     columns = triton.cdiv(width, _TILE_COLUMNS)
-    return max(1, min(triton.cdiv(num_rows, _TILE_ROWS), _PROGRAMS * _processors(device) // columns)), columns
+    return max(1, min(triton.cdiv(num_rows, _TILE_ROWS), _PROGRAMS * _num_multiprocessors(device) // columns)), columns
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
-    """A GPU's multiprocessors."""
+def _num_multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU, or 1 for a CPU, where Triton interprets."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

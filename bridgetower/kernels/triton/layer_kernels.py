@@ -1,9 +1,10 @@
-"""Kernels in Triton for what stands between the products of a layer; imported only where there is Triton.
+"""Triton kernels for the operations between the matmuls of a layer; imported only where Triton is installed.
 
-Sums are in float32 whatever the states are. Dropout compares 32 random bits an element, by Philox from a key; the
-backward pass draws them again instead of keeping a mask. Kernels that sum over all rows leave a sum for each program.
+Sums are in float32 whatever the type of the states. Dropout compares 32 random bits per element, which Philox draws
+from a key; the backward pass draws them again, so that no mask is stored. Kernels that sum over all rows write one
+partial sum per program.
 
-A program of a norm is one warp, and has whole rows: what it sums over a row never waits for other warps.
+A program of a norm is one warp that holds whole rows, so that a sum over a row never waits for other warps.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PHILOX_ROUNDS = tl.constexpr(7)  # of Philox: as many as its authors found to pass every test of randomness
+# The fewest rounds with which Philox passes BigCrush (Salmon et al., "Parallel random numbers", SC 2011).
+PHILOX_ROUNDS = tl.constexpr(7)
 _QUICK = tl.constexpr(1.702)
 _ROOT_HALF, _DENSITY = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)  # sqrt(1/2), 1/sqrt(2 pi)
 
 
 @triton.jit
 def _is_dropped(key, row, threshold, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Which columns of a row are dropped. Philox gives four words at a time, for four columns."""
+    """Return True for the dropped columns of a row. Each call of Philox gives four words, for four columns."""
     four = row * ((WIDTH + 3) // 4) + tl.arange(0, BLOCK // 4)
     a, b, c, d = tl.randint4x(key, four, n_rounds=PHILOX_ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK,))
@@ -31,7 +33,7 @@ def norm_forward(
     epsilon, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """A row's sum with dropout, and its norm."""
+    """Compute the sum of states and update of a row, with bias and dropout, and its norm."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -44,7 +46,7 @@ def norm_forward(
         if DROPS:
             key = tl.load(key_word) + key_number
             added = tl.where(_is_dropped(key, row, threshold, WIDTH, BLOCK), 0.0, added * left)
-        # The backward pass sees the sum as it is kept, so the norm has to see the same.
+        # The backward pass reads the sum as it is stored, so the norm has to read the rounded sum, too.
         rounded = (value + added).to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -64,7 +66,7 @@ def norm_backward(
     num_rows, threshold, left,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHIFTS: tl.constexpr, DROPS: tl.constexpr, HAS_TOTAL_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what is summed, and sums over rows for those of gain, shift and bias."""
+    """Compute the gradients of states and update, and partial sums over rows: those of gain, shift and update bias."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -74,8 +76,8 @@ def norm_backward(
     update_shift_sum = tl.zeros((BLOCK,), tl.float32)
     if DROPS:
         key = tl.load(key_word) + key_number
-    stride = tl.full((), WIDTH, tl.int64)  # of all rows there may be many numbers
-    # The next row is on its way while one is computed.
+    stride = tl.full((), WIDTH, tl.int64)  # 64 bits: the elements of all rows may be more than 2^31
+    # Two stages: the next row is loaded while one is computed.
     for row in tl.range(program, num_rows, programs, num_stages=2):
         at = row * stride + column
         gradient = tl.load(normed_grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -108,7 +110,7 @@ def activation_forward(
     inner, bias, outer, num_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_QUICK: tl.constexpr,
 ):  # fmt: skip
-    """GELU of products with their bias."""
+    """Compute GELU(W x + b) from the matmul W x."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
@@ -127,7 +129,7 @@ def activation_backward(
     outer_grad, inner, bias, inner_grad, partial, num_rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_QUICK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the products, and sums over rows for that of the bias."""
+    """Compute the gradient of W x, and its partial sums over rows: the gradient of the bias."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < WIDTH
@@ -140,8 +142,8 @@ def activation_backward(
         value = tl.load(inner + at, mask=inside, other=0.0).to(tl.float32) + shift
         gradient = tl.load(outer_grad + at, mask=inside, other=0.0).to(tl.float32)
         if IS_QUICK:
-            share = tl.sigmoid(value * _QUICK)
-            slope = share * (1.0 + value * _QUICK * (1.0 - share))
+            sigmoid = tl.sigmoid(value * _QUICK)
+            slope = sigmoid * (1.0 + value * _QUICK * (1.0 - sigmoid))
         else:
             slope = 0.5 * (1.0 + tl.erf(value * _ROOT_HALF)) + value * _DENSITY * tl.exp(-0.5 * value * value)
         gradient *= slope
@@ -155,7 +157,7 @@ def join(
     first, second, third, joined, partial, num_rows,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of parts beside each other, and their sums."""
+    """Write two or three matrices next to each other, and the partial sums of their rows."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     part = tl.program_id(1) // (WIDTH // COLUMNS)
     column = (tl.program_id(1) % (WIDTH // COLUMNS)) * COLUMNS + tl.arange(0, COLUMNS)
@@ -179,7 +181,7 @@ def take_forward(
     states, index, taken, row_stride, position_stride, num_positions,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of states."""
+    """Copy rows of states by index."""
     row = tl.program_id(0).to(tl.int64)
     position, column = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, BLOCK)
     inside = (position < num_positions)[:, None] & (column < WIDTH)[None, :]
@@ -193,14 +195,14 @@ def take_backward(
     gradient, order, start, states_grad, num_positions,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the gradients of each row's readers."""
+    """Sum the gradients of the readers of each row, in the given order."""
     shared = tl.program_id(0).to(tl.int64)
     position, column = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, BLOCK)
     inside = (position < num_positions)[:, None] & (column < WIDTH)[None, :]
     at = position[:, None] * WIDTH + column[None, :]
     total = tl.zeros((POSITIONS, BLOCK), tl.float32)
-    for place in range(tl.load(start + shared), tl.load(start + shared + 1)):
-        row = gradient + tl.load(order + place) * num_positions * WIDTH
+    for reader in range(tl.load(start + shared), tl.load(start + shared + 1)):
+        row = gradient + tl.load(order + reader) * num_positions * WIDTH
         total += tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
     to = states_grad + shared * num_positions * WIDTH + at
     tl.store(to, total.to(states_grad.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
-"""The operations on NVIDIA GPUs by kernels of our own, in Triton; imported only where there is Triton.
+"""The operations on NVIDIA GPUs by our own Triton kernels; imported only where Triton is installed.
 
-Each kernel reads its inputs once, and gives the gradients of biases and of a norm's weights on the way, for which
-torch's operators read everything again.
+Each kernel reads its inputs once, and sums the gradients of biases and of a norm's weights on the way. Torch's
+operators read everything again for these sums.
 
 Shapes: D width, E joint width of several projections, R rows, N shared rows, P positions, T packed tokens, H heads, d
 width of a head.
@@ -20,17 +20,18 @@ from bridgetower.kernels.torch_ops import joint_weights
 from bridgetower.kernels.triton import functions, row_attention, short_attention
 
 _WIDEST = 4096
+"""Widest row that a kernel holds in registers."""
 
 
 class TritonOps(FlashOps):
-    """FlashAttention, and our kernels wherever they can take the states."""
+    """Our kernels wherever they support the states; elsewhere FlashAttention and torch's operators."""
 
     name = "triton"
 
-    def takes(self, states: Tensor) -> bool:
-        """Return True if the kernels take such states.
+    def supports(self, states: Tensor) -> bool:
+        """Return True if the kernels support such states.
 
-        They are launched on the current device, and do not know autocast, under which matmuls have another type.
+        Triton launches kernels on the current device. Autocast is not supported, since matmuls then have another type.
         """
         return (
             states.is_cuda
@@ -42,13 +43,13 @@ class TritonOps(FlashOps):
 
     def norm(self, states: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Return x and LN(x)."""
-        if _is_norm(layer) and self.takes(states):
+        if _is_norm(layer) and self.supports(states):
             return functions.norm(states, layer)
         return super().norm(states, layer)
 
     def add_norm(self, states: Tensor, update: Tensor, layer: nn.LayerNorm) -> Tensor:
         """Return LN(x + u)."""
-        if self.takes(states):
+        if self.supports(states):
             return functions.add_norm(states, update, layer)
         return super().add_norm(states, update, layer)
 
@@ -56,13 +57,13 @@ class TritonOps(FlashOps):
         self, states: Tensor, inner: Tensor, linear: nn.Linear, layer: nn.Module, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """Return s = x + Dropout(W h + b), and LN(s)."""
-        if _is_norm(layer) and self.takes(states):
+        if _is_norm(layer) and self.supports(states):
             return functions.project_add_norm(states, inner, linear, layer, dropout)
         return super().project_add_norm(states, inner, linear, layer, dropout)
 
     def project(self, states: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         """Return x and its projections, in one matmul."""
-        if not self.takes(states):
+        if not self.supports(states):
             return super().project(states, *layers)
         if len(layers) == 1:
             return functions.project(states, layers[0].weight, layers[0].bias, 1)
@@ -70,17 +71,17 @@ class TritonOps(FlashOps):
 
     def activate(self, states: Tensor, linear: nn.Linear, *, quick: bool = False) -> tuple[Tensor, Tensor]:
         """Return x and its activation."""
-        if self.takes(states):
+        if self.supports(states):
             return functions.expand(states, linear, quick=quick)
         return super().activate(states, linear, quick=quick)
 
     def attend_within_rows(
         self, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
     ) -> tuple[Tensor, Tensor]:
-        """Project and attend in one function, where its kernels take the rows."""
-        if not self.takes(states_RPD):
+        """Project and attend in one function where the kernels for rows of one length are the faster ones."""
+        if not self.supports(states_RPD):
             return super().attend_within_rows(states_RPD, weight_ED, bias_E, num_heads, dropout)
-        if self.reads_spans(states_RPD, num_heads) and row_attention.takes(states_RPD, num_heads, dropout):
+        if self.reads_spans(states_RPD, num_heads) and row_attention.supports(states_RPD, num_heads, dropout):
             return row_attention.attend_within_rows(states_RPD, weight_ED, bias_E, num_heads)
         states_RPD, query, key, value = functions.project(states_RPD, weight_ED, bias_E, 3)
         return states_RPD, self.attend(query, key, value, num_heads, dropout)
@@ -96,13 +97,13 @@ class TritonOps(FlashOps):
     ) -> Tensor:
         """Attend by our kernels where one side is short, else by FlashAttention."""
         longest = query_spans.longest, key_spans.longest
-        if self.takes(query_THd) and short_attention.takes(*longest, query_THd.shape[-1]):
+        if self.supports(query_THd) and short_attention.supports(*longest, query_THd.shape[-1]):
             return short_attention.attend_short(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
         return super().attend_spans(query_THd, key_SHd, value_SHd, query_spans, key_spans, dropout)
 
     def share_rows(self, index_R: Tensor, states_NPD: Tensor) -> SharedRows:
         """Return the index with its sorted order, in which the kernel sums gradients."""
-        if not self.takes(states_NPD):
+        if not self.supports(states_NPD):
             return super().share_rows(index_R, states_NPD)
         sorted_R, order_R = index_R.sort(stable=True)
         row_Z = torch.arange(len(states_NPD) + 1, device=index_R.device)
@@ -114,17 +115,17 @@ class TritonOps(FlashOps):
         The gradients of a row's readers are summed in one order, in float32. Torch's own sum on a GPU has no order,
         and rounds to the states' type at each addition.
         """
-        if rows.order_R is None or rows.start_Z is None or not self.takes(states_NPD):
+        if rows.order_R is None or rows.start_Z is None or not self.supports(states_NPD):
             return super().take_rows(states_NPD, rows)
         return functions.take(states_NPD, rows.index_R, rows.order_R, rows.start_Z)
 
     def supports_buckets(self, states: Tensor, num_heads: int, longest_query: int, longest_key: int) -> bool:
-        """Return True if all attention of such states is by the kernels for short rows, which skip other tokens."""
+        """Return True if the kernels for short rows compute all attention of such states; they skip padded slots."""
         width = states.shape[-1] // num_heads
         return (
             self.reads_spans(states, num_heads)
-            and self.takes(states)
-            and short_attention.takes(longest_query, longest_key, width)
+            and self.supports(states)
+            and short_attention.supports(longest_query, longest_key, width)
         )
 
 

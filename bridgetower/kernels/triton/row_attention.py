@@ -1,8 +1,8 @@
-"""Attention of a row's positions to each other, with its projections, by kernels in Triton; imported only with Triton.
+"""Self-attention within rows of one length, with its projections, by Triton kernels; imported only with Triton.
 
-Torch's kernels pad 325 positions to 384, twice. They leave three gradients, which then have to be put beside each other
-for one product, and be summed for a bias: here they are written where they are read, and their sums come on the way.
-With dropout torch's are the faster ones.
+Torch's FlashAttention pads 325 positions to 384, for queries and for keys. It returns three gradients, which have to be
+concatenated for one matmul and summed for the bias. These kernels write the gradients where that matmul reads them, and
+sum them on the way. With dropout FlashAttention is faster.
 
 Shapes: R rows, P positions, D width, H heads, E three times D: queries, keys and values beside each other.
 """
@@ -19,21 +19,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bridgetower.kernels.triton import row_attention_kernels as kernels
-from bridgetower.kernels.triton.functions import product_gradients
+from bridgetower.kernels.triton.functions import linear_gradients
 
 LONGEST = 512
-"""Positions. On an H100, 145, 325 and 442 were faster than torch's; 197, and 577 and more, slower."""
+"""Most positions of a row. On an H100, 145, 325 and 442 positions were faster than with FlashAttention; 197, and 577
+and more, were slower."""
 _TILE = 64
-"""Queries, or keys, of a program: as many for both, as their sums stand beside each other."""
+"""Queries, or keys, of one program: the same number for both, since both write to one table of partial sums."""
 _TAIL = {"TAIL": 16, "num_warps": 4}
-# How many go by at a time, and are on their way meanwhile: measured on an H100 at 325 positions.
+# Tile sizes and pipeline stages of each kernel: the fastest on an H100 at 325 positions.
 FORWARD = {"QUERIES": _TILE, "KEYS": 64, "num_stages": 3, **_TAIL}
 BACKWARD_OF_QUERIES = {"QUERIES": _TILE, "KEYS": 32, "num_stages": 3, **_TAIL}
 BACKWARD_OF_KEYS = {"QUERIES": 32, "KEYS": _TILE, "num_stages": 3, **_TAIL}
 
 
 class _RowAttention(torch.autograd.Function):
-    """Keeps what is projected, the projections, the results and a number for each query."""
+    """Projects and attends. Saves the states, their projections, the results and the log-sum-exp of each query."""
 
     @staticmethod
     def forward(
@@ -75,12 +76,12 @@ class _RowAttention(torch.autograd.Function):
             *parts, log_sum_RHP, gradient_RPD, along_RHP, key_grad, value_grad, partial,
             length, *ctx.scales, **ctx.sizes, **BACKWARD_OF_KEYS,
         )  # fmt: skip
-        states_grad, weight_grad = product_gradients(joined_grad_RPE.flatten(0, 1), states_RPD, weight_ED, states_grad)
+        states_grad, weight_grad = linear_gradients(joined_grad_RPE.flatten(0, 1), states_RPD, weight_ED, states_grad)
         return states_grad, weight_grad, partial.sum(dim=0).to(weight_ED.dtype), None
 
 
-def takes(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
-    """Whether these kernels are for such states."""
+def supports(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
+    """Return True if these kernels support such states and are the faster ones for them."""
     return (
         not dropout
         and states_RPD.dtype in (torch.bfloat16, torch.float16)
@@ -91,6 +92,13 @@ def takes(states_RPD: Tensor, num_heads: int, dropout: float) -> bool:
 
 
 def attend_within_rows(states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """X as it is, so that its gradients are added in a product, and what each head attended to, shape (R, P, D)."""
-    found: tuple[Tensor, Tensor] = _RowAttention.apply(states_RPD, weight_ED, bias_E, num_heads)
-    return found
+    """Return x and what its positions attend to among each other, both of shape (R, P, D).
+
+    Use the returned x from here on: the matmul that gives this layer's gradient of x then adds the other one for free.
+
+    Args:
+        weight_ED: joint projection to queries, keys and values.
+        bias_E: its bias.
+    """
+    results: tuple[Tensor, Tensor] = _RowAttention.apply(states_RPD, weight_ED, bias_E, num_heads)
+    return results

@@ -1,11 +1,11 @@
-"""Kernels in Triton for rows of one length whose positions attend to each other; imported only where there is Triton.
+"""Triton kernels for self-attention within rows of one length; imported only where Triton is installed.
 
-A program has a tile of queries or of keys, and the others go by; the last few in tiles of TAIL, so that little is
-computed for what is not there. Sums are in float32. The backward pass computes scores again. It leaves a sum for each
-tile, for the gradient of the projections' bias.
+A program holds a tile of queries (or of keys) and loops over the keys (or queries) of its row. The last few are taken
+in tiles of TAIL, so that little is computed for positions behind the end of the row. Sums are in float32. The backward
+pass computes the scores again, and writes one partial sum per tile for the gradient of the projections' bias.
 
-A tile has QUERIES by KEYS scores; WIDTH is that of a head. Positions of queries, keys and values are STRIDE apart, as
-those that one product gives, those of results one after the other.
+A tile has QUERIES by KEYS scores; WIDTH is the width of a head. Positions of queries, keys and values are STRIDE apart,
+since one matmul gives all three; those of results are contiguous.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ import triton.language as tl
 
 @triton.jit
 def _part_of_row(pointer, row, head, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the channels of a head begin in a row."""
+    """Return the pointer to the first channel of a head in a row."""
     return pointer + row.to(tl.int64) * length * STRIDE + head * WIDTH
 
 
 @triton.jit
 def _load_rows(part, at, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ENDS: tl.constexpr):
-    """Positions of a row; zero from its end on, where it may end."""
-    place = part + at[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
+    """Load positions of a row; with ENDS the tile may reach behind the end of the row, where it is zero."""
+    pointers = part + at[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
     if ENDS:
-        return tl.load(place, mask=(at < length)[:, None], other=0.0)
-    return tl.load(place)
+        return tl.load(pointers, mask=(at < length)[:, None], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
 def _store_sum_of_rows(to, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of what is kept of a tile, as a product with ones: a sum over rows would go from lane to lane of each warp."""
+    """Store the sum of a tile over its rows.
+
+    A matmul with ones runs on the matrix units; a plain sum would shuffle numbers between the lanes of each warp.
+    """
     row = tl.arange(0, ROWS)[:, None]
-    sums = tl.dot(tl.full((ROWS, ROWS), 1.0, tile.dtype), tile)  # the same in each row
+    sums = tl.dot(tl.full((ROWS, ROWS), 1.0, tile.dtype), tile)  # each row holds the sum
     tl.store(to + row * 0 + tl.arange(0, WIDTH)[None, :], sums, mask=row == 0)
 
 
@@ -42,7 +45,7 @@ def _attend_to_keys(
     queries, key_part, value_part, highest, total, result, start, length, scale,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the highest scores, the sums of shares, and those of values so far."""
+    """Add one tile of keys to the running softmax: highest score, sum of probabilities, and weighted sum of values."""
     at_key = start + tl.arange(0, KEYS)
     keys = _load_rows(key_part, at_key, length, STRIDE, WIDTH, ENDS)
     values = _load_rows(value_part, at_key, length, STRIDE, WIDTH, ENDS)
@@ -50,10 +53,10 @@ def _attend_to_keys(
     if ENDS:
         score = tl.where((at_key < length)[None, :], score, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(score, axis=1))
-    share = tl.exp2(score - new_highest[:, None])
+    probability = tl.exp2(score - new_highest[:, None])
     before = tl.exp2(highest - new_highest)
-    total = total * before + tl.sum(share, axis=1)
-    result = tl.dot(share.to(values.dtype), values, result * before[:, None])
+    total = total * before + tl.sum(probability, axis=1)
+    result = tl.dot(probability.to(values.dtype), values, result * before[:, None])
     return new_highest, total, result
 
 
@@ -63,7 +66,7 @@ def rows_forward(
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries, to which the row's keys go by. Scales and logarithms are of powers of 2."""
+    """Attend from one tile of queries to all keys of the row. ``scale`` and ``log_sum`` are to base 2, for exp2."""
     tiles = tl.cdiv(length, QUERIES)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
@@ -98,15 +101,15 @@ def _add_query_grad(
     queries, gradients, logs, along, key_part, value_part, query_sum, start, length, scale,
     STRIDE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds."""
+    """Add the contribution of one tile of keys to the gradient of the queries."""
     at_key = start + tl.arange(0, KEYS)
     keys = _load_rows(key_part, at_key, length, STRIDE, WIDTH, ENDS)
     values = _load_rows(value_part, at_key, length, STRIDE, WIDTH, ENDS)
-    share = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
-    if ENDS:  # of a key that is not there it may be infinite
-        share = tl.where((at_key < length)[None, :], share, 0.0)
-    share_grad = tl.dot(gradients, tl.trans(values))
-    score_grad = (share * (share_grad - along[:, None])).to(keys.dtype)
+    probability = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - logs[:, None])
+    if ENDS:  # behind the end of the row it may be infinite
+        probability = tl.where((at_key < length)[None, :], probability, 0.0)
+    probability_grad = tl.dot(gradients, tl.trans(values))
+    score_grad = (probability * (probability_grad - along[:, None])).to(keys.dtype)
     return tl.dot(score_grad, keys, query_sum)
 
 
@@ -117,7 +120,11 @@ def rows_backward_of_queries(
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries, to which the row's keys go by. Leaves what all share gradients of a query have in common."""
+    """Compute the gradients of one tile of queries.
+
+    Also writes ``along_sum``, the dot product of each query's result and gradient, which the softmax's backward pass
+    subtracts from every probability's gradient; ``rows_backward_of_keys`` reads it.
+    """
     tiles = tl.cdiv(length, QUERIES)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
@@ -149,7 +156,7 @@ def rows_backward_of_queries(
     query_sum = (query_sum * score_scale).to(query_grad.dtype.element_ty)
     to = _part_of_row(query_grad, row, head, length, STRIDE, WIDTH)
     tl.store(to + at[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :], query_sum, mask=inside[:, None])
-    # Of queries that are not there it is zero.
+    # Rows behind the end are zero, so that the sum needs no mask.
     _store_sum_of_rows(partial + (row * tiles + tile) * STRIDE + head * WIDTH, query_sum, QUERIES, WIDTH)
 
 
@@ -158,19 +165,19 @@ def _add_key_grads(
     keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, start, length, scale,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to the gradients of keys and values. Scores stand with the keys first."""
+    """Add the contribution of one tile of queries to the gradients of keys and values; scores are (KEYS, QUERIES)."""
     at = start + tl.arange(0, QUERIES)
     queries = _load_rows(query_part, at, length, STRIDE, WIDTH, ENDS)
     gradients = _load_rows(gradient_part, at, length, HEADS * WIDTH, WIDTH, ENDS)
     if ENDS:
-        log = tl.load(logs + at, mask=at < length, other=float("inf"))  # a query that is not there has no share
+        log = tl.load(logs + at, mask=at < length, other=float("inf"))  # behind the end of the row the probability is 0
         along = tl.load(alongs + at, mask=at < length, other=0.0)
     else:
         log, along = tl.load(logs + at), tl.load(alongs + at)
-    share = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - log[None, :])
-    share_grad = tl.dot(values, tl.trans(gradients))
-    value_sum = tl.dot(share.to(queries.dtype), gradients, value_sum)
-    score_grad = (share * (share_grad - along[None, :])).to(queries.dtype)
+    probability = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - log[None, :])
+    probability_grad = tl.dot(values, tl.trans(gradients))
+    value_sum = tl.dot(probability.to(queries.dtype), gradients, value_sum)
+    score_grad = (probability * (probability_grad - along[None, :])).to(queries.dtype)
     key_sum = tl.dot(score_grad, queries, key_sum)
     return key_sum, value_sum
 
@@ -182,7 +189,7 @@ def rows_backward_of_keys(
     STRIDE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys and their values, to which the row's queries go by."""
+    """Compute the gradients of one tile of keys and values, over all queries of the row."""
     tiles = tl.cdiv(length, KEYS)
     tile, which = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     row, head = which // HEADS, which % HEADS
@@ -205,13 +212,13 @@ def rows_backward_of_keys(
             keys, values, query_part, gradient_part, logs, alongs, key_sum, value_sum, start, length, scale,
             STRIDE, HEADS, WIDTH, TAIL, True,
         )  # fmt: skip
-    # A key that is not there is zero, and its share of a query is not: it is not written, and no part of the sums.
+    # Keys behind the end are loaded as zeros, but exp2 gives them a probability: keep them out of results and sums.
     inside = (at_key < length)[:, None]
     key_sum = tl.where(inside, key_sum * score_scale, 0.0).to(key_grad.dtype.element_ty)
     value_sum = tl.where(inside, value_sum, 0.0).to(value_grad.dtype.element_ty)
-    place = at_key[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
-    tl.store(_part_of_row(key_grad, row, head, length, STRIDE, WIDTH) + place, key_sum, mask=inside)
-    tl.store(_part_of_row(value_grad, row, head, length, STRIDE, WIDTH) + place, value_sum, mask=inside)
+    offset = at_key[:, None] * STRIDE + tl.arange(0, WIDTH)[None, :]
+    tl.store(_part_of_row(key_grad, row, head, length, STRIDE, WIDTH) + offset, key_sum, mask=inside)
+    tl.store(_part_of_row(value_grad, row, head, length, STRIDE, WIDTH) + offset, value_sum, mask=inside)
     sums = partial + (row * tiles + tile) * STRIDE + head * WIDTH
     _store_sum_of_rows(sums + HEADS * WIDTH, key_sum, KEYS, WIDTH)
     _store_sum_of_rows(sums + 2 * HEADS * WIDTH, value_sum, KEYS, WIDTH)
