@@ -22,7 +22,8 @@ from PIL import Image
 
 from benchmarks.gpu.plan import Request, Run
 from benchmarks.photos import cut_photos
-from benchmarks.step_sides import MEAN_TOKENS, PUBLISHED_TOKENS, caption_lengths
+from benchmarks.step_sides import MEAN_TOKENS, caption_lengths
+from bridgetower.cost.published import PUBLISHED_TOKENS
 from bridgetower.errors import ConfigError
 
 _REPO = Path(__file__).resolve().parent.parent.parent

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu import measure
+from benchmarks.gpu.agreement import gradient_difference
 from benchmarks.gpu.pipeline import synthetic_photos, training_settings
 from benchmarks.gpu.plan import EVERYTHING, Request, Run, Section, plan, read_request, seconds_for
-from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_memory
+from benchmarks.gpu.sections import MEASURES
+from benchmarks.gpu.timing import or_out_of_memory
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
@@ -89,9 +91,8 @@ def test_the_step_of_the_engine_is_profiled(measured):
 
 
 def test_sides_do_different_amounts_of_work_for_one_loss(measured):
-    ours, recorded, two_passes, plain, transformers = list_rows(measured[1], "sides")
+    ours, recorded, plain, transformers = list_rows(measured[1], "sides")
     assert recorded["gflop_per_pair"] == ours["gflop_per_pair"]
-    assert ours["gflop_per_pair"] < two_passes["gflop_per_pair"]
     assert ours["gflop_per_pair"] < 0.6 * plain["gflop_per_pair"]
     assert transformers["gflop_per_pair"] == pytest.approx(plain["gflop_per_pair"], rel=0.05)
 
