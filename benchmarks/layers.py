@@ -9,7 +9,6 @@ on the machine slows both of them.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
