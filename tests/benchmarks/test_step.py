@@ -14,7 +14,6 @@ from benchmarks.machine import cpu_features, cpu_model
 from benchmarks.step_sides import MEAN_TOKENS, caption_lengths, make_batch
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.snapshot import find_commit
-from bridgetower.engine.launch import computes_bf16
 from bridgetower.errors import ConfigError
 from bridgetower.model.sizes import complete_model_config
 from tests.conftest import REPO, run_script
@@ -95,7 +94,8 @@ def test_results_name_the_machine_and_the_versions(compared):
     assert machine["cores"] >= 1 and machine["load_average"] >= 0
 
 
-def test_our_side_takes_the_path_of_a_real_training_run(compared, emoji_shards, tmp_path):
+@pytest.mark.parametrize("dtype", step.DTYPES)
+def test_our_side_takes_the_path_of_a_real_training_run(dtype, compared, emoji_shards, tmp_path):
     script, train_out, side_out = tmp_path / "profile.py", tmp_path / "train.json", tmp_path / "side.json"
     script.write_text(PROFILE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,12 +108,12 @@ def test_our_side_takes_the_path_of_a_real_training_run(compared, emoji_shards, 
         "--evaluation.every_steps=0",
         "--objectives.itc=false",
         "--compute.cuda_graphs=false",
+        f"--engine.deepspeed=zero2_{dtype}",
     ]
     run_script(str(script), str(train_out), str(REPO / "pretrain/train.py"), "tiny", *flags, launcher="preloaded")
     kernels = json.loads((tmp_path / "runs/one/run.json").read_text())["kernels"]
     sides = compared[1]["sides"]
     assert kernels and sides["ours"]["kernels"] == kernels and sides["plain"]["kernels"] == ""
-    dtype = "bf16" if computes_bf16(torch.device(device)) else "fp32"
     setting = step.Setting("tiny", device, dtype, batch=8, compiled=False, dropout=None, threads=1)
     run_script(str(script), str(side_out), "step", json.dumps(setting._asdict()), launcher="preloaded")
     operators = json.loads(train_out.read_text())
