@@ -116,10 +116,11 @@ def _draw_states(*shape: int, dtype: torch.dtype) -> Tensor:
     return drawn.to(dtype).requires_grad_()
 
 
-def _draw_heads(rows: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def _draw_heads(rows: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return joint projections of images, and queries, keys and values head by head."""
     projections = _draw_states(rows, _POSITIONS, 3 * _WIDTH, dtype=dtype)
-    return projections, [x.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for x in projections.chunk(3, dim=-1)]
+    query, key, value = (x.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for x in projections.chunk(3, dim=-1))
+    return projections, (query, key, value)
 
 
 def _cpu_ops() -> CpuOps:

@@ -107,11 +107,11 @@ def _compute_gradients(
     if turn.compute is None:
         plain = step_sides.copy_to_plain(task.model)
         losses = plain.losses(task.model.normalize(batch.pixels_N3SS), batch)
-        model, loss = plain, torch.stack(list(losses.values())).sum()
+        named_parameters, loss = plain.named_parameters(), torch.stack(list(losses.values())).sum()
     else:
-        model, loss = task.model, task(batch)[0]
+        named_parameters, loss = task.model.named_parameters(), task(batch)[0]
     loss.backward()
-    gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: parameter.grad.float() for name, parameter in named_parameters if parameter.grad is not None}
     return float(loss.detach()), gradients
 
 
