@@ -1,10 +1,10 @@
-"""Images per second and core: this project's conversion beside img2dataset's resizer, on the same photographs.
+"""Images per second per core of this project's conversion and of img2dataset's resizer, on the same photographs.
 
 python benchmarks/data_prep.py [--img2dataset_python=PYTHON] [--images=48] [--rounds=5] [--out=FILE.json]
 
-img2dataset pins versions that this project cannot have, so it runs under a Python of its own (`python3 -m venv ENV &&
-ENV/bin/pip install img2dataset`; give --img2dataset_python=ENV/bin/python). Both sides take turns in one run; the best
-round of each counts, in CPU seconds of one thread.
+img2dataset pins versions that conflict with this project's, so it runs under a Python of its own (`python3 -m venv ENV
+&& ENV/bin/pip install img2dataset`; give --img2dataset_python=ENV/bin/python). Both sides take turns in one run. The
+best round of each counts, in CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from bridgetower.config.snapshot import find_commit
 from bridgetower.errors import ConfigError
 
 _FLAGS = {
-    "img2dataset_python": "a python that can import img2dataset; without, only this project is measured",
-    "images": "photographs of each size (default 48)",
-    "rounds": "turns of each side (default 5)",
+    "img2dataset_python": "a python that can import img2dataset (default: measure only this project)",
+    "images": "number of photographs of each size (default 48)",
+    "rounds": "number of turns of each side (default 5)",
     "out": "JSON file for the results",
 }
 _USAGE = "Usage: python benchmarks/data_prep.py [flags]\n\nFlags:\n" + "\n".join(
     f"  --{name}  {meaning}" for name, meaning in _FLAGS.items()
 )
 _SHORT_SIDE_PX = 304
-# Each is run by its own python with the folder of photographs; prints seconds by operation, best of a few passes.
+# Each side runs under its own Python with the folder of photographs, and prints the seconds of each operation: the best
+# of three passes.
 _TIMING = """
 import json, sys, time
 from pathlib import Path
@@ -104,8 +105,8 @@ def main(
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, size in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
-            for number, raw in enumerate(cut_photos(size, count)):
-                (Path(folder) / f"{number:04d}.jpg").write_bytes(raw)
+            for index, raw in enumerate(cut_photos(size, count)):
+                (Path(folder) / f"{index:04d}.jpg").write_bytes(raw)
             rates[name] = _measure(sides, folder, count, turns)
     _print(rates)
     if out:
@@ -119,7 +120,7 @@ def main(
 
 
 def _measure(sides: dict[str, tuple[str, str]], folder: str, count: int, turns: int) -> dict[str, dict[str, float]]:
-    """Images per second of each operation and side: the best of several turns."""
+    """Return images per second by operation and side, the best of several turns."""
     best: dict[str, dict[str, float]] = {}
     for _ in range(turns):
         for side, (python, code) in sides.items():
@@ -130,7 +131,7 @@ def _measure(sides: dict[str, tuple[str, str]], folder: str, count: int, turns: 
 
 
 def _run(python: str, code: str, *arguments: str) -> str:
-    """Run code under a Python. Returns: the last line that it prints."""
+    """Run code under a Python, and return the last line that it prints."""
     try:
         result = subprocess.run(
             [python, "-W", "ignore", "-c", code, *arguments],
@@ -142,13 +143,13 @@ def _run(python: str, code: str, *arguments: str) -> str:
         raise ConfigError(f"{python} cannot be run ({error.strerror}). Give the path of a python.") from error
     if result.returncode:
         raise ConfigError(
-            f"{python} cannot run its side of the benchmark. Does it have what that needs?\n{result.stderr[-2000:]}"
+            f"{python} cannot run its side of the benchmark. Install what the error names:\n{result.stderr[-2000:]}"
         )
     return result.stdout.splitlines()[-1]
 
 
 def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table(title=f"Images per second and core (resize: short side {_SHORT_SIDE_PX} px)", title_justify="left")
+    table = Table(title=f"Images per second per core (resize: short side {_SHORT_SIDE_PX} px)", title_justify="left")
     for name in ("photographs", "operation", "ours", "img2dataset", "ratio"):
         table.add_column(name, justify="left" if name in ("photographs", "operation") else "right")
     for size, operations in rates.items():
@@ -160,6 +161,7 @@ def _print(rates: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def _machine() -> dict[str, Any]:
+    """Return the machine and the versions that the figures belong to."""
     versions = {"opencv": cv2.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
     return {
         "machine": cpu_model(),

@@ -1,11 +1,11 @@
-"""The training stream beside webdataset's plain pipeline and open_clip's, on the same shards, in one run.
+"""Speed of the training stream, of webdataset's plain pipeline and of open_clip's, on the same shards in one run.
 
 python benchmarks/data_stream.py [--images=256] [--rounds=24] [--seconds=1] [--batches=20000] [--out=FILE.json]
 
 The photographs are scikit-image's, cut to the sizes of the corpora and stored as they are, so that each pair costs a
-decoding and a resize to 288 px; captions have the 12 tokens of the four corpora's mean. Sides live side by side and
-take short turns, in one order and then in the other, so that what else the machine does meets all of them; what counts
-is the median of the rounds, and of their ratios. All files are in the page cache.
+decoding and a resize to 288 px. Captions have 12 tokens, the mean of the four corpora. All sides stay alive and take
+short turns, in one order and then in the other, so that other load on the machine slows all of them. The medians of the
+rounds and of their ratios count. All files are in the page cache.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from bridgetower.shards.index import IndexRow, encode_index, make_index
 from bridgetower.shards.manifest import Manifest, ShardEntry, Totals, write_manifest
 
 _FLAGS = {
-    "images": "photographs of each size (default 256)",
-    "rounds": "turns of this stream and of decoding alone; the others have a fourth (default 24)",
-    "seconds": "of each turn (default 1)",
-    "batches": "of the memory measurement (default 20000)",
+    "images": "number of photographs of each size (default 256)",
+    "rounds": "number of turns of this stream and of decoding alone; other sides have a fourth (default 24)",
+    "seconds": "length of each turn (default 1)",
+    "batches": "number of batches of the memory measurement (default 20000)",
     "out": "JSON file for the results",
 }
 _USAGE = "Usage: python benchmarks/data_stream.py [flags]\n\nFlags:\n" + "\n".join(
@@ -54,10 +54,11 @@ _USAGE = "Usage: python benchmarks/data_stream.py [flags]\n\nFlags:\n" + "\n".jo
 )
 _SIZES = {"500x375": (500, 375), "640x480": (640, 480)}
 _WORKERS = (1, 2)
-# Rounds in which pipelines that are several times slower take part; between the first two sides percents count.
+# The slower pipelines take part in every fourth round: they are several times slower, while this stream and decoding
+# alone differ by a few percent.
 _OTHERS_EVERY = 4
 _REPO = Path(__file__).resolve().parent.parent
-# The shape of the four corpora: 9 million pairs in 400 shards.
+# Size of the four corpora: 9 million pairs in 400 shards.
 _SHARDS, _PAIRS_PER_SHARD, _GLOBAL_BATCH = 400, 22_500, 4_096
 
 
@@ -98,12 +99,12 @@ def main(
 
 
 def _build(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """Shards of photographs, built by the command that people use."""
+    """Build shards of photographs with data_prep/build_shards.py, and return their folder."""
     (folder / "raw").mkdir(parents=True)
     lines = ["image,caption"]
-    for number, raw in enumerate(cut_photos(size, count)):
-        (folder / "raw" / f"{number:05d}.jpg").write_bytes(raw)
-        lines.append(f"{number:05d}.jpg,a photograph of a thing with the number {number}")
+    for index, raw in enumerate(cut_photos(size, count)):
+        (folder / "raw" / f"{index:05d}.jpg").write_bytes(raw)
+        lines.append(f"{index:05d}.jpg,a photograph of a thing with the number {index}")
     (folder / "captions.csv").write_text("\n".join(lines) + "\n")
     command = [sys.executable, "data_prep/build_shards.py", "folder", f"--raw={folder / 'raw'}", "--keep_original"]
     command += [
@@ -116,10 +117,11 @@ def _build(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 class _Side:
-    """A side that waits for its turns, in one process or in some at a time."""
+    """A side that waits for its turns, in one process or in several."""
 
     def __init__(self, name: str, shards: Path, workers: int) -> None:
-        # The limit is of one process; as many at a time as the others have workers share the machine's memory.
+        # Decoding alone is one process without workers. As many of them as other sides have workers share the machine's
+        # memory bandwidth as those do.
         self._name = name
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.stream_sides", name, str(shards), str(workers)]
         self._processes = [
@@ -135,18 +137,18 @@ class _Side:
             for _ in range(workers if name == LIMIT else 1)
         ]
         for process in self._processes:
-            self._line(process)  # it is ready
+            self._line(process)  # says that the side is ready
 
     def turn(self, seconds: int) -> dict[str, float]:
-        """Let it work for a while. Returns: its rates."""
+        """Let the side work, and return its rates."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{seconds}\n")
             process.stdin.flush()
-        found = [json.loads(self._line(process)) for process in self._processes]
+        answers = [json.loads(self._line(process)) for process in self._processes]
         return {
-            "pairs_per_second": sum(one["pairs"] / one["seconds"] for one in found),
-            "pairs_per_core_second": statistics.mean(one["pairs"] / one["busy_seconds"] for one in found),
+            "pairs_per_second": sum(answer["pairs"] / answer["seconds"] for answer in answers),
+            "pairs_per_core_second": statistics.mean(answer["pairs"] / answer["busy_seconds"] for answer in answers),
         }
 
     def _line(self, process: subprocess.Popen[str]) -> str:
@@ -157,10 +159,10 @@ class _Side:
         return line
 
     def close(self) -> None:
-        """End it, with its workers."""
+        """End the side's processes and their workers."""
         for process in self._processes:
             try:
-                process.communicate(timeout=20)  # it ends with its input
+                process.communicate(timeout=20)  # a side ends with its input
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -168,7 +170,7 @@ class _Side:
 
 
 def _take_turns(shards: Path, workers: int, turns: int, seconds: int) -> list[dict[str, dict[str, float]]]:
-    """Rates of each round by side; rate by name."""
+    """Return the rates of each round, by side and name."""
     rounds: list[dict[str, dict[str, float]]] = []
     with contextlib.ExitStack() as living:
         sides = {}
@@ -193,7 +195,7 @@ def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
 
 def _print_rates(title: str, rates: dict[str, dict[str, float]]) -> None:
     table = Table(title=title, title_justify="left")
-    for name in ("", "pairs/s a core", "pairs/s", "this stream is (per core)"):
+    for name in ("", "pairs/s per core", "pairs/s", "this stream is (per core)"):
         table.add_column(name, justify="right" if name else "left")
     for side, rate in rates.items():
         ratio = "" if side == OURS else f"{rate['this_stream_is']:.2f} x"
@@ -202,40 +204,40 @@ def _print_rates(title: str, rates: dict[str, dict[str, float]]) -> None:
 
 
 def _memory(shards: Path, num_batches: int) -> dict[str, dict[str, float]]:
-    """Memory that belongs to the rank and to its workers alone, after a start and at the end."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the private memory of the rank and of its workers, early in a run and at its end."""
+    sizes_after: dict[str, dict[str, float]] = {}
     batches = micro_batches(our_stream(shards, 2, batch=4, side_px=32), 0, num_batches)
     own = psutil.Process()
-    for number, _ in enumerate(batches, 1):
-        if number in (num_batches // 10, num_batches):
-            # A clean process that has imported what they need forks them.
+    for num_taken, _ in enumerate(batches, 1):
+        if num_taken in (num_batches // 10, num_batches):
+            # A fork server, which has imported what the workers need, stands between the rank and its workers.
             workers = [worker for server in own.children() for worker in server.children()]
-            found[f"after {number:,} batches"] = {
+            sizes_after[f"after {num_taken:,} batches"] = {
                 "rank_mb": own.memory_full_info().uss / 1e6,
                 "workers_mb": sum(worker.memory_full_info().uss for worker in workers) / 1e6,
                 "workers": len(workers),
             }
     print("\nMemory of the rank and its workers (not shared with others):")
-    for when, sizes in found.items():
+    for when, sizes in sizes_after.items():
         print(f"  {when}: rank {sizes['rank_mb']:.0f} MB, {sizes['workers']} workers {sizes['workers_mb']:.0f} MB")
-    return found
+    return sizes_after
 
 
 def _far_start(folder: Path) -> dict[str, float]:
-    """Open the indexes of four million images with nine million pairs, and find the pairs of step 90,000."""
+    """Time opening the indexes of nine million pairs of four million images, and finding the pairs of step 90,000."""
     folder.mkdir()
     random = np.random.default_rng(0)
     entries = []
-    for number in range(_SHARDS):
+    for shard_index in range(_SHARDS):
         captions = random.permutation(np.repeat([2, 3, 1], [5_000, 3_750, 1_250]))  # 22,500 of 10,000 images
         rows = [IndexRow(512 + 40_960 * row, 38_000, 38_400, 500, row, count) for row, count in enumerate(captions)]
-        (folder / f"{number:05d}.index.npy").write_bytes(encode_index(make_index(rows)))
-        with (folder / f"{number:05d}.tar").open("wb") as tar:
-            tar.truncate(40_960 * 10_001)  # without content
+        (folder / f"{shard_index:05d}.index.npy").write_bytes(encode_index(make_index(rows)))
+        with (folder / f"{shard_index:05d}.tar").open("wb") as tar:
+            tar.truncate(40_960 * 10_001)  # a sparse file
         size = 40_960 * 10_001
-        name = f"{number:05d}.tar"
+        name = f"{shard_index:05d}.tar"
         entries.append(
-            ShardEntry(name=name, samples=10_000, pairs=_PAIRS_PER_SHARD, bytes=size, sha256=f"{number:064d}")
+            ShardEntry(name=name, samples=10_000, pairs=_PAIRS_PER_SHARD, bytes=size, sha256=f"{shard_index:064d}")
         )
     totals = Totals(
         rows=_SHARDS * _PAIRS_PER_SHARD,
@@ -262,15 +264,15 @@ def _far_start(folder: Path) -> dict[str, float]:
     }
     print(
         f"\nThe {_GLOBAL_BATCH:,} pairs of step 90,000 of a run over 9,000,000 pairs of 4,000,000 images are found in "
-        f"{figures['seconds']:.2f} s, with {figures['private_mb']:.1f} MB of the process's own; the indexes, which all "
-        f"processes of a node share, have {figures['indexes_mb']:.0f} MB."
+        f"{figures['seconds']:.2f} s, with {figures['private_mb']:.1f} MB of private memory; the indexes, which all "
+        f"processes of a node share, take {figures['indexes_mb']:.0f} MB."
     )
     return figures
 
 
 def _shuffle() -> dict[str, float]:
-    """How far apart neighbours of a shard land, beside a full permutation of the epoch."""
-    pairs = 250  # of each shard instead of 22,500, so that all positions can be looked at
+    """Return how far apart neighbours of a shard land, for this stream and for a full permutation of the epoch."""
+    pairs = 250  # per shard instead of 22,500, so that all positions can be computed
     order = Order([pairs] * _SHARDS, [0] * _SHARDS, seed=0, shards_per_window=64)
     located = order.locate(np.arange(order.num_pairs))
     position = np.empty((_SHARDS, pairs), np.int64)
@@ -285,7 +287,7 @@ def _shuffle() -> dict[str, float]:
         "full_permutation_shards_in_a_global_batch": _SHARDS * (1 - (1 - 1 / _SHARDS) ** _GLOBAL_BATCH),
     }
     print(
-        f"\nShuffling of {_SHARDS} shards of {_PAIRS_PER_SHARD:,} pairs in windows of 64: neighbours of a shard land "
+        f"\nShuffling {_SHARDS} shards of {_PAIRS_PER_SHARD:,} pairs in windows of 64: neighbours of a shard land "
         f"{figures['mean_distance']:.3f} of an epoch apart on average (a full permutation: 0.333); a global batch of "
         f"{_GLOBAL_BATCH:,} holds pairs of {figures['shards_in_a_global_batch']:.0f} shards (a full permutation: "
         f"{figures['full_permutation_shards_in_a_global_batch']:.0f})."

@@ -1,26 +1,23 @@
-"""Ways to compute parts of base's step beside those that were not kept: time, bytes kept and bytes moved.
+"""Time, kept bytes and moved bytes of operations of a base step on the CPU, beside the ways that were not chosen.
 
 python benchmarks/layers.py [--parts=NAME,NAME] [--dtype=fp32] [--pairs=8] [--rounds=9] [--threads=0] [--out=FILE.json]
 
-Forward and backward on the CPU. Both ways of a part are of the same inputs and take turns in one process, so that what
-else the machine does meets both.
+Forward and backward. Both ways of an operation have the same inputs and take turns in one process, so that other load
+on the machine slows both of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fire
 import numpy as np
 import torch
-from bridgetower.kernels.cpu import attend
 from fire.decorators import SetParseFn
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from rich.console import Console
@@ -29,26 +26,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.step import DTYPES, describe_machine
-from benchmarks.step_sides import MEAN_TOKENS, Side, caption_lengths, kept_bytes, moved
+from benchmarks.step_sides import MEAN_TOKENS, Side, caption_lengths, count_moved_bytes, kept_bytes
 from bridgetower.config.cli import parse_whole, refuse_unknown, run_command
 from bridgetower.config.named_models import base
 from bridgetower.config.overrides import unknown_name
+from bridgetower.engine.launch import prepare_process, read_launch
 from bridgetower.errors import ConfigError
-from bridgetower.kernels.dropout import drop
+from bridgetower.kernels.cpu_ops import CpuOps, has_matrix_units
 from bridgetower.kernels.layout import Grid
+from bridgetower.kernels.torch_ops import TorchOps
 from bridgetower.model.attention import Attention
-from bridgetower.model.vision_tower import efficient_block
-from bridgetower.step.packing import Packing, similar
+from bridgetower.model.vision_tower import ClipBlock
+from bridgetower.step.packing import Packing, group_similar
 from bridgetower.step.plan import BUCKET_TOKENS
 
-# Of base; two rows a pair go through the cross-modal layers.
+# Sizes of base. Two rows per pair go through the cross-modal layers.
 _WIDTH, _HEADS, _POSITIONS, _DROPOUT = 768, 12, 325, 0.1
 _FLAGS = {
-    "parts": "which, separated by commas (default all)",
-    "dtype": "fp32 or bf16 (default fp32)",
-    "pairs": "of the micro-batch (default 8)",
-    "rounds": "turns of both ways (default 9)",
-    "threads": "CPU threads (default: all cores)",
+    "parts": "names of the operations, separated by commas (default all)",
+    "dtype": "data type of weights and states: fp32 or bf16 (default fp32)",
+    "pairs": "number of pairs of the micro-batch (default 8)",
+    "rounds": "number of turns of both ways (default 9)",
+    "threads": "number of CPU threads (default: one per core)",
     "out": "JSON file for the results",
 }
 _USAGE = "Usage: python benchmarks/layers.py [flags]\n\nFlags:\n" + "\n".join(
@@ -56,7 +55,7 @@ _USAGE = "Usage: python benchmarks/layers.py [flags]\n\nFlags:\n" + "\n".join(
 )
 
 Ways = tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor]]
-"""The way that was kept, the other one, and what gets gradients."""
+"""The way that was chosen, the other one, and the tensors that get gradients."""
 
 
 def main(
@@ -77,10 +76,10 @@ def main(
     for name in names:
         if name not in PARTS:
             raise ConfigError(f"--parts: {unknown_name('part', name, list(PARTS))}")
-    torch.set_num_threads(parse_whole("threads", threads, 0) or len(os.sched_getaffinity(0)))
+    prepare_process(read_launch({}), parse_whole("threads", threads, 0))
     num_pairs, num_rounds = parse_whole("pairs", pairs, 1), parse_whole("rounds", rounds, 1)
-    machine = describe_machine("cpu")  # its load before ours
-    if out:  # before the minutes that it takes
+    machine = describe_machine("cpu")  # before the measurement adds to the machine's load
+    if out:  # a wrong path fails before the measurement
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     results = {name: measure(PARTS[name](num_pairs, DTYPES[dtype]), num_rounds) for name in names}
     _print(results)
@@ -91,14 +90,17 @@ def main(
 
 
 def measure(ways: Ways, rounds: int) -> dict[str, Any]:
-    """Both ways in turns. Returns: figures of each, and the rounds' ratios of the other way's seconds to the kept's."""
+    """Measure both ways in turns.
+
+    Returns: figures of each way, and the ratios of the other way's seconds to the chosen way's in each round.
+    """
     *runs, leaves = ways
-    sides = {name: Side(name, run, leaves) for name, run in zip(("kept", "other"), runs, strict=True)}  # type: ignore[arg-type]
+    sides = {name: Side(run, leaves) for name, run in zip(("kept", "other"), runs, strict=True)}  # type: ignore[arg-type]
     results: dict[str, Any] = {}
     for name, side in sides.items():
         torch.manual_seed(0)
         loss = side.step()
-        results[name] = {"loss": loss, "kept_mb": kept_bytes(side) / 1e6, "moved_gb": moved(side)[0] / 1e9}
+        results[name] = {"loss": loss, "kept_mb": kept_bytes(side) / 1e6, "moved_gb": count_moved_bytes(side)[0] / 1e9}
         results[name]["seconds"] = []
     for _ in range(rounds):
         for name, side in sides.items():
@@ -109,90 +111,114 @@ def measure(ways: Ways, rounds: int) -> dict[str, Any]:
     return {**results, "ratios": ratios, "ratio": statistics.median(ratios)}
 
 
-def _states(*shape: int, dtype: torch.dtype) -> Tensor:
+def _draw_states(*shape: int, dtype: torch.dtype) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return drawn.to(dtype).requires_grad_()
 
 
+def _draw_heads(rows: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return joint projections of images, and queries, keys and values head by head."""
+    projections = _draw_states(rows, _POSITIONS, 3 * _WIDTH, dtype=dtype)
+    query, key, value = (x.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for x in projections.chunk(3, dim=-1))
+    return projections, (query, key, value)
+
+
+def _cpu_ops() -> CpuOps:
+    """Return the operations that a run on this CPU has."""
+    return CpuOps(has_matrix_units=has_matrix_units())
+
+
+class _SeparateProjections(CpuOps):
+    """Projects queries, keys and values in three matmuls."""
+
+    def attend_within_rows(
+        self, states_RPD: Tensor, weight_ED: Tensor, bias_E: Tensor, num_heads: int, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        weights = zip(weight_ED.chunk(3), bias_E.chunk(3), strict=True)
+        query, key, value = (F.linear(states_RPD, weight_DD, bias_D) for weight_DD, bias_D in weights)
+        return states_RPD, self.attend(query, key, value, num_heads, dropout)
+
+
 def joined_projections(pairs: int, dtype: torch.dtype) -> Ways:
-    """Self-attention over images: queries, keys and values in one product, or in three."""
+    """Self-attention over images: queries, keys and values in one matmul, or in three."""
     config = base().fusion
-    attention, apart = (Attention(config).to(dtype).eval() for _ in range(2))
-    apart.load_state_dict(attention.state_dict())
-    apart.project = lambda states, *parts: (states, *(part(states) for part in parts))  # type: ignore[method-assign]
-    states = _states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
-    leaves = [states, *attention.parameters(), *apart.parameters()]
-    return lambda: attention(states, states).sum(), lambda: apart(states, states).sum(), leaves
+    joined = Attention(config, _cpu_ops()).to(dtype).eval()
+    separate = Attention(config, _SeparateProjections(has_matrix_units=has_matrix_units())).to(dtype).eval()
+    separate.load_state_dict(joined.state_dict())
+    states = _draw_states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
+    leaves = [states, *joined.parameters(), *separate.parameters()]
+    return lambda: joined(states, states).sum(), lambda: separate(states, states).sum(), leaves
 
 
 def vision_block(pairs: int, dtype: torch.dtype) -> Ways:
-    """A block of the vision tower: with attention called directly, or as open_clip does by nn.MultiheadAttention."""
+    """A block of the vision tower: attention called directly, or by nn.MultiheadAttention as in open_clip."""
     theirs = ResidualAttentionBlock(_WIDTH, _HEADS, act_layer=nn.GELU)
-    ours = ResidualAttentionBlock(_WIDTH, _HEADS, act_layer=nn.GELU)
+    ours = ClipBlock(_WIDTH, _HEADS, nn.GELU(), _cpu_ops())
     ours.load_state_dict(theirs.state_dict())
-    efficient_block(ours)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
-    states = _states(pairs, _POSITIONS, _WIDTH, dtype=dtype)
+    states = _draw_states(pairs, _POSITIONS, _WIDTH, dtype=dtype)
     leaves = [states, *ours.parameters(), *theirs.parameters()]
     return lambda: ours(states).sum(), lambda: theirs(states).sum(), leaves
 
 
 def quick_gelu(pairs: int, dtype: torch.dtype) -> Ways:
-    """The vision tower's activation: as a SiLU, which keeps what it reads, or as open_clip writes it."""
-    states, plain = _states(pairs, _POSITIONS, 4 * _WIDTH, dtype=dtype), QuickGELU()
-
-    def inner() -> Tensor:
-        return states + 0.0  # of an operator, so that it is kept where it is read again
-
-    return lambda: (F.silu(1.702 * inner()) / 1.702).sum(), lambda: plain(inner()).sum(), [states]
+    """The vision tower's first feed-forward matmul and activation: as a SiLU, or as open_clip writes QuickGELU."""
+    states, ops, activation = _draw_states(pairs, _POSITIONS, _WIDTH, dtype=dtype), _cpu_ops(), QuickGELU()
+    linear = nn.Linear(_WIDTH, 4 * _WIDTH).to(dtype)
+    leaves = [states, *linear.parameters()]
+    return (
+        lambda: ops.activate(states, linear, quick=True)[1].sum(),
+        lambda: activation(linear(states)).sum(),
+        leaves,
+    )
 
 
 def attention_dropout(pairs: int, dtype: torch.dtype) -> Ways:
-    """Attention of images to themselves with dropout: ours, or what torch takes where its fused kernels cannot."""
-    projections = _states(2 * pairs, _POSITIONS, 3 * _WIDTH, dtype=dtype)
-    query, key, value = (part.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for part in projections.chunk(3, dim=-1))
-    fused = partial(F.scaled_dot_product_attention, dropout_p=_DROPOUT)
+    """Self-attention of images with dropout: ours, or torch's for cases that its fused kernels do not support."""
+    projections, heads = _draw_heads(2 * pairs, dtype)
+    ours, torchs = _cpu_ops(), TorchOps()
     return (
-        lambda: attend(query, key, value, None, _DROPOUT).sum(),
-        lambda: fused(query, key, value).sum(),
+        lambda: ours.attend_heads(*heads, None, _DROPOUT).sum(),
+        lambda: torchs.attend_heads(*heads, None, _DROPOUT).sum(),
         [projections],
     )
 
 
 def attention_on_matrix_units(pairs: int, dtype: torch.dtype) -> Ways:
-    """Attention of images to themselves: ours, with products for its backward pass in bfloat16 with AMX, or torch's."""
-    projections = _states(pairs, _POSITIONS, 3 * _WIDTH, dtype=dtype)
-    query, key, value = (part.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for part in projections.chunk(3, dim=-1))
+    """Self-attention of images: ours, which on AMX in bfloat16 has a backward pass of matmuls, or torch's."""
+    projections, heads = _draw_heads(pairs, dtype)
+    ours, torchs = _cpu_ops(), TorchOps()
     return (
-        lambda: attend(query, key, value, None, 0.0).sum(),
-        lambda: F.scaled_dot_product_attention(query, key, value).sum(),
+        lambda: ours.attend_heads(*heads, None, 0.0).sum(),
+        lambda: torchs.attend_heads(*heads, None, 0.0).sum(),
         [projections],
     )
 
 
 def states_dropout(pairs: int, dtype: torch.dtype) -> Ways:
     """Dropout of the images' states: ours, or torch's."""
-    states = _states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
-    return lambda: drop(states, _DROPOUT, True).sum(), lambda: F.dropout(states, _DROPOUT, True).sum(), [states]
+    states = _draw_states(2 * pairs, _POSITIONS, _WIDTH, dtype=dtype)
+    ours, torchs = _cpu_ops(), TorchOps()
+    return lambda: ours.drop(states, _DROPOUT).sum(), lambda: torchs.drop(states, _DROPOUT).sum(), [states]
 
 
 def text_grid(pairs: int, dtype: torch.dtype) -> Ways:
-    """Attention of captions to themselves: all in one grid as wide as the longest, or a grid for each bucket."""
+    """Self-attention of captions: in one grid as wide as the longest caption, or in a grid per bucket of lengths."""
     lengths = np.sort(caption_lengths(2 * pairs, MEAN_TOKENS, base().text.max_tokens))
     packing = Packing()
-    packing.layout(lengths, similar(lengths, BUCKET_TOKENS))
-    layout = packing.on(torch.device("cpu"))[1][0]
-    states = _states(int(lengths.sum()), _WIDTH, dtype=dtype)
+    packing.add_layout(lengths, group_similar(lengths, BUCKET_TOKENS))
+    layout = packing.to_device(torch.device("cpu"))[1][0]
+    states, ops = _draw_states(int(lengths.sum()), _WIDTH, dtype=dtype), _cpu_ops()
 
-    def attended(grids: tuple[Grid, ...]) -> Tensor:
+    def attend(grids: tuple[Grid, ...]) -> Tensor:
         total = states.new_zeros(())
         for grid in grids:
             heads = grid.spread(states).unflatten(-1, (_HEADS, -1)).transpose(1, 2)
-            result = attend(heads, heads, heads, grid.mask_RL, 0.0)
-            total = total + grid.collect(result.transpose(1, 2).flatten(2)).sum()
+            attended = ops.attend_heads(heads, heads, heads, grid.mask_RL, 0.0)
+            total = total + grid.collect(attended.transpose(1, 2).flatten(2)).sum()
         return total
 
-    return lambda: attended((layout.whole,)), lambda: attended(layout.buckets), [states]
+    return lambda: attend((layout.whole,)), lambda: attend(layout.buckets), [states]
 
 
 PARTS: dict[str, Callable[[int, torch.dtype], Ways]] = {
@@ -207,17 +233,28 @@ PARTS: dict[str, Callable[[int, torch.dtype], Ways]] = {
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    table = Table(title="Forward and backward: the way that was kept, and the other", title_justify="left")
-    for column in ("part", "ms", "other, ms", "times, median", "from", "to", "kept, MB", "other", "moved, GB", "other"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for name, found in results.items():
-        kept, other, ratios = found["kept"], found["other"], found["ratios"]
-        seconds = [f"{1e3 * statistics.median(way['seconds']):,.1f}" for way in (kept, other)]
-        times = [f"{value:.2f}" for value in (found["ratio"], min(ratios), max(ratios))]
-        memory = [f"{way['kept_mb']:,.1f}" for way in (kept, other)]
-        table.add_row(name, *seconds, *times, *memory, *(f"{way['moved_gb']:.2f}" for way in (kept, other)))
+    table = Table(title="Forward and backward: the way that was chosen, and the other way", title_justify="left")
+    for column in (
+        "operation",
+        "ms",
+        "other, ms",
+        "ratio, median",
+        "min",
+        "max",
+        "kept, MB",
+        "other, MB",
+        "moved, GB",
+        "other, GB",
+    ):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for name, result in results.items():
+        chosen, other, ratios = result["kept"], result["other"], result["ratios"]
+        seconds = [f"{1e3 * statistics.median(way['seconds']):,.1f}" for way in (chosen, other)]
+        spread = [f"{value:.2f}" for value in (result["ratio"], min(ratios), max(ratios))]
+        memory = [f"{way['kept_mb']:,.1f}" for way in (chosen, other)]
+        table.add_row(name, *seconds, *spread, *memory, *(f"{way['moved_gb']:.2f}" for way in (chosen, other)))
     console = Console()
-    # In a log nothing is cut off.
+    # A log is not as wide as a terminal, and must not be cut off.
     (console if console.is_terminal else Console(width=120)).print(table)
 
 

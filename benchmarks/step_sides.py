@@ -1,6 +1,8 @@
-"""The sides of benchmarks/step.py: one pretraining step (forward and backward) each, of the same pairs and weights.
+"""The sides of benchmarks/step.py: forward and backward of one pretraining step, with the same pairs and weights.
 
-Shapes: B pairs, L tokens, S image side in pixels.
+Our side is built by the functions that ``pretrain/train.py`` calls. The others get its weights.
+
+Shapes: B pairs, L tokens, S image side in pixels, N images, V vocabulary, X token slots of all captions.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bridgetower.kernels.compiled import compile_parts
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,27 +26,37 @@ from bridgetower.config.compute import ComputeConfig
 from bridgetower.config.model import ModelConfig
 from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.counted import count_flops
+from bridgetower.cost.published import PUBLISHED_TOKENS
 from bridgetower.interop.huggingface import to_huggingface
+from bridgetower.kernels.choose import choose_ops
+from bridgetower.kernels.ops import Ops
 from bridgetower.model.bridgetower import BridgeTower
+from bridgetower.model.plain import PlainBridgeTower
 from bridgetower.tasks.pretraining import PretrainTask
+from pretrain.assemble import build_task
+from pretrain.presets import base_4m
 
 OBJECTIVES = ObjectivesConfig(mlm=True, itm=True, itc=False)
 MEAN_TOKENS = 12
-# What the published step pads captions to.
-PUBLISHED_TOKENS = 50
-_FIRST_WORD = 4  # below are special ids
+"""Mean caption length of the four pretraining corpora, with <s> and </s>."""
+_FIRST_WORD = 4  # smaller ids are special tokens
+# The modules that are compiled one by one; a whole model would take minutes and be compiled anew for each length.
+_TRANSFORMERS_LAYERS = ("BridgeTowerBertCrossLayer", "BridgeTowerTextLayer", "BridgeTowerResidualAttention")
+_PLAIN_LAYERS = ("VisionBlock", "TextLayer", "CrossModalLayer")
 
 
 class Side(NamedTuple):
     """One way to compute the step."""
 
-    name: str
     loss: Callable[[], Tensor]
-    """Runs forward."""
+    """Runs the forward pass."""
     parameters: list[nn.Parameter]
+    """Parameters that get gradients."""
+    kernels: str = ""
+    """Name of the operations that compute our layers; empty on other sides."""
 
     def step(self) -> float:
-        """Forward and backward; gradients are let go."""
+        """Run forward and backward, drop the gradients, and return the loss."""
         loss = self.loss()
         loss.backward()
         for parameter in self.parameters:
@@ -53,35 +64,36 @@ class Side(NamedTuple):
         return float(loss.detach())
 
 
-def caption_lengths(pairs: int, mean: float, most: int, seed: int = 0) -> list[int]:
-    """Lengths with that mean, log-normal as captions are, <s> and </s> counted."""
+def caption_lengths(pairs: int, mean: float, longest: int, seed: int = 0) -> list[int]:
+    """Return log-normal caption lengths with this mean, <s> and </s> included."""
     drawn = np.random.default_rng(seed).lognormal(np.log(mean) - 0.1, 0.4, pairs)
-    lengths = np.clip(drawn.round(), 4, most).astype(int)
+    lengths = np.clip(drawn.round(), 4, longest).astype(int)
     while lengths.sum() != round(mean * pairs):
-        wrong = 1 if lengths.sum() < mean * pairs else -1
-        lengths[lengths.argmin() if wrong == 1 else lengths.argmax()] += wrong
+        step = 1 if lengths.sum() < mean * pairs else -1
+        lengths[lengths.argmin() if step == 1 else lengths.argmax()] += step
     return [int(length) for length in lengths]
 
 
 def make_batch(
     model: ModelConfig, pairs: int, device: torch.device, *, pad_to: int = 0, seed: int = 0
 ) -> PretrainBatch:
-    """Pairs of random pixels and words, 15 % of these masked, half of the captions with another image for ITM.
+    """Return pairs of random pixels and words; 15 % of the words are masked, and ITM swaps half of the images.
 
     Args:
-        pad_to: 0 pads to the longest caption.
+        pad_to: number of tokens that captions are padded to; 0 pads to the longest caption.
     """
     rng = np.random.default_rng(seed)
     length_B = np.array(caption_lengths(pairs, MEAN_TOKENS, model.text.max_tokens))
     longest, side = pad_to or int(length_B.max()), model.image_size_px
     is_token_BL = np.arange(longest) < length_B[:, None]
+    # Drawn for the longest caption there may be, so that padding changes neither words nor masks.
     words = rng.integers(_FIRST_WORD, model.text.vocabulary_size, (pairs, PUBLISHED_TOKENS))[:, :longest]
     clean_BL = np.where(is_token_BL, words, 1)
     column = np.arange(longest)
     is_word_BL = (column > 0) & (column < length_B[:, None] - 1)
     chance_BL = rng.random((pairs, PUBLISHED_TOKENS))[:, :longest]
     is_masked_BL = is_word_BL & (chance_BL < 0.15)
-    is_masked_BL[0, 1] = True
+    is_masked_BL[0, 1] = True  # MLM needs a masked token
     index_M = np.flatnonzero(is_masked_BL)
     image_B = np.where(np.arange(pairs) % 2, np.roll(np.arange(pairs), 1), np.arange(pairs))
     arrays = {
@@ -107,21 +119,37 @@ def make_batch(
     )
 
 
-def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, dropout: float | None) -> BridgeTower:
-    """A model with random weights, in training mode.
+def make_padded_batch(model: ModelConfig, pairs: int, device: torch.device) -> PretrainBatch:
+    """Return the pairs of ``make_batch`` with captions padded as in the published step."""
+    return make_batch(model, pairs, device, pad_to=min(PUBLISHED_TOKENS, model.text.max_tokens))
+
+
+def build_our_task(
+    config: ModelConfig,
+    compute: ComputeConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dropout: float | None = None,
+    ops: Ops | None = None,
+) -> PretrainTask:
+    """Build model and objectives as ``pretrain/train.py`` does, with random weights and in training mode.
 
     Args:
-        dropout: None keeps the preset's.
+        dropout: None keeps the model's own.
+        ops: None: what a run with these settings chooses on this device.
     """
     config = with_dropout(config, dropout)
-    # transformers has 1e-5 everywhere.
+    # transformers has 1e-5 in all norms.
     config = dataclasses.replace(config, fusion=dataclasses.replace(config.fusion, layer_norm_eps=1e-5))
-    torch.manual_seed(0)
-    return BridgeTower(config, OBJECTIVES.heads).to(device, dtype).train()
+    run = dataclasses.replace(base_4m(), model=config, objectives=OBJECTIVES, compute=compute)
+    ops = ops or choose_ops(device, fuse_kernels=compute.fuse_kernels, compiled=compute.compile)
+    with device:  # a CPU takes long to draw 900 million weights
+        return build_task(run, ops).to(device, dtype).train()
 
 
 def with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
-    """The model with this dropout everywhere; None keeps its own."""
+    """Return the model's settings with one dropout everywhere; None keeps its own."""
     if dropout is None:
         return config
     return dataclasses.replace(
@@ -131,56 +159,80 @@ def with_dropout(config: ModelConfig, dropout: float | None) -> ModelConfig:
     )
 
 
-def our_side(name: str, model: BridgeTower, batch: PretrainBatch, compute: ComputeConfig) -> Side:
-    """Of this project. ``compute.compile`` compiles the model for good."""
-    task = PretrainTask(model, OBJECTIVES, compute)
-    if compute.compile:
-        compile_parts(model)
-    return Side(name, lambda: task(batch)[0], list(task.parameters()))
+def our_side(task: PretrainTask, batch: PretrainBatch) -> Side:
+    """Return this project's step."""
+    return Side(lambda: task(batch)[0], list(task.parameters()), task.model.ops.name)
 
 
-def transformers_side(model: BridgeTower, batch: PretrainBatch, *, compiled: bool) -> Side:
-    """Transformers' BridgeTower: MLM and ITM each as its own forward pass."""
-    masked_lm, matching = to_huggingface(model, "mlm"), to_huggingface(model, "itm")
-    matching.bridgetower = masked_lm.bridgetower
-    both = nn.ModuleDict({"mlm": masked_lm, "itm": matching}).train()
-    both.to(model.text_pooler.weight.device, model.text_pooler.weight.dtype)
+def plain_side(model: BridgeTower, batch: PretrainBatch, *, compiled: bool = False) -> Side:
+    """Return the step of ``bridgetower/model/plain.py``, with the weights of ``model``."""
+    plain = copy_to_plain(model)
     if compiled:
-        for module in masked_lm.modules():
-            if type(module).__name__ in (
-                "BridgeTowerBertCrossLayer",
-                "BridgeTowerTextLayer",
-                "BridgeTowerResidualAttention",
-            ):
-                module.compile()
-    mask_BL, statistics, dtype = batch.attention_mask_BL.long(), model.pixel_statistics, model.text_pooler.weight.dtype
-    mean, std = (torch.tensor(values, device=mask_BL.device).view(3, 1, 1) for values in statistics)
-
-    def normalized(pixels_N3SS: Tensor) -> Tensor:
-        return ((pixels_N3SS.float() / 255 - mean) / std).to(dtype)
+        _compile_layers(plain, _PLAIN_LAYERS)
+    normalize = _normalizer(model)
 
     def loss() -> Tensor:
-        pixels = normalized(batch.pixels_N3SS)
+        losses = plain.losses(normalize(batch.pixels_N3SS), batch)
+        return torch.stack(list(losses.values())).sum()
+
+    return Side(loss, list(plain.parameters()))
+
+
+def copy_to_plain(model: BridgeTower) -> PlainBridgeTower:
+    """Return the plain model with the weights, device, dtype and mode of ``model``."""
+    weight = model.text_pooler.weight
+    with weight.device:
+        plain = PlainBridgeTower(model.config, OBJECTIVES.heads).to(weight.device, weight.dtype)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    return plain.train(model.training)
+
+
+def transformers_side(model: BridgeTower, batch: PretrainBatch, *, compiled: bool = False) -> Side:
+    """Return the step of transformers' BridgeTower, with the weights of ``model``: a forward pass per objective."""
+    masked_lm, matching = to_huggingface(model, "mlm"), to_huggingface(model, "itm")
+    matching.bridgetower = masked_lm.bridgetower
+    both = nn.ModuleDict({"mlm": masked_lm, "itm": matching}).train(model.training)
+    both.to(model.text_pooler.weight.device, model.text_pooler.weight.dtype)
+    if compiled:
+        _compile_layers(masked_lm, _TRANSFORMERS_LAYERS)
+    mask_BL, normalize = batch.attention_mask_BL.long(), _normalizer(model)
+
+    def loss() -> Tensor:
+        pixels = normalize(batch.pixels_N3SS)
         words_BLV = masked_lm(pixel_values=pixels, input_ids=batch.masked_ids_BL, attention_mask=mask_BL).logits
-        label_S = torch.full((mask_BL.numel(),), -100, device=mask_BL.device)
-        label_S = label_S.index_put((batch.mlm_index_M,), batch.mlm_label_M)
-        mlm = F.cross_entropy(words_BLV.flatten(0, 1).float(), label_S)
-        shown = normalized(batch.pixels_N3SS[batch.itm_image_B])
+        label_X = torch.full((mask_BL.numel(),), -100, device=mask_BL.device)
+        label_X = label_X.index_put((batch.mlm_index_M,), batch.mlm_label_M)
+        mlm = F.cross_entropy(words_BLV.flatten(0, 1).float(), label_X)
+        shown = normalize(batch.pixels_N3SS[batch.itm_image_B])
         match_B2 = matching(pixel_values=shown, input_ids=batch.clean_ids_BL, attention_mask=mask_BL).logits
         return mlm + F.cross_entropy(match_B2.float(), batch.itm_label_B)
 
-    return Side("transformers", loss, list(both.parameters()))
+    return Side(loss, list(both.parameters()))
+
+
+def _compile_layers(model: nn.Module, class_names: tuple[str, ...]) -> None:
+    for module in model.modules():
+        if type(module).__name__ in class_names:
+            module.compile()
+
+
+def _normalizer(model: BridgeTower) -> Callable[[Tensor], Tensor]:
+    """Return ``model.normalize`` without the model, whose memory another side does not need."""
+    weight, statistics = model.text_pooler.weight, model.pixel_statistics
+    dtype = weight.dtype
+    mean, std = (torch.tensor(values, device=weight.device).view(3, 1, 1) for values in statistics)
+    return lambda pixels_N3SS: ((pixels_N3SS.float() / 255 - mean) / std).to(dtype)
 
 
 def kept_bytes(side: Side) -> int:
-    """Bytes that are kept between forward and backward: by autograd, and what recomputed layers start from."""
-    there = {parameter.untyped_storage().data_ptr() for parameter in side.parameters}
-    there |= {tensor.untyped_storage().data_ptr() for tensor in _living_tensors()}
-    kept: dict[int, Tensor] = {}  # tensors, so that no address is used again
+    """Return the bytes that are kept between forward and backward: by autograd, and as inputs of recomputed layers."""
+    addresses_before = {parameter.untyped_storage().data_ptr() for parameter in side.parameters}
+    addresses_before |= {tensor.untyped_storage().data_ptr() for tensor in _living_tensors()}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used again
 
     def note(tensor: Tensor) -> Tensor:
-        bare = tensor.detach()  # an operator's own result would hold the operator, and this the result
-        if bare.untyped_storage().data_ptr() not in there:
+        bare = tensor.detach()  # an operator's own result would hold the operator, and the operator this result
+        if bare.untyped_storage().data_ptr() not in addresses_before:
             kept.setdefault(bare.untyped_storage().data_ptr(), bare)
         return bare
 
@@ -193,13 +245,14 @@ def kept_bytes(side: Side) -> int:
 
 
 def _living_tensors() -> list[Tensor]:
-    """All that Python holds."""
+    """Return all strided tensors that Python holds."""
     gc.collect()
+    # type() instead of isinstance, which would import what lazy objects stand for.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.layout == torch.strided]
 
 
 class _BytesMoved(TorchDispatchMode):
-    """Adds up what every operator reads and writes; views move nothing."""
+    """Adds up the bytes that every operator reads and writes; views move nothing."""
 
     num_bytes = num_operators = 0
 
@@ -207,7 +260,8 @@ class _BytesMoved(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         schema = func._schema
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in schema.returns)
-        if not is_view and func.namespace == "aten" and "empty" not in schema.name and "detach" not in schema.name:
+        is_ours_or_torchs = func.namespace in ("aten", "bridgetower")
+        if is_ours_or_torchs and not is_view and "empty" not in schema.name and "detach" not in schema.name:
             self.num_operators += 1
             for value in (
                 *torch.utils._pytree.tree_leaves((args, kwargs or {})),
@@ -218,13 +272,13 @@ class _BytesMoved(TorchDispatchMode):
         return result
 
 
-def flops(side: Side) -> int:
-    """Floating-point operations of one step."""
+def count_step_flops(side: Side) -> int:
+    """Return the floating-point operations of one step."""
     return count_flops(side.step)[0]
 
 
-def moved(side: Side) -> tuple[int, int]:
-    """Bytes that the operators of one step move, and how many operators there are."""
+def count_moved_bytes(side: Side) -> tuple[int, int]:
+    """Return the bytes that the operators of one step move, and the number of operators."""
     with _BytesMoved() as mode:  # type: ignore[no-untyped-call]
         side.step()
     return mode.num_bytes, mode.num_operators
@@ -232,24 +286,25 @@ def moved(side: Side) -> tuple[int, int]:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives a function that says how many bytes more than before were in use at once."""
+    """Yield a function that returns the peak of the bytes that were in use beyond those in use before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    give_memory_back()  # so that it is not counted before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-    before = _status("VmRSS")
-    yield lambda: _status("VmHWM") - before
+    release_memory()  # so that freed memory is not counted as in use
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
+    before = _read_status("VmRSS")
+    yield lambda: _read_status("VmHWM") - before
 
 
-def give_memory_back() -> None:
-    """Hand what was freed back to the system."""
+def release_memory() -> None:
+    """Return freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status(name: str) -> int:
+def _read_status(name: str) -> int:
+    """Return a size of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

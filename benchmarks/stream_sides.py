@@ -1,8 +1,8 @@
 """One side of benchmarks/data_stream.py: python -m benchmarks.stream_sides SIDE SHARDS WORKERS.
 
-Each line that it reads is a number of seconds. For so long it takes batches, waits until its workers have filled their
-buffers again and rest, and prints a line of JSON: pairs, and seconds until then, of the clock and of processor time of
-this process and its workers together. So sides can take turns while all of them live.
+Each line of standard input is a number of seconds. The process takes batches for that long, waits until its workers
+have filled their buffers and rest, and prints a line of JSON: the pairs, the wall-clock seconds, and the processor
+seconds of this process and its workers. So sides can take turns while all of them stay alive.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from bridgetower.data.text import Tokenizer
 SIDE_PX = 288
 BATCH = 32
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Workers start and buffers fill before the clock runs.
+# Workers start and fill their buffers before the clock runs.
 _WARM_UP_BATCHES = 12
-# Less than a fifth of so much processor time in so many seconds is rest; clocks tick in 0.01 s.
+# Workers rest if they use less than a fifth of this much processor time in as many seconds. Processor clocks tick every
+# 0.01 s.
 _REST_SECONDS = 0.1
 
 
 def our_stream(folder: Path, workers: int, *, batch: int = BATCH, side_px: int = SIDE_PX) -> PretrainStream:
-    """The stream of a run on a folder of shards."""
+    """Return the stream of a training run over a folder of shards."""
     corpora = Corpora([folder])
     order = Order(corpora.pairs_per_shard, corpora.corpus_of_shard, seed=0, shards_per_window=64)
     config = DataConfig(train_shards=(str(folder),), workers=workers, micro_batch_size=batch, negative_group_size=batch)
@@ -65,8 +66,8 @@ def _ours(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def _plain(folder: Path, workers: int) -> Iterator[Any]:
-    """What webdataset's documentation shows: decode with Pillow, torchvision's transforms."""
-    from torchvision import transforms  # takes seconds, which other sides need not wait for
+    """Iterate over the pipeline of webdataset's documentation: Pillow decodes, torchvision transforms."""
+    from torchvision import transforms  # takes seconds to import
 
     transform = transforms.Compose(
         [
@@ -79,7 +80,7 @@ def _plain(folder: Path, workers: int) -> Iterator[Any]:
     urls = sorted(map(str, folder.glob("*.tar")))
     pipeline = webdataset.WebDataset(urls, shardshuffle=100, seed=0, nodesplitter=webdataset.split_by_node)
     samples = pipeline.shuffle(500, initial=100).decode("pil").to_tuple("jpg", "txt")
-    batches = samples.map_tuple(transform, _as_it_is).batched(BATCH, partial=False).repeat()
+    batches = samples.map_tuple(transform, _unchanged).batched(BATCH, partial=False).repeat()
     return iter(DataLoader(batches, batch_size=None, num_workers=workers))
 
 
@@ -107,15 +108,15 @@ def _open_clip(folder: Path, workers: int) -> Iterator[Any]:
 
 
 def _limit(folder: Path, workers: int) -> Iterator[Any]:
-    """Decoding and resizing alone, from memory, in this process."""
+    """Decode and resize images from memory, in this process."""
     urls = sorted(map(str, folder.glob("*.tar")))
-    pictures = [sample["jpg"] for sample in webdataset.WebDataset(urls, shardshuffle=False)]
-    rounds = itertools.cycle(pictures)
+    images = [sample["jpg"] for sample in webdataset.WebDataset(urls, shardshuffle=False)]
+    rounds = itertools.cycle(images)
     while True:
         yield [load_image(next(rounds), SIDE_PX, "a photograph") for _ in range(BATCH)]
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -129,29 +130,29 @@ SIDES: dict[str, Callable[[Path, int], Iterator[Any]]] = {
 
 
 def serve(side: str, folder: Path, workers: int) -> None:
-    """Take batches as long as each line of the standard input says.
+    """Take batches for as many seconds as each line of standard input says.
 
     Args:
-        workers: 0 for the limit, which is of one process.
+        workers: number of worker processes; decoding alone has none.
     """
     Image.init()
     torch.set_num_threads(1)
     batches = SIDES[side](folder, workers)
     for _ in range(_WARM_UP_BATCHES):
         next(batches)
-    _, busy = _resting()
+    _, busy = _wait_for_rest()
     print("ready", flush=True)
     for line in sys.stdin:
         seconds, start, taken = float(line), time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
             next(batches)
             taken += BATCH
-        before, (end, busy) = busy, _resting()
+        before, (end, busy) = busy, _wait_for_rest()
         print(json.dumps({"pairs": taken, "seconds": end - start, "busy_seconds": busy - before}), flush=True)
 
 
-def _resting() -> tuple[float, float]:
-    """Wait until the workers have no more to do. Returns: when that was, and the processor time until then."""
+def _wait_for_rest() -> tuple[float, float]:
+    """Wait until the workers rest, and return when they began to, and the processor seconds until then."""
     busy = _busy_seconds()
     while True:
         now, before = time.perf_counter(), busy
@@ -162,15 +163,14 @@ def _resting() -> tuple[float, float]:
 
 
 def _busy_seconds() -> float:
-    """Processor time of this process and those it has started."""
+    """Return the processor seconds of this process and its descendants."""
     own = psutil.Process()
     times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
     return float(sum(one.user + one.system for one in times))
 
 
 if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # as training has it: a thread for each caption costs more than it saves
-    )
+    # As in training: a thread per caption costs more than it saves.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     name, shards, processes = sys.argv[1:]
     serve(name, Path(shards), int(processes))

@@ -118,8 +118,10 @@ def computes_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def start(launch: Launch, threads_per_rank: int) -> None:
-    """Set devices and threads, and join the other ranks.
+def prepare_process(launch: Launch, threads_per_rank: int) -> None:
+    """Set the threads, the device and the environment that this rank computes with; joins no process group.
+
+    Benchmarks call this function too, so that they measure what a run computes.
 
     Args:
         threads_per_rank: CPU threads that this rank computes with; 0 divides the node's cores among its ranks.
@@ -134,6 +136,15 @@ def start(launch: Launch, threads_per_rank: int) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # DeepSpeed 0.19.8 calls this function by its old name in every step, and torch 2.14 warns of that.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+
+def start(launch: Launch, threads_per_rank: int) -> None:
+    """Prepare this process, and join the other ranks.
+
+    Args:
+        threads_per_rank: CPU threads that this rank computes with; 0 divides the node's cores among its ranks.
+    """
+    prepare_process(launch, threads_per_rank)
     import deepspeed
 
     from bridgetower.engine.zero import skip_inference_build

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu import measure
+from benchmarks.gpu.agreement import gradient_difference
 from benchmarks.gpu.pipeline import synthetic_photos, training_settings
 from benchmarks.gpu.plan import EVERYTHING, Request, Run, Section, plan, read_request, seconds_for
-from benchmarks.gpu.sections import MEASURES, gradient_difference, or_out_of_memory
+from benchmarks.gpu.sections import MEASURES
+from benchmarks.gpu.timing import or_out_of_memory
 from bridgetower.config.named_models import MODELS
 from bridgetower.config.overrides import apply_overrides
 from bridgetower.data.order import cut_global_batch
@@ -89,9 +91,8 @@ def test_the_step_of_the_engine_is_profiled(measured):
 
 
 def test_sides_do_different_amounts_of_work_for_one_loss(measured):
-    ours, recorded, two_passes, plain, transformers = list_rows(measured[1], "sides")
+    ours, recorded, plain, transformers = list_rows(measured[1], "sides")
     assert recorded["gflop_per_pair"] == ours["gflop_per_pair"]
-    assert ours["gflop_per_pair"] < two_passes["gflop_per_pair"]
     assert ours["gflop_per_pair"] < 0.6 * plain["gflop_per_pair"]
     assert transformers["gflop_per_pair"] == pytest.approx(plain["gflop_per_pair"], rel=0.05)
 
@@ -103,7 +104,7 @@ def test_recomputing_keeps_less_memory_and_is_not_counted_as_work(measured):
         assert row["gflop_per_pair"] == none["gflop_per_pair"] < row["gflop_per_pair_with_recomputing"]
 
 
-def test_the_fast_step_agrees_with_the_plain_step_in_both_precisions(measured):
+def test_our_step_agrees_with_the_plain_model_in_both_precisions(measured):
     rows = list_rows(measured[1], "agreement", "agreement_compiled")
     assert all(row["agrees"] for row in rows)
     assert {row["what"].partition(", ")[2] for row in rows} >= {"float32", "bfloat16", "compiled, bfloat16"}
@@ -115,7 +116,7 @@ def test_a_training_run_reports_how_long_it_waits_for_data(measured):
     (row,) = list_rows(measured[1], "pipeline")
     assert row["pairs_per_second"] > 0 and 0 <= row["wait_fraction"] < 1 and row["workers"] >= 1
     assert len(row["pairs_per_second_of_reports"]) == 4 and row["photographs"].startswith("16 of 640x480")
-    assert row["accumulation_steps"] * row["micro_batch"] == 8 and row["what"].endswith(", 8 pairs a step")
+    assert row["accumulation_steps"] * row["micro_batch"] == 8 and row["what"].endswith(", 8 pairs per step")
 
 
 def test_results_name_the_machine_and_the_versions_of_libraries(measured):
@@ -142,7 +143,7 @@ def test_a_failed_section_is_recorded_the_others_still_run_and_the_exit_code_is_
 def test_a_section_that_takes_too_long_is_killed_with_its_reason(tmp_path):
     request = Request("steps", "cpu", True, 0.5, "small", (Run(2),))
     result = measure.run_section(multiprocessing.get_context("forkserver"), request, tmp_path / "section")
-    assert result["rows"] == [] and result["error"].startswith("killed after 0 s, which was its time")
+    assert result["rows"] == [] and result["error"].startswith("killed after 0 s, its time limit")
     assert multiprocessing.active_children() == []
 
 
@@ -236,8 +237,8 @@ def test_rates_of_training_runs_are_printed_beside_their_targets(capsys):
     }
     measure._print({name: {**section, "error": ""} for name, section in measured.items()})
     printed = capsys.readouterr().out
-    assert "base, the step alone: 1,200 pairs/s, compiled; at least 850 from JPEGs on an H100, goal 1,210" in printed
-    assert "base, from JPEGs: 910 pairs/s, train.py, eager; at least 850" in printed
+    assert "base, the step alone: 1,200 pairs/s, compiled; minimum 850 from JPEGs on an H100, target 1,210" in printed
+    assert "base, from JPEGs: 910 pairs/s, train.py, eager; minimum 850" in printed
     assert "large, from" not in printed  # small shapes
 
 
@@ -295,7 +296,7 @@ def test_synthetic_photographs_have_the_file_size_of_real_ones():
     ("flags", "message"),
     [
         ({"out": ""}, "--out is missing"),
-        ({"device": "cpu"}, "A GPU is needed, and --device=cpu asks for none.*--small --device=cpu"),
+        ({"device": "cpu"}, "A GPU is needed, and --device=cpu excludes it.*--small --device=cpu"),
         ({"device": "tpu"}, "--device=tpu is not known. Use auto, cuda or cpu"),
         ({"minutes": "0"}, "--minutes=0 must be 1 or more"),
         ({"small": "maybe"}, "--small=maybe is neither true nor false"),
