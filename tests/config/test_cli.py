@@ -38,7 +38,7 @@ def test_misspelt_preset_is_answered_with_the_nearest_one_and_all():
 
 
 def test_missing_preset_is_answered_with_the_presets_and_their_descriptions():
-    with pytest.raises(ConfigError, match=r"(?s)Which preset\?.*large_4m +BridgeTower-Large as published"):
+    with pytest.raises(ConfigError, match=r"(?s)Which preset\?.*large_4m +Pretrain BridgeTower-Large as published"):
         configure("")
 
 

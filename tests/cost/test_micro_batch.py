@@ -20,6 +20,8 @@ from bridgetower.config.run import ObjectivesConfig
 from bridgetower.cost.captions import CaptionLengths
 from bridgetower.cost.micro_batch import count_micro_batch
 from bridgetower.cost.work import CPU, PARTS, StepCost
+from bridgetower.kernels.cpu_ops import CpuOps
+from bridgetower.kernels.torch_ops import TorchOps
 from bridgetower.model.bridgetower import BridgeTower
 from bridgetower.model.freeze import freeze_layers
 from bridgetower.model.sizes import complete_model_config
@@ -47,6 +49,16 @@ def sized(name: str = "tiny", dropout: float = 0.0, **fusion: Any) -> ModelConfi
     )
 
 
+class FusedOps(CpuOps):
+    """Fused attention in every type, which the formulas describe.
+
+    Without matrix units, a CPU computes attention in bfloat16 to few keys by matmuls, and keeps its probabilities.
+    """
+
+    def attend_heads(self, query, key, value, mask, dropout):
+        return (CpuOps if dropout else TorchOps).attend_heads(self, query, key, value, mask, dropout)
+
+
 class Real:
     """A step with real weights on the CPU, and the cost that is predicted for it."""
 
@@ -62,11 +74,12 @@ class Real:
         seed: int = 0,
     ) -> None:
         compute = compute or ComputeConfig()
-        model = BridgeTower(config, objectives.heads, recompute=compute.recompute).to(dtype).train()
+        model = BridgeTower(config, objectives.heads, ops=FusedOps(has_matrix_units=False), recompute=compute.recompute)
+        model.to(dtype).train()
         freeze_layers(model, vision=frozen[0], text=frozen[1])
         self.batch = step_sides.make_batch(config, pairs, torch.device("cpu"), seed=seed)
         self.task = PretrainTask(model, objectives, compute)
-        self.side = step_sides.Side("ours", lambda: self.task(self.batch)[0], list(self.task.parameters()))
+        self.side = step_sides.Side(lambda: self.task(self.batch)[0], list(self.task.parameters()))
         captions = CaptionLengths(self.batch.num_tokens, self.batch.num_masked)
         self.predicted: StepCost = count_micro_batch(
             config, objectives, compute, captions, element_bytes=dtype.itemsize, memory=CPU, num_frozen=frozen
@@ -76,7 +89,7 @@ class Real:
         return step_sides.kept_bytes(self.side)
 
     def flops(self) -> int:
-        return step_sides.flops(self.side)
+        return step_sides.count_step_flops(self.side)
 
     def peak(self) -> int:
         """Most bytes in use at once beside weights and batch; gradients of weights are freed, as DeepSpeed does."""
