@@ -21,6 +21,7 @@ that are read, M masked tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -119,55 +120,103 @@ def plan_step(
             that needs no grid. Padded slots stand last.
     """
     captions = _Captions.of(batch, packs=packs)
+    # ITM and ITC read clean captions, MLM masked ones: the text tower runs over both kinds in one packed sequence.
     text_kinds = ["clean"] * (objectives.itm or objectives.itc) + ["masked"] * objectives.mlm
     fusion_kinds = [kind for kind in ("itm", "mlm") if getattr(objectives, kind)]
-    packing = Packing()
-    tables = [packing.add_table(values) for values in captions.tables(batch.clean_ids_BL.shape[1])]
     num_text_slots = (bucket.tokens if bucket else captions.num_tokens) * len(text_kinds)
     num_masked_slots = bucket.masked if bucket else captions.num_masked
+    # Every index is computed on the host, where the lengths are known, and all of them go to the device in one copy:
+    # an index that the device computed would make the host wait for it.
+    packing = Packing()
+    tables = [packing.add_table(values) for values in captions.tables(batch.clean_ids_BL.shape[1])]
     texts = {n: captions.add_texts(packing, n, num_text_slots, bucket) for n in (1, 2)}
-    read_layout = captions.add_read(packing, fusion_kinds, bucket)
+    read = captions.add_read(packing, fusion_kinds, bucket)
     on_device, layouts = packing.to_device(batch.clean_ids_BL.device)
-    order_B, source_T, column_T, slot_S, masked_M, class_B = (on_device[number] for number in tables)
+    indices = _Indices(*(on_device[number] for number in tables))
+    order_B, masked_M = indices.order_B, indices.masked_M
 
     def layout_of(num_texts: int) -> Layout:
         return layouts[texts[num_texts]] if packs else padded(batch.attention_mask_BL.repeat(num_texts, 1))
 
-    index_M, num_clean = batch.mlm_index_M[masked_M], captions.num_tokens
-    # MLM's rows stand behind ITM's, whose captions have as many tokens.
-    read_tokens = {"itm": class_B, "mlm": slot_S[index_M] + num_clean * (len(fusion_kinds) - 1)}
-    read_Q = torch.cat([read_tokens[kind] for kind in fusion_kinds])
-    images = {"itm": batch.itm_image_B[order_B], "mlm": order_B}
-    has_itm = "itm" in fusion_kinds
-    first_token = 0 if has_itm else num_clean * (len(text_kinds) - 1)
-    fusion = FusionPass(
-        tokens=slice(first_token, num_text_slots if bucket else first_token + num_clean * len(fusion_kinds)),
-        layout=layout_of(len(fusion_kinds)),
-        image_R=torch.cat([images[kind] for kind in fusion_kinds]),
-        read=ReadStates(
-            token_Q=_pad_to(read_Q, len(read_Q) + num_masked_slots - len(index_M)),
-            token_layout=layouts[read_layout],
-            image_rows=slice(0, len(order_B) * has_itm),
-            tokens=slice(0, (num_text_slots if bucket else num_clean) * has_itm),
-            layout=layout_of(1),
-        ),
-        kinds=tuple(fusion_kinds),
-    )
+    fusion = _plan_fusion(batch, fusion_kinds, len(text_kinds), captions.num_tokens, indices, layouts[read], layout_of)
+    if bucket is not None:
+        fusion = _pad_fusion(fusion, num_text_slots, num_masked_slots - captions.num_masked)
     ids = {"clean": batch.clean_ids_BL, "masked": batch.masked_ids_BL}
     return StepPlan(
-        ids_T=_pad_to(torch.cat([ids[kind].flatten()[source_T] for kind in text_kinds]), num_text_slots),
-        column_T=_pad_to(column_T.repeat(len(text_kinds)), num_text_slots),
+        ids_T=_pad_to(torch.cat([ids[kind].flatten()[indices.source_T] for kind in text_kinds]), num_text_slots),
+        column_T=_pad_to(indices.column_T.repeat(len(text_kinds)), num_text_slots),
         layout=layout_of(len(text_kinds)),
         fusion=fusion,
         order_B=order_B,
         itm_label_B=batch.itm_label_B[order_B],
         image_id_B=batch.image_id_B[order_B],
         corpus_B=batch.corpus_B,
-        class_B=class_B,
+        class_B=indices.class_B,
         mlm_label_M=_pad_to(batch.mlm_label_M[masked_M], num_masked_slots, NO_TOKEN),
         mlm_weight_M=_pad_to(batch.mlm_weight_M[masked_M], num_masked_slots),
-        mlm_pair_M=_pad_to(index_M // batch.clean_ids_BL.shape[1], num_masked_slots, len(order_B)),
+        mlm_pair_M=_pad_to(batch.mlm_index_M[masked_M] // ids["clean"].shape[1], num_masked_slots, len(order_B)),
     )
+
+
+class _Indices(NamedTuple):
+    """What the plan of the captions becomes on the device, all int64."""
+
+    order_B: Tensor
+    source_T: Tensor
+    """Flat index of each packed token in the padded captions."""
+    column_T: Tensor
+    slot_S: Tensor
+    """Offset of each padded token among the packed ones."""
+    masked_M: Tensor
+    """Masked tokens in the order of their pairs."""
+    class_B: Tensor
+
+
+def _plan_fusion(
+    batch: PretrainBatch,
+    kinds: list[str],
+    num_text_kinds: int,
+    num_tokens: int,
+    indices: _Indices,
+    read_layout: Layout,
+    layout_of: Callable[[int], Layout],
+) -> FusionPass:
+    """Plan the pass through the cross-modal encoder.
+
+    Args:
+        kinds: objectives that read it.
+        num_text_kinds: kinds of text that the text tower encodes; the clean ones come first.
+        num_tokens: tokens of one kind.
+        layout_of: returns the layout of all captions, once or twice.
+    """
+    has_itm, num_pairs = "itm" in kinds, len(indices.order_B)
+    # ITM's rows come first, so that their pooled pairs are the first B states that are read. MLM's masked tokens stand
+    # behind all clean ones: at the offsets that they have there, moved by the number of clean tokens.
+    masked_M = indices.slot_S[batch.mlm_index_M[indices.masked_M]] + num_tokens * (len(kinds) - 1)
+    read_tokens = {"itm": indices.class_B, "mlm": masked_M}
+    images = {"itm": batch.itm_image_B[indices.order_B], "mlm": indices.order_B}
+    first_token = 0 if has_itm else num_tokens * (num_text_kinds - 1)
+    return FusionPass(
+        tokens=slice(first_token, first_token + num_tokens * len(kinds)),
+        layout=layout_of(len(kinds)),
+        image_R=torch.cat([images[kind] for kind in kinds]),
+        read=ReadStates(
+            token_Q=torch.cat([read_tokens[kind] for kind in kinds]),
+            token_layout=read_layout,
+            image_rows=slice(0, num_pairs * has_itm),
+            tokens=slice(0, num_tokens * has_itm),
+            layout=layout_of(1),
+        ),
+        kinds=tuple(kinds),
+    )
+
+
+def _pad_fusion(fusion: FusionPass, num_text_slots: int, num_masked_padding: int) -> FusionPass:
+    """Return the pass for a shape bucket: the rows read their tokens among all slots, padding included."""
+    read = fusion.read
+    token_Q = _pad_to(read.token_Q, len(read.token_Q) + num_masked_padding)
+    read = read._replace(token_Q=token_Q, tokens=slice(0, num_text_slots if read.tokens.stop else 0))
+    return fusion._replace(tokens=slice(fusion.tokens.start, num_text_slots), read=read)
 
 
 class _Captions(NamedTuple):
@@ -186,6 +235,8 @@ class _Captions(NamedTuple):
         count_B = np.asarray(batch.num_masked, np.int64)
         if not packs:
             return cls(np.arange(num_pairs), np.full(num_pairs, longest), count_B, [num_pairs])
+        # Sorted, so that captions of similar length are neighbours, and a bucket is a slice. The sort is stable,
+        # so that the plan depends on the batch alone.
         length_B = np.asarray(batch.num_tokens, np.int64)
         pair_B = np.argsort(length_B, kind="stable")
         length_B = length_B[pair_B]
