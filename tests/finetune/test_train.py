@@ -330,7 +330,7 @@ def refused(root: Path, task: str, **more: str) -> str:
 
 WRONG = [
     ({"init": ""}, "init is empty", "--init=runs/NAME"),
-    ({"init": "/nowhere/run"}, "There is no /nowhere/run", "a run folder"),
+    ({"init": "/nowhere/run"}, "There is no file or folder /nowhere/run", "a run folder"),
     ({"model__fusion__bridge": "product"}, "model.fusion.bridge: add, not product", "--model.fusion.bridge=add"),
     ({"model__text__width": "64"}, "model.text.width: 32, not 64", "--model.text.width=32"),
     (
