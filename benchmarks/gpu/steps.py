@@ -32,7 +32,7 @@ def measure_steps(request: Request, note: Note) -> None:
 
 
 def _measure_run(config: ModelConfig, run: Run, device: torch.device, request: Request) -> Row:
-    release_memory()  # of the step before and its CUDA graphs
+    release_memory()  # what the step before and its CUDA graphs held
     task = build_task(config, run.compute, device)
     batch = step_sides.make_batch(config, run.micro_batch, device)
     row = {}
