@@ -1,6 +1,6 @@
 """How rows of different lengths stand in memory: as tokens without padding, or as a grid that attention reads.
 
-``bridgetower.model.packed.Packing.layout`` plans the same layouts for the model, with the tables that a device needs.
+``bridgetower.step.packing.Packing.add_layout`` plans the same layouts for the model, with the tables for a device.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class LayerCosts:
         result = rows * queries.width * width * self.element
         gathered = queries.copied * width * self.element
         sources = copied * self.element
-        if self.dropout and not self.memory.drops_inside:  # bridgetower/kernels/cpu.py
+        if self.dropout and not self.memory.drops_inside:  # bridgetower/kernels/cpu_ops.py
             kept = held * self.element + num_probabilities * (self.element + 1) + sources + (gathered or result)
             return Work(kept, forward, 2 * forward)
         # The kernel keeps a float32 log-sum of each query and head.

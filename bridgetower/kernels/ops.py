@@ -7,7 +7,7 @@ model is built. What an implementation cannot take (another dtype, another devic
     TorchOps       torch's operators, on any device
     CpuOps         dropout and attention that are faster on a CPU; matrix units (AMX) for bfloat16
     FlashOps       FlashAttention for packed rows, on NVIDIA GPUs
-    triton TritonOps   FlashOps, and our own kernels for norms, activations, dropout and short rows
+    TritonOps      FlashOps, and our own kernels for norms, activations, dropout and short rows
     CompiledOps    torch.compile around the operations of another one, but its attention
 
 Several operations return their input beside their result. The caller goes on with that input, so that a kernel can sum

@@ -70,6 +70,8 @@ OWNERS = {
 # Libraries that are not required here, but that transformers and other tools import where they are installed.
 OPTIONAL_LIBRARIES = {"datasets", "evaluate"}
 
+IMPORTERS = ("import_module", "__import__", "spec_from_file_location")
+"""Functions that import a module whose name is an argument; none may be imported under another name."""
 COMPUTED = "(computed)"
 """Stands for a module whose name is computed before it is given to importlib."""
 # build_shards finds the sources of corpora by file name; the package finds its public names in a table.
@@ -87,8 +89,10 @@ def imported_modules(source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             prefix = "." * node.level + (node.module or "")
+            if any(alias.name in IMPORTERS and alias.asname for alias in node.names):
+                yield COMPUTED
             yield from (f"{prefix}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and _function_name(node.func) in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _function_name(node.func) in IMPORTERS:
             arguments = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
             name = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else COMPUTED
             yield str(name)
@@ -178,6 +182,12 @@ def test_every_room_of_the_table_exists():
         ("bridgetower.model.heads", 'import_module("bridgetower.data.order")', "may not import bridgetower.data"),
         ("bridgetower.model.heads", 'importlib.import_module(name="triton")', "belongs to bridgetower.kernels"),
         ("bridgetower.model.heads", '__import__("wandb")', "belongs to bridgetower.engine.wandb_mirror and"),
+        (
+            "bridgetower.model.heads",
+            "from importlib import import_module as load",
+            "imports a module whose name is computed",
+        ),
+        ("bridgetower.model.heads", "spec_from_file_location(path)", "imports a module whose name is computed"),
         ("bridgetower.model.heads", "importlib.import_module(name)", "imports a module whose name is computed"),
         ("bridgetower.data.order", "from . import index", "by a relative name"),
         ("bridgetower.new.thing", "", "is in no room of the table"),

@@ -12,10 +12,10 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 
 def count_lines(path: Path) -> dict[str, int]:
-    """Return the number of lines of each function of a file, with its docstring."""
+    """Return the number of lines of each function of a file by name and line: methods of classes share names."""
     nodes = ast.walk(ast.parse(path.read_text()))
     functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    return {f"{node.name}:{node.lineno}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -28,6 +28,12 @@ def test_no_function_is_longer_than_60_lines():
         f"{module}.{name}": length for module, path in modules().items() for name, length in count_lines(path).items()
     }
     assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def test_methods_of_one_name_are_all_counted(tmp_path):
+    source = "class A:\n    def f(self):\n        pass\n        pass\n\nclass B:\n    def f(self):\n        pass\n"
+    (tmp_path / "two.py").write_text(source)
+    assert sorted(count_lines(tmp_path / "two.py").values()) == [2, 3]
 
 
 def test_every_module_of_the_library_stands_in_a_room():
